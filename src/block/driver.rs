@@ -1,0 +1,261 @@
+//! The contracts of the engine: what a node's driver does, and the handle a driver has on what lies below.
+//!
+//! `Requests` is the data path, `Driver` adds what the control side asks. Formats, filters and protocols
+//! implement `Driver`; they reach the layer below only through `Child` and never see the graph.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use crate::error::Result;
+use crate::io::Data;
+
+/// A boxed future: what makes the contracts object safe.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What a node asks of the requests sent to it. All in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RequestLimits {
+    /// Offsets and lengths must be multiples of this power of two (1 for most; 512 or 4096 with `cache=none`).
+    /// The node above a driver widens or splits what does not fit, so drivers see fitting requests only.
+    pub alignment: u32,
+    /// The size that suits the node best (a cluster, a page); a hint for exports.
+    pub preferred: u32,
+    /// Whether the node grows when written behind its end. Such a node answers reads behind its end with zeroes.
+    pub growable: bool,
+}
+
+/// How a write is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriteFlags {
+    /// The data, and the metadata needed to find it, are durable before the answer.
+    pub fua: bool,
+}
+
+/// How zeroes are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ZeroFlags {
+    /// The space may be given back to the host.
+    pub may_unmap: bool,
+    /// As for writes.
+    pub fua: bool,
+    /// Fail with `Unsupported` instead of writing zero bytes where no fast way exists.
+    pub no_fallback: bool,
+}
+
+/// What a range holds, for `block_status`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockStatus {
+    /// How many bytes from the asked offset the answer holds for; at least 1, at most what was asked.
+    pub len: u64,
+    /// This layer, not its backing, decides what is read here.
+    pub allocated: bool,
+    /// Reads return zeroes, as far as the driver knows without reading.
+    pub zero: bool,
+    /// Where the bytes lie in the layer below, when they lie there as they are (not compressed).
+    pub host_offset: Option<u64>,
+    /// The bytes are stored compressed.
+    pub compressed: bool,
+}
+
+/// What a resize does with the new area.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Preallocation {
+    /// Nothing is allocated.
+    #[default]
+    Off,
+    /// Metadata is written so that the first guest write needs none.
+    Metadata,
+    /// Host space is reserved as well.
+    Falloc,
+    /// Host space is written with zeroes.
+    Full,
+}
+
+/// The data path of a node. Offsets and lengths in bytes of the node's own address space.
+///
+/// Concurrency: every method may be called from many tasks at once. Requests that overlap in time and range
+/// have no order among each other, but each is atomic towards metadata: no request corrupts another's.
+///
+/// Cancellation: a future may be dropped at any time. The operation may then have happened, in part or whole,
+/// and may still happen; nothing is leaked or corrupted by it.
+///
+/// Ranges: the caller keeps `offset + len` within `size()`; a node that gets more answers `OutOfRange`, except
+/// one whose limits say `growable`. A length of 0 succeeds and does nothing.
+pub trait Requests: Send + Sync {
+    /// The present size in bytes.
+    fn size(&self) -> u64;
+
+    /// What requests must fit.
+    fn limits(&self) -> RequestLimits;
+
+    /// Reads exactly `len` bytes: an error or all of them, as bytes and known-zero runs.
+    fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>>;
+
+    /// Writes all of `data`, or answers with an error; after an error the range holds old or new bytes.
+    /// Durable after the next `flush` only, unless `flags.fua`.
+    fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
+
+    /// Makes the range read as zeroes.
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>>;
+
+    /// A hint that the content is no longer needed. What is read afterwards is unspecified for a protocol;
+    /// qcow2 reads zeroes or, in images that cannot say zero, the backing's content. Never an error for being unsupported.
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>>;
+
+    /// Every write answered before this call is durable when it succeeds.
+    fn flush(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// What lies at `offset`, for as many of the next `len` bytes as share one answer.
+    fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>>;
+
+    /// Changes the size. Shrinking drops the tail; new bytes read as zeroes.
+    fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>>;
+}
+
+/// What queries show of a driver. Strings as QEMU prints them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DriverInfo {
+    /// `qcow2`, `raw`, `file`, `null-co`.
+    pub driver: &'static str,
+    /// The file at the bottom, as the user named it.
+    pub filename: String,
+    /// Cluster size in bytes, for formats that have clusters.
+    pub cluster_size: Option<u64>,
+    /// The backing file as written in the image, if any.
+    pub backing_filename: Option<String>,
+    /// The backing format as written in the image, if any.
+    pub backing_format: Option<String>,
+    /// Bytes of host storage in use, where the driver can tell.
+    pub actual_size: Option<u64>,
+    /// What only this format has.
+    pub specific: FormatSpecific,
+    /// The image's refcounts are known to need repair (qcow2's dirty bit).
+    pub dirty: bool,
+}
+
+/// Format-specific facts for queries.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum FormatSpecific {
+    /// Nothing beyond the common facts.
+    #[default]
+    None,
+    /// qcow2's.
+    Qcow2 {
+        /// `0.10` (version 2) or `1.1` (version 3).
+        compat: &'static str,
+        /// Compatible feature bit 0.
+        lazy_refcounts: Option<bool>,
+        /// Width of a refcount in bits.
+        refcount_bits: u32,
+        /// Incompatible feature bit 1.
+        corrupt: Option<bool>,
+        /// Incompatible feature bit 4.
+        extended_l2: Option<bool>,
+        /// `zlib` or `zstd`.
+        compression_type: &'static str,
+    },
+}
+
+/// The control side of a node's driver.
+pub trait Driver: Requests {
+    /// Facts for queries; cheap, never blocks on I/O for long.
+    fn info(&self) -> DriverInfo;
+
+    /// The layers below, with the role each has (`file`, `backing`).
+    fn children(&self) -> Vec<(&'static str, Child)>;
+
+    /// Writes back all state and marks the image clean. Called once, after the last request has drained.
+    fn close(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// Internal snapshots, for formats that have them.
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+}
+
+/// One internal snapshot, as the image records it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotInfo {
+    /// Unique in the image; decimal numbers that count up.
+    pub id: String,
+    /// The user's name; may be empty in images made elsewhere.
+    pub name: String,
+    /// Bytes of saved VM state.
+    pub vm_state_size: u64,
+    /// Wall clock at creation: seconds since 1970.
+    pub date_sec: u32,
+    /// Wall clock at creation: nanoseconds in the second.
+    pub date_nsec: u32,
+    /// Guest clock at creation, in nanoseconds.
+    pub vm_clock_nsec: u64,
+    /// Instruction count of a replay, if it was recorded.
+    pub icount: Option<u64>,
+    /// Size of the disk at creation in bytes.
+    pub disk_size: u64,
+}
+
+/// Which snapshot: at least one of the two is given, and a snapshot must match all that is given.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SnapshotSelector {
+    /// The id.
+    pub id: Option<String>,
+    /// The name.
+    pub name: Option<String>,
+}
+
+/// What a new snapshot is called and when it was taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewSnapshot {
+    /// Not empty, and not the id or name of another.
+    pub name: String,
+    /// Seconds since 1970.
+    pub date_sec: u32,
+    /// Nanoseconds in the second.
+    pub date_nsec: u32,
+    /// Guest clock in nanoseconds; 0 where no guest runs.
+    pub vm_clock_nsec: u64,
+}
+
+/// Internal snapshots of a node.
+pub trait Snapshots: Send + Sync {
+    /// All of them, in the order of the image's table. From memory, no I/O.
+    fn list(&self) -> Vec<SnapshotInfo>;
+
+    /// Takes a snapshot of the present content: every write answered before the call is in it, none that is sent
+    /// after the answer. Durable when it answers. On error nothing has changed and nothing is leaked.
+    fn create(&self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>>;
+
+    /// Deletes the one that matches and answers what it was. `NotFound` when none does.
+    fn delete(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>>;
+}
+
+/// A driver's handle on a layer below it.
+///
+/// Cheap to clone. The graph decides what it points to; the driver only sends requests.
+#[derive(Clone)]
+pub struct Child(Arc<dyn Requests>);
+
+impl Child {
+    /// A handle on `below`: a node of the graph, or a bare driver in tests.
+    pub fn new(below: Arc<dyn Requests>) -> Self {
+        Child(below)
+    }
+}
+
+impl std::ops::Deref for Child {
+    type Target = dyn Requests;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
+impl fmt::Debug for Child {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Child")
+            .field("size", &self.size())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,12 @@
+//! The block engine: disk images as a graph of nodes. Usable alone; knows no QMP.
+//!
+//! In reading order:
+//! * [`error`]: the one error type
+//! * [`driver`]: the contracts of a node's driver, and `Child`, its handle on the layer below
+//! * [`open`]: options to nodes
+//! * [`io`]: payloads and the engines that move bytes; the only place with `unsafe`
+
+pub mod driver;
+pub mod error;
+pub mod io;
+pub mod open;

@@ -1,1 +1,5 @@
-//! x
+//! The integration tests: one binary, because every further one is another link.
+// A panic is how a test fails, in its helpers too.
+#![allow(clippy::expect_used, clippy::unwrap_used)]
+
+mod tidy;

@@ -4,9 +4,14 @@
 //! * [`error`]: the one error type
 //! * [`driver`]: the contracts of a node's driver, and `Child`, its handle on the layer below
 //! * [`open`]: options to nodes
+//! * [`protocols`]: bytes from outside: files, and a disk in memory for tests
 //! * [`io`]: payloads and the engines that move bytes; the only place with `unsafe`
+//! * [`units`], [`limits`]: offsets as types, and every bound with its reason
 
 pub mod driver;
 pub mod error;
 pub mod io;
+pub mod limits;
 pub mod open;
+pub mod protocols;
+pub mod units;

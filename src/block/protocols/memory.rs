@@ -1,0 +1,723 @@
+//! A disk in memory whose failures, delays and history a test controls.
+//!
+//! It behaves as a file does: sparse, growing when written behind its end, full when its space limit is
+//! reached. A test can make the n-th request of a kind fail, hold requests back and release them in any
+//! order, and read a log of everything that changed the disk with the order of issue and completion, from
+//! which the states that a crash may leave can be made.
+//!
+//! Held requests belong to the disk and not to the future that waits for them: as with a kernel, dropping the
+//! future does not stop the request. It still happens when it is released.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::BytesMut;
+use tokio::sync::{Notify, oneshot};
+
+use crate::driver::{
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
+    WriteFlags, ZeroFlags,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Data, Segment};
+
+/// The unit of allocation in bytes.
+pub const PAGE: u64 = 4096;
+
+/// The kinds of requests that can be made to fail or wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OpKind {
+    /// `read`
+    Read,
+    /// `write`
+    Write,
+    /// `write_zeroes`
+    WriteZeroes,
+    /// `discard`
+    Discard,
+    /// `flush`
+    Flush,
+    /// `block_status`
+    BlockStatus,
+    /// `resize`
+    Resize,
+}
+
+/// How a request fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// EIO, and nothing has happened.
+    Io,
+    /// ENOSPC, and nothing has happened.
+    NoSpace,
+    /// EIO after this many bytes of a write, zero write or discard have happened.
+    Torn(u64),
+}
+
+/// What changed the disk.
+#[derive(Debug, Clone)]
+pub enum Change {
+    /// Bytes were written.
+    Write {
+        /// Where.
+        offset: u64,
+        /// What.
+        data: Data,
+        /// Durable by itself.
+        fua: bool,
+    },
+    /// Zeroes were written.
+    WriteZeroes {
+        /// Where.
+        offset: u64,
+        /// How many.
+        len: u64,
+        /// Durable by itself.
+        fua: bool,
+    },
+    /// A range was discarded.
+    Discard {
+        /// Where.
+        offset: u64,
+        /// How many.
+        len: u64,
+    },
+    /// The size changed.
+    Resize {
+        /// To what.
+        size: u64,
+    },
+    /// Everything completed before `issued` of this record is durable at `completed`.
+    Flush,
+}
+
+/// A line of the log. `issued` and `completed` count events of the disk: a smaller number came earlier.
+#[derive(Debug, Clone)]
+pub struct Record {
+    /// When the request came in.
+    pub issued: u64,
+    /// When it was applied. Requests still held have no record yet, and those that failed never get one
+    /// (the front of a write that failed in its middle has).
+    pub completed: u64,
+    /// What it did.
+    pub change: Change,
+}
+
+/// The disk. Share it in an [`Arc`]: the test keeps one handle and the node above has another.
+#[derive(Debug, Default)]
+pub struct Memory {
+    state: Mutex<State>,
+    /// Told whenever a request is put into `State::held`.
+    held: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    pages: BTreeMap<u64, Arc<[u8; PAGE as usize]>>,
+    size: u64,
+    limits: RequestLimits,
+    space_limit: Option<u64>,
+    faults: Vec<Rule>,
+    holding: Vec<OpKind>,
+    held: VecDeque<Held>,
+    clock: u64,
+    log: Option<Vec<Record>>,
+    counts: [u64; 7],
+}
+
+#[derive(Debug)]
+struct Rule {
+    kind: OpKind,
+    skip: u64,
+    fault: Fault,
+    once: bool,
+}
+
+#[derive(Debug)]
+struct Held {
+    request: Request,
+    issued: u64,
+    answer: oneshot::Sender<Result<Answer>>,
+}
+
+#[derive(Debug, Clone)]
+enum Request {
+    Read { offset: u64, len: u64 },
+    BlockStatus { offset: u64, len: u64 },
+    Change(Change),
+}
+
+#[derive(Debug)]
+enum Answer {
+    Read(Data),
+    BlockStatus(BlockStatus),
+    Done,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        State {
+            pages: BTreeMap::new(),
+            size: 0,
+            limits: RequestLimits {
+                alignment: 1,
+                preferred: PAGE as u32,
+                growable: true,
+            },
+            space_limit: None,
+            faults: Vec::new(),
+            holding: Vec::new(),
+            held: VecDeque::new(),
+            clock: 0,
+            log: None,
+            counts: [0; 7],
+        }
+    }
+}
+
+impl Memory {
+    /// An empty disk of `size` bytes that grows when written behind its end, as a file does.
+    pub fn new(size: u64) -> Arc<Self> {
+        let memory = Memory::default();
+        memory.state().size = size;
+        Arc::new(memory)
+    }
+
+    /// A disk that starts with these bytes.
+    pub fn with_content(content: &[u8]) -> Arc<Self> {
+        let memory = Memory::new(content.len() as u64);
+        for (index, page) in content.chunks(PAGE as usize).enumerate() {
+            let mut bytes = [0; PAGE as usize];
+            bytes[..page.len()].copy_from_slice(page);
+            if bytes.iter().any(|byte| *byte != 0) {
+                memory.state().pages.insert(index as u64, Arc::new(bytes));
+            }
+        }
+        memory
+    }
+
+    /// A disk of its own with the same bytes, without faults, holds or log. Pages are shared until written,
+    /// so this is cheap: the way to keep the state before a crash.
+    pub fn fork(&self) -> Arc<Self> {
+        let state = self.state();
+        let copy = State {
+            pages: state.pages.clone(),
+            size: state.size,
+            limits: state.limits,
+            space_limit: state.space_limit,
+            ..State::default()
+        };
+        Arc::new(Memory {
+            state: Mutex::new(copy),
+            held: Notify::new(),
+        })
+    }
+
+    /// A handle for the layer above.
+    pub fn child(self: &Arc<Self>) -> Child {
+        Child::new(self.clone())
+    }
+
+    /// All bytes.
+    pub fn content(&self) -> Vec<u8> {
+        let state = self.state();
+        state.read(0, state.size).to_bytes().to_vec()
+    }
+
+    /// Bytes of memory in use: pages that were written and not discarded.
+    pub fn allocated(&self) -> u64 {
+        self.state().pages.len() as u64 * PAGE
+    }
+
+    /// From now on, fails with ENOSPC what would need more than `limit` bytes in pages. As on a file system, a
+    /// write that runs out of space has written its front. `None` lifts the limit.
+    pub fn set_space_limit(&self, limit: Option<u64>) {
+        self.state().space_limit = limit;
+    }
+
+    /// What the node above sees as limits.
+    pub fn set_limits(&self, limits: RequestLimits) {
+        self.state().limits = limits;
+    }
+
+    /// Fails one request: after `skip` more of this kind have passed.
+    pub fn fail_once(&self, kind: OpKind, skip: u64, fault: Fault) {
+        self.add_rule(kind, skip, fault, true);
+    }
+
+    /// Fails every request of this kind after `skip` more have passed, until [`Memory::clear_faults`].
+    pub fn fail_from(&self, kind: OpKind, skip: u64, fault: Fault) {
+        self.add_rule(kind, skip, fault, false);
+    }
+
+    /// Lifts all faults that have not happened yet.
+    pub fn clear_faults(&self) {
+        self.state().faults.clear();
+    }
+
+    /// How many requests of this kind came in so far, including those that failed.
+    pub fn count(&self, kind: OpKind) -> u64 {
+        self.state().counts[kind as usize]
+    }
+
+    /// Holds back requests of this kind from now on.
+    pub fn hold(&self, kind: OpKind) {
+        let mut state = self.state();
+        if !state.holding.contains(&kind) {
+            state.holding.push(kind);
+        }
+    }
+
+    /// How many requests wait for their release.
+    pub fn held(&self) -> usize {
+        self.state().held.len()
+    }
+
+    /// Waits until at least `count` requests are held. Cancellation: safe.
+    pub async fn wait_held(&self, count: usize) {
+        loop {
+            let notified = self.held.notified();
+            if self.held() >= count {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    /// Lets the held request number `index` (0 is the oldest) happen now, and holds on to the others.
+    /// Answers whether there was one.
+    pub fn release_one(&self, index: usize) -> bool {
+        let mut state = self.state();
+        let held = state.held.remove(index);
+        let found = held.is_some();
+        if let Some(held) = held {
+            state.finish(held);
+        }
+        found
+    }
+
+    /// Holds no request from now on, and lets the held ones happen, oldest first.
+    pub fn release_all(&self) {
+        let mut state = self.state();
+        state.holding.clear();
+        while let Some(held) = state.held.pop_front() {
+            state.finish(held);
+        }
+    }
+
+    /// Starts a new log.
+    pub fn start_log(&self) {
+        self.state().log = Some(Vec::new());
+    }
+
+    /// The log since `start_log`, in order of completion.
+    pub fn log(&self) -> Vec<Record> {
+        self.state().log.clone().unwrap_or_default()
+    }
+
+    /// Applies a change of a log to this disk: how a crash state is built on a [`Memory::fork`].
+    pub fn apply(&self, change: &Change) -> Result<()> {
+        self.state().apply(change)
+    }
+
+    fn add_rule(&self, kind: OpKind, skip: u64, fault: Fault, once: bool) {
+        self.state().faults.push(Rule {
+            kind,
+            skip,
+            fault,
+            once,
+        });
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // A test that panics elsewhere must not hide behind a second panic here.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn run(&self, request: Request) -> Result<Answer> {
+        let waiting = {
+            let mut state = self.state();
+            let kind = request.kind();
+            let issued = state.tick();
+            state.counts[kind as usize] += 1;
+            let (answer, waiting) = oneshot::channel();
+            let held = Held {
+                request,
+                issued,
+                answer,
+            };
+            if state.holding.contains(&kind) {
+                state.held.push_back(held);
+                self.held.notify_waiters();
+            } else {
+                state.finish(held);
+            }
+            waiting
+        };
+        waiting
+            .await
+            .unwrap_or_else(|_| Err(Error::new(ErrorKind::Io, "memory disk is gone")))
+    }
+
+    async fn change(&self, change: Change) -> Result<()> {
+        self.run(Request::Change(change)).await.map(|_| ())
+    }
+}
+
+impl State {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
+
+    /// Executes a request and answers it, whether or not somebody still listens.
+    fn finish(&mut self, held: Held) {
+        let result = self.execute(held.request, held.issued);
+        let _ = held.answer.send(result);
+    }
+
+    fn execute(&mut self, request: Request, issued: u64) -> Result<Answer> {
+        let fault = self.fault(request.kind());
+        match fault {
+            None => {}
+            Some(Fault::NoSpace) => return Err(no_space()),
+            Some(Fault::Io) => return Err(Error::new(ErrorKind::Io, "Injected I/O error")),
+            Some(Fault::Torn(len)) => {
+                if let Request::Change(change) = &request {
+                    self.apply_front(change, len, issued)?;
+                }
+                return Err(Error::new(ErrorKind::Io, "Injected I/O error"));
+            }
+        }
+        if let Request::Change(change) = &request
+            && let Some(fits) = self.fitting(change)
+        {
+            self.apply_front(change, fits, issued)?;
+            return Err(no_space());
+        }
+        match request {
+            Request::Read { offset, len } => Ok(Answer::Read(self.read(offset, len))),
+            Request::BlockStatus { offset, len } => {
+                Ok(Answer::BlockStatus(self.block_status(offset, len)))
+            }
+            Request::Change(change) => {
+                self.apply(&change)?;
+                self.record(issued, change);
+                Ok(Answer::Done)
+            }
+        }
+    }
+
+    /// What happens of a request that fails in its middle.
+    fn apply_front(&mut self, change: &Change, len: u64, issued: u64) -> Result<()> {
+        let front = change.front(len);
+        self.apply(&front)?;
+        self.record(issued, front);
+        Ok(())
+    }
+
+    /// How much of a write there is space for, if not for all of it.
+    fn fitting(&self, change: &Change) -> Option<u64> {
+        let (Change::Write { offset, data, .. }, Some(limit)) = (change, self.space_limit) else {
+            return None;
+        };
+        let mut free = (limit / PAGE).saturating_sub(self.pages.len() as u64);
+        let mut last = None;
+        let mut at = *offset;
+        for segment in data.segments() {
+            let end = at + segment.len();
+            if let Segment::Bytes(_) = segment {
+                for page in at / PAGE..end.div_ceil(PAGE) {
+                    if self.pages.contains_key(&page) || last == Some(page) {
+                        continue;
+                    }
+                    if free == 0 {
+                        return Some((page * PAGE).max(at) - offset);
+                    }
+                    free -= 1;
+                    last = Some(page);
+                }
+            }
+            at = end;
+        }
+        None
+    }
+
+    fn record(&mut self, issued: u64, change: Change) {
+        let completed = self.tick();
+        if let Some(log) = &mut self.log {
+            log.push(Record {
+                issued,
+                completed,
+                change,
+            });
+        }
+    }
+
+    /// The first rule whose turn it is. All rules of the kind count this request.
+    fn fault(&mut self, kind: OpKind) -> Option<Fault> {
+        let mut hit = None;
+        for (index, rule) in self.faults.iter_mut().enumerate() {
+            if rule.kind != kind {
+                continue;
+            }
+            if rule.skip > 0 {
+                rule.skip -= 1;
+            } else if hit.is_none() {
+                hit = Some((index, rule.fault, rule.once));
+            }
+        }
+        let (index, fault, once) = hit?;
+        if once {
+            self.faults.remove(index);
+        }
+        Some(fault)
+    }
+
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let end = offset.checked_add(len);
+        if end.is_some_and(|end| end <= self.size || self.limits.growable) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::OutOfRange,
+            format!("Request at {offset:#x} of {len} bytes is outside of the memory disk"),
+        ))
+    }
+
+    fn apply(&mut self, change: &Change) -> Result<()> {
+        match change {
+            Change::Write { offset, data, .. } => self.write(*offset, data),
+            Change::WriteZeroes { offset, len, .. } => {
+                self.check_range(*offset, *len)?;
+                self.clear(*offset, *len);
+                self.size = self.size.max(offset + len);
+                Ok(())
+            }
+            Change::Discard { offset, len } => {
+                let end = offset.saturating_add(*len).min(self.size);
+                self.clear(*offset, end.saturating_sub(*offset));
+                Ok(())
+            }
+            Change::Resize { size } => {
+                if *size < self.size {
+                    self.clear(*size, self.size - size);
+                }
+                self.size = *size;
+                Ok(())
+            }
+            Change::Flush => Ok(()),
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &Data) -> Result<()> {
+        self.check_range(offset, data.len())?;
+        let mut at = offset;
+        for segment in data.segments() {
+            match segment {
+                Segment::Zeroes(len) => {
+                    self.clear(at, *len);
+                    at += len;
+                }
+                Segment::Bytes(bytes) => {
+                    let mut rest = &bytes[..];
+                    while !rest.is_empty() {
+                        let start = (at % PAGE) as usize;
+                        let len = rest.len().min(PAGE as usize - start);
+                        let page = self
+                            .pages
+                            .entry(at / PAGE)
+                            .or_insert_with(|| Arc::new([0; PAGE as usize]));
+                        Arc::make_mut(page)[start..start + len].copy_from_slice(&rest[..len]);
+                        rest = &rest[len..];
+                        at += len as u64;
+                        self.size = self.size.max(at);
+                    }
+                }
+            }
+            self.size = self.size.max(at);
+        }
+        Ok(())
+    }
+
+    /// Makes a range zero and frees the pages that lie wholly in it. Needs no space.
+    fn clear(&mut self, offset: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let end = offset + len;
+        let touched: Vec<u64> = self
+            .pages
+            .range(offset / PAGE..=(end - 1) / PAGE)
+            .map(|(index, _)| *index)
+            .collect();
+        for index in touched {
+            let from = offset.max(index * PAGE);
+            let to = end.min((index + 1) * PAGE);
+            if to - from == PAGE {
+                self.pages.remove(&index);
+            } else if let Some(page) = self.pages.get_mut(&index) {
+                let within = (from - index * PAGE) as usize..(to - index * PAGE) as usize;
+                Arc::make_mut(page)[within].fill(0);
+            }
+        }
+    }
+
+    /// Bytes as they are; what was never written and what lies behind the end are zero runs.
+    fn read(&self, offset: u64, len: u64) -> Data {
+        let mut data = Data::new();
+        let mut at = offset;
+        let end = offset + len;
+        let mut piece = BytesMut::new();
+        for (index, page) in self.pages.range(offset / PAGE..end.div_ceil(PAGE)) {
+            let from = offset.max(index * PAGE);
+            let to = end.min((index + 1) * PAGE);
+            if from > at {
+                data.push(Segment::Bytes(piece.split().freeze()));
+                data.push(Segment::Zeroes(from - at));
+            }
+            let within = (from - index * PAGE) as usize..(to - index * PAGE) as usize;
+            piece.extend_from_slice(&page[within]);
+            at = to;
+        }
+        data.push(Segment::Bytes(piece.freeze()));
+        data.push(Segment::Zeroes(end - at));
+        data
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> BlockStatus {
+        let end = offset + len;
+        let present = self.pages.contains_key(&(offset / PAGE));
+        let mut at = offset;
+        while at < end && self.pages.contains_key(&(at / PAGE)) == present {
+            at = ((at / PAGE + 1) * PAGE).min(end);
+        }
+        BlockStatus {
+            len: at - offset,
+            allocated: true,
+            zero: !present,
+            host_offset: Some(offset),
+            compressed: false,
+        }
+    }
+}
+
+impl Request {
+    fn kind(&self) -> OpKind {
+        match self {
+            Request::Read { .. } => OpKind::Read,
+            Request::BlockStatus { .. } => OpKind::BlockStatus,
+            Request::Change(Change::Write { .. }) => OpKind::Write,
+            Request::Change(Change::WriteZeroes { .. }) => OpKind::WriteZeroes,
+            Request::Change(Change::Discard { .. }) => OpKind::Discard,
+            Request::Change(Change::Resize { .. }) => OpKind::Resize,
+            Request::Change(Change::Flush) => OpKind::Flush,
+        }
+    }
+}
+
+impl Change {
+    /// The change cut down to its first `max` bytes; a resize or flush is left whole or not done at all.
+    fn front(&self, max: u64) -> Change {
+        match self {
+            Change::Write { offset, data, fua } => Change::Write {
+                offset: *offset,
+                data: data.slice(0, max.min(data.len())),
+                fua: *fua,
+            },
+            Change::WriteZeroes { offset, len, fua } => Change::WriteZeroes {
+                offset: *offset,
+                len: max.min(*len),
+                fua: *fua,
+            },
+            Change::Discard { offset, len } => Change::Discard {
+                offset: *offset,
+                len: max.min(*len),
+            },
+            Change::Resize { .. } | Change::Flush => Change::Discard { offset: 0, len: 0 },
+        }
+    }
+}
+
+impl Requests for Memory {
+    fn size(&self) -> u64 {
+        self.state().size
+    }
+
+    fn limits(&self) -> RequestLimits {
+        self.state().limits
+    }
+
+    fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
+        Box::pin(async move {
+            self.state().check_range(offset, len)?;
+            match self.run(Request::Read { offset, len }).await? {
+                Answer::Read(data) => Ok(data),
+                answer => unreachable!("a read was answered with {answer:?}"),
+            }
+        })
+    }
+
+    fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.change(Change::Write {
+            offset,
+            data,
+            fua: flags.fua,
+        }))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.change(Change::WriteZeroes {
+            offset,
+            len,
+            fua: flags.fua,
+        }))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.change(Change::Discard { offset, len }))
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.change(Change::Flush))
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
+        Box::pin(async move {
+            self.state().check_range(offset, len)?;
+            match self.run(Request::BlockStatus { offset, len }).await? {
+                Answer::BlockStatus(status) => Ok(status),
+                answer => unreachable!("a status request was answered with {answer:?}"),
+            }
+        })
+    }
+
+    fn resize(&self, size: u64, _preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.change(Change::Resize { size }))
+    }
+}
+
+impl Driver for Memory {
+    fn info(&self) -> DriverInfo {
+        DriverInfo {
+            driver: "memory",
+            actual_size: Some(self.allocated()),
+            ..DriverInfo::default()
+        }
+    }
+
+    fn children(&self) -> Vec<(&'static str, Child)> {
+        Vec::new()
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+fn no_space() -> Error {
+    Error::new(ErrorKind::NoSpace, "No space left on device")
+}
+
+#[cfg(test)]
+mod tests;

@@ -4,12 +4,14 @@
 //! * [`error`]: the one error type
 //! * [`driver`]: the contracts of a node's driver, and `Child`, its handle on the layer below
 //! * [`open`]: options to nodes
+//! * [`formats`]: image formats between the guest's disk and the bytes below
 //! * [`protocols`]: bytes from outside: files, and a disk in memory for tests
 //! * [`io`]: payloads and the engines that move bytes; the only place with `unsafe`
 //! * [`units`], [`limits`]: offsets as types, and every bound with its reason
 
 pub mod driver;
 pub mod error;
+pub mod formats;
 pub mod io;
 pub mod limits;
 pub mod open;

@@ -22,3 +22,31 @@ pub const MAX_IOVECS: usize = 1024;
 
 /// The largest request alignment that is believed: 64 KiB pages with direct I/O need no more.
 pub const MAX_ALIGNMENT: u32 = 64 << 10;
+
+/// qcow2: largest L1 table in bytes. QEMU's bound, so that every image opens on both sides.
+pub const QCOW2_MAX_L1_BYTES: u64 = 32 << 20;
+
+/// qcow2: largest refcount table in bytes. QEMU's bound.
+pub const QCOW2_MAX_REFTABLE_BYTES: u64 = 8 << 20;
+
+/// qcow2: most internal snapshots. QEMU's bound.
+pub const QCOW2_MAX_SNAPSHOTS: u32 = 65536;
+
+/// qcow2: longest backing file name in bytes. The specification's bound.
+pub const QCOW2_MAX_BACKING_NAME: u32 = 1023;
+
+/// qcow2: smallest cluster, as a power of two. The specification's bound: 512 bytes.
+pub const QCOW2_MIN_CLUSTER_BITS: u32 = 9;
+
+/// qcow2: largest cluster, as a power of two. QEMU's bound: 2 MiB.
+pub const QCOW2_MAX_CLUSTER_BITS: u32 = 21;
+
+/// qcow2: bytes of L2 tables kept in memory unless configured: 1 TiB of guest disk at 64 KiB clusters. Taken as
+/// tables are used, so small disks pay little.
+pub const QCOW2_L2_CACHE_BYTES: u64 = 128 << 20;
+
+/// qcow2: bytes of refcount blocks kept in memory unless configured: 1 TiB of image at 64 KiB clusters and 16 bits.
+pub const QCOW2_REFCOUNT_CACHE_BYTES: u64 = 32 << 20;
+
+/// qcow2: end of what table entries can address (bits 9 to 55).
+pub const QCOW2_MAX_HOST_OFFSET: u64 = 1 << 56;

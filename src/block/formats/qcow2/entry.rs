@@ -1,0 +1,293 @@
+//! Entries of L1, L2 and refcount tables, and what they mean.
+//!
+//! The types wrap the 64-bit value in host byte order; tables are big endian on disk.
+
+use super::geometry::Geometry;
+use crate::units::{ClusterIndex, HostOffset};
+
+/// Bits 9 to 55: a host offset.
+const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+/// Bit 63: the refcount of what the entry points to is exactly 1.
+const COPIED: u64 = 1 << 63;
+/// Bit 62: the cluster is stored compressed.
+const COMPRESSED: u64 = 1 << 62;
+/// Bit 0: the cluster reads as zeroes (version 3).
+const ZERO: u64 = 1;
+
+/// Why an entry cannot be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum BadEntry {
+    /// The offset is not a multiple of the cluster size.
+    Unaligned(HostOffset),
+    /// Bits are set that the specification reserves.
+    Reserved(u64),
+    /// The zero flag in an image whose version has none.
+    ZeroInV2,
+}
+
+/// An entry of an L1 table (block by block: "L1 table entry" of the specification).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct L1Entry(pub(crate) u64);
+
+impl L1Entry {
+    /// Points to an L2 table.
+    pub(crate) fn new(l2: HostOffset, copied: bool) -> Self {
+        debug_assert_eq!(l2.0 & !OFFSET_MASK, 0);
+        L1Entry(l2.0 | if copied { COPIED } else { 0 })
+    }
+
+    /// Where the L2 table lies; `None` when there is none. Reserved bits do not count.
+    pub(crate) fn l2_offset(self) -> Option<HostOffset> {
+        match self.0 & OFFSET_MASK {
+            0 => None,
+            offset => Some(HostOffset(offset)),
+        }
+    }
+
+    /// The offset, checked for alignment and reserved bits.
+    pub(crate) fn checked(self, g: Geometry) -> Result<Option<HostOffset>, BadEntry> {
+        let reserved = self.0 & !(OFFSET_MASK | COPIED);
+        if reserved != 0 {
+            return Err(BadEntry::Reserved(reserved));
+        }
+        match self.l2_offset() {
+            Some(offset) if !g.is_aligned(offset.0) => Err(BadEntry::Unaligned(offset)),
+            offset => Ok(offset),
+        }
+    }
+
+    /// The L2 table has a refcount of exactly 1, so it may be changed in place.
+    pub(crate) fn is_copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
+
+    /// The same with the COPIED flag as given.
+    pub(crate) fn with_copied(self, copied: bool) -> Self {
+        L1Entry(self.0 & !COPIED | if copied { COPIED } else { 0 })
+    }
+}
+
+/// An entry of an L2 table ("L2 table entry", standard and compressed cluster descriptors).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct L2Entry(pub(crate) u64);
+
+/// What an L2 entry says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mapping {
+    /// The backing decides.
+    Unallocated,
+    /// Zeroes; no host cluster.
+    ZeroPlain,
+    /// Zeroes; the host cluster is kept for later writes.
+    ZeroAllocated {
+        /// The kept cluster.
+        host: HostOffset,
+        /// Its refcount is exactly 1.
+        copied: bool,
+    },
+    /// The data as they are.
+    Normal {
+        /// Where they lie.
+        host: HostOffset,
+        /// The cluster's refcount is exactly 1.
+        copied: bool,
+    },
+    /// A compressed stream.
+    Compressed(Compressed),
+}
+
+impl L2Entry {
+    /// A data cluster of our own.
+    pub(crate) fn normal(host: HostOffset) -> Self {
+        debug_assert_eq!(host.0 & !OFFSET_MASK, 0);
+        L2Entry(host.0 | COPIED)
+    }
+
+    /// Zeroes without a host cluster.
+    pub(crate) fn zero_plain() -> Self {
+        L2Entry(ZERO)
+    }
+
+    /// Zeroes with a host cluster of our own kept behind.
+    pub(crate) fn zero_allocated(host: HostOffset) -> Self {
+        L2Entry(host.0 | COPIED | ZERO)
+    }
+
+    /// A compressed stream.
+    pub(crate) fn compressed(stream: Compressed, g: Geometry) -> Self {
+        let shift = 62 - (g.cluster_bits() - 8);
+        let first = stream.host.0 >> 9;
+        let last = (stream.host.0 + stream.len - 1) >> 9;
+        L2Entry(COMPRESSED | (last - first) << shift | stream.host.0)
+    }
+
+    /// What the entry says. `has_zero_flag` is false for version 2.
+    pub(crate) fn decode(self, g: Geometry, has_zero_flag: bool) -> Result<Mapping, BadEntry> {
+        if self.0 & COMPRESSED != 0 {
+            return self.decode_compressed(g);
+        }
+        let reserved = self.0 & !(OFFSET_MASK | COPIED | ZERO);
+        if reserved != 0 {
+            return Err(BadEntry::Reserved(reserved));
+        }
+        let zero = self.0 & ZERO != 0;
+        if zero && !has_zero_flag {
+            return Err(BadEntry::ZeroInV2);
+        }
+        let host = HostOffset(self.0 & OFFSET_MASK);
+        let copied = self.is_copied();
+        if !g.is_aligned(host.0) {
+            return Err(BadEntry::Unaligned(host));
+        }
+        Ok(match (host.0, zero) {
+            // COPIED without a cluster is only legal with an external data file, which open refuses.
+            (0, _) if copied => return Err(BadEntry::Reserved(COPIED)),
+            (0, false) => Mapping::Unallocated,
+            (0, true) => Mapping::ZeroPlain,
+            (_, false) => Mapping::Normal { host, copied },
+            (_, true) => Mapping::ZeroAllocated { host, copied },
+        })
+    }
+
+    fn decode_compressed(self, g: Geometry) -> Result<Mapping, BadEntry> {
+        let shift = 62 - (g.cluster_bits() - 8);
+        let host = self.0 & ((1 << shift) - 1);
+        let above = host & !((1 << 56) - 1);
+        if self.is_copied() || above != 0 {
+            return Err(BadEntry::Reserved(self.0 & COPIED | above));
+        }
+        let sectors = ((self.0 & !(COPIED | COMPRESSED)) >> shift) + 1;
+        Ok(Mapping::Compressed(Compressed {
+            host: HostOffset(host),
+            len: sectors * 512 - (host & 511),
+        }))
+    }
+
+    /// The COPIED flag as it stands.
+    pub(crate) fn is_copied(self) -> bool {
+        self.0 & COPIED != 0
+    }
+
+    /// The same with the COPIED flag as given; for entries with an uncompressed host cluster.
+    pub(crate) fn with_copied(self, copied: bool) -> Self {
+        L2Entry(self.0 & !COPIED | if copied { COPIED } else { 0 })
+    }
+
+    /// The uncompressed host cluster behind the entry, by its bits alone: for bulk walks.
+    pub(crate) fn host_cluster(self) -> Option<HostOffset> {
+        match self.0 & OFFSET_MASK {
+            _ if self.0 & COMPRESSED != 0 => None,
+            0 => None,
+            offset => Some(HostOffset(offset)),
+        }
+    }
+
+    /// Whether the entry holds a compressed stream, by its bits alone.
+    pub(crate) fn is_compressed(self) -> bool {
+        self.0 & COMPRESSED != 0
+    }
+}
+
+/// Where a compressed stream lies: it needs no alignment and may straddle two host clusters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Compressed {
+    /// The first byte.
+    pub(crate) host: HostOffset,
+    /// Bytes up to the end of the last 512-byte sector that the descriptor names; the stream may end before.
+    pub(crate) len: u64,
+}
+
+impl Compressed {
+    /// First and last host cluster that the stream touches. Each of them holds one refcount for it.
+    pub(crate) fn clusters(self, g: Geometry) -> (ClusterIndex, ClusterIndex) {
+        (
+            g.host_cluster(self.host),
+            g.host_cluster(self.host + (self.len - 1)),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry() -> Geometry {
+        Geometry::new(16, 4)
+    }
+
+    #[test]
+    fn each_kind_of_standard_entry_is_told_apart() {
+        let g = geometry();
+        let host = HostOffset(0x50000);
+        let cases = [
+            (L2Entry(0), Mapping::Unallocated),
+            (L2Entry(1), Mapping::ZeroPlain),
+            (
+                L2Entry::normal(host),
+                Mapping::Normal { host, copied: true },
+            ),
+            (
+                L2Entry(0x50000),
+                Mapping::Normal {
+                    host,
+                    copied: false,
+                },
+            ),
+            (
+                L2Entry::zero_allocated(host),
+                Mapping::ZeroAllocated { host, copied: true },
+            ),
+        ];
+        for (entry, mapping) in cases {
+            assert_eq!(entry.decode(g, true), Ok(mapping));
+        }
+    }
+
+    #[test]
+    fn entries_that_break_the_specification_are_refused() {
+        let g = geometry();
+        let unaligned = L2Entry(0x50200).decode(g, true);
+        assert_eq!(unaligned, Err(BadEntry::Unaligned(HostOffset(0x50200))));
+        assert_eq!(L2Entry(1).decode(g, false), Err(BadEntry::ZeroInV2));
+        assert_eq!(L2Entry(0x50002).decode(g, true), Err(BadEntry::Reserved(2)));
+        let high = L2Entry(1 << 57 | 0x50000).decode(g, true);
+        assert_eq!(high, Err(BadEntry::Reserved(1 << 57)));
+        assert_eq!(
+            L1Entry(0x50001).checked(g),
+            Err(BadEntry::Reserved(1)),
+            "the zero flag means nothing in an L1 entry"
+        );
+        let copied = L2Entry(COMPRESSED | COPIED | 0x50000).decode(g, true);
+        assert_eq!(copied, Err(BadEntry::Reserved(COPIED)));
+    }
+
+    #[test]
+    fn compressed_descriptors_come_back_with_their_sectors() {
+        for bits in 9..=21 {
+            let g = Geometry::new(bits, 4);
+            for (host, len) in [(0x51234_u64, 300_u64), (0x51200, 512), (0x511ff, 2)] {
+                let stream = Compressed {
+                    host: HostOffset(host),
+                    len,
+                };
+                let Ok(Mapping::Compressed(read)) = L2Entry::compressed(stream, g).decode(g, true)
+                else {
+                    panic!("not compressed at {bits} bits");
+                };
+                assert_eq!(read.host, stream.host);
+                let end = (host + len).next_multiple_of(512);
+                assert_eq!(read.len, end - host, "{bits} bits, {host:#x}+{len}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_stream_knows_the_clusters_that_it_touches() {
+        let g = geometry();
+        let stream = Compressed {
+            host: HostOffset(0x5ff00),
+            len: 0x200,
+        };
+        assert_eq!(stream.clusters(g), (ClusterIndex(5), ClusterIndex(6)));
+    }
+}

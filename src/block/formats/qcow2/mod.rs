@@ -1,0 +1,13 @@
+//! The qcow2 format, versions 2 and 3 (specification: docs/interop/qcow2.rst of QEMU).
+//!
+//! Split by structure and by operation:
+//! * `header`: the header, its extensions and feature bits
+//! * `geometry`: arithmetic of clusters and tables
+//! * `entry`: entries of the tables and what they mean
+
+// The parts land ahead of the operations that use them.
+#![allow(dead_code)]
+
+mod entry;
+mod geometry;
+mod header;

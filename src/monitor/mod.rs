@@ -1,0 +1,21 @@
+//! QMP on sockets: framing, greeting, negotiation, queues, ids and events.
+//!
+//! The monitor does not know what a command does, nor that disks exist. It turns bytes into
+//! [`Request`]s, hands them to a [`Service`] and turns the answers back into bytes.
+//!
+//! ```text
+//!            bytes             Request                     Result<Value, QmpError>
+//!  client ----------> reader ----------> queue of 8 ----> Service::execute -------+
+//!    ^                  |                                                         |
+//!    |                  +--- exec-oob --> Service::execute_oob ---+               |
+//!    |    bounded                                                 v               v
+//!    +----------------------------- outbox <----------------------+---------------+
+//!                                      ^
+//!                                      +------ Events::emit, rate limited, to every session
+//! ```
+
+mod service;
+mod session;
+
+pub use service::{AnswerFuture, CommandInfo, Request, Service};
+pub use session::{Capability, Session, SessionId};

@@ -1,0 +1,231 @@
+#!/usr/bin/env python3
+"""Measures qblockd beside qemu-storage-daemon in the same run and prints ratios.
+
+    cargo build --release && benches/compare.py [snapshot] [nbd] [qmp] [--sizes 64G,256G] [--rounds 3]
+
+Both daemons get the same command line, the same kind of image and the same requests, in turn (A B A B ...), because
+machines drift. Figures are medians; the ratio says how much better qblockd is (above 1: better). Needs qemu-utils and fio.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PROGRAMS = {
+    "qblockd": os.path.join(ROOT, "target", "release", "qblockd"),
+    "QSD": "qemu-storage-daemon",
+}
+
+
+class Qmp:
+    """A raw QMP client: one request, one reply."""
+
+    def __init__(self, path):
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                self.socket = socket.socket(socket.AF_UNIX)
+                self.socket.connect(path)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+        self.reader = self.socket.makefile("rb")
+        self.reader.readline()
+        self.run("qmp_capabilities")
+
+    def run(self, command, **arguments):
+        request = {"execute": command}
+        if arguments:
+            request["arguments"] = {key.replace("_", "-"): value for key, value in arguments.items()}
+        self.socket.sendall(json.dumps(request).encode())
+        while True:
+            reply = json.loads(self.reader.readline())
+            if "return" in reply:
+                return reply["return"]
+            if "error" in reply:
+                raise RuntimeError(f"{command}: {reply['error']}")
+
+
+@contextlib.contextmanager
+def daemon(program, image, directory):
+    """Serves `image` over NBD and QMP; yields (Qmp, NBD URI)."""
+    qmp, nbd = os.path.join(directory, "qmp.sock"), os.path.join(directory, "nbd.sock")
+    process = subprocess.Popen([
+        PROGRAMS[program],
+        "--chardev", f"socket,id=m,path={qmp},server=on,wait=off", "--monitor", "chardev=m",
+        "--blockdev", f"driver=file,filename={image},node-name=file",
+        "--blockdev", "driver=qcow2,file=file,node-name=disk",
+        "--nbd-server", f"addr.type=unix,addr.path={nbd}",
+        "--export", "type=nbd,id=export,node-name=disk,name=disk,writable=on",
+    ])
+    try:
+        client = Qmp(qmp)
+        yield client, f"nbd+unix:///disk?socket={nbd}"
+        client.run("quit")
+        process.wait(60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def table(title, rows, better):
+    """Rows of (name, {program: [figures]}); `better` is 'lower' or 'higher'."""
+    print(f"\n## {title}\n")
+    print("| what | qblockd | QSD | ratio |\n|---|---|---|---|")
+    for name, figures in rows:
+        ours, theirs = (statistics.median(figures[program]) for program in ("qblockd", "QSD"))
+        ratio = theirs / ours if better == "lower" else ours / theirs
+        print(f"| {name} | {ours:.6g} | {theirs:.6g} | {ratio:.2f}x |", flush=True)
+
+
+def create(image, size, *options):
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", *options, image, size], check=True)
+
+
+def bench_snapshot(args, directory):
+    rows = []
+    for size in args.sizes.split(","):
+        figures = {verb: {program: [] for program in PROGRAMS} for verb in ("create", "delete")}
+        stalls = {program: [] for program in PROGRAMS}
+        for _ in range(args.rounds):
+            for program in PROGRAMS:
+                image = os.path.join(directory, "snapshot.qcow2")
+                create(image, size, "-o", "preallocation=metadata")
+                with daemon(program, image, directory) as (qmp, uri), Probe(uri) as probe:
+                    start = time.monotonic()
+                    qmp.run("blockdev-snapshot-internal-sync", device="disk", name="s")
+                    middle = time.monotonic()
+                    qmp.run("blockdev-snapshot-delete-internal-sync", device="disk", name="s")
+                    end = time.monotonic()
+                stalls[program].append(probe.longest)
+                figures["create"][program].append(middle - start)
+                figures["delete"][program].append(end - middle)
+                os.unlink(image)
+        for verb, by_program in figures.items():
+            rows.append((f"{verb}, {size} fully mapped", by_program))
+        rows.append((f"longest 4 KiB read meanwhile, {size}", stalls))
+    table("Internal snapshots, seconds", rows, "lower")
+
+
+class Probe:
+    """Reads 4 KiB over NBD again and again and keeps the longest time it took."""
+
+    def __init__(self, uri):
+        self.path, self.longest, self.stop = uri.split("socket=")[1], 0.0, threading.Event()
+        self.thread = threading.Thread(target=self.loop)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        self.thread.join()
+
+    def loop(self):
+        with socket.socket(socket.AF_UNIX) as nbd:
+            nbd.connect(self.path)
+            take = lambda length: nbd.recv(length, socket.MSG_WAITALL)
+            take(18)
+            # Fixed newstyle without zeroes, then the plain option: no reply but size and flags.
+            nbd.sendall((3).to_bytes(4, "big"))
+            nbd.sendall(b"IHAVEOPT" + (1).to_bytes(4, "big") + (4).to_bytes(4, "big") + b"disk")
+            take(10)
+            request = (0x25609513).to_bytes(4, "big") + bytes(4) + bytes(8) + bytes(8)
+            while not self.stop.is_set():
+                start = time.monotonic()
+                nbd.sendall(request + (4096).to_bytes(4, "big"))
+                take(16 + 4096)
+                self.longest = max(self.longest, time.monotonic() - start)
+                time.sleep(0.001)
+            nbd.sendall((0x25609513).to_bytes(4, "big") + bytes(2) + (2).to_bytes(2, "big") + bytes(20))
+
+
+def fio(uri, mode, depth, seconds):
+    """Operations per second and the 99th percentile in microseconds of 4 KiB requests."""
+    done = subprocess.run([
+        "fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}", f"--rw={mode}", "--bs=4k", f"--iodepth={depth}",
+        "--time_based", f"--runtime={seconds}", "--ramp_time=1", "--size=1g", "--randrepeat=1", "--output-format=json",
+    ], check=True, capture_output=True, text=True)
+    text = done.stdout
+    job = json.loads(text[text.index("{"):])["jobs"][0]["read" if "read" in mode else "write"]
+    return job["iops"], job["clat_ns"]["percentile"]["99.000000"] / 1000
+
+
+def bench_nbd(args, directory):
+    rows, tails = [], []
+    for mode in ("randread", "randwrite"):
+        for depth in (1, 32):
+            iops = {program: [] for program in PROGRAMS}
+            p99 = {program: [] for program in PROGRAMS}
+            for _ in range(args.rounds):
+                for program in PROGRAMS:
+                    image = os.path.join(directory, "nbd.qcow2")
+                    create(image, "1G")
+                    subprocess.run(["qemu-io", "-c", "write -P 7 0 1G", image], check=True, stdout=subprocess.DEVNULL)
+                    os.sync()  # the fill's write-back would otherwise meet the first figures
+                    with daemon(program, image, directory) as (_, uri):
+                        figures = fio(uri, mode, depth, args.seconds)
+                    iops[program].append(figures[0])
+                    p99[program].append(figures[1])
+                    os.unlink(image)
+            rows.append((f"4k {mode}, depth {depth}", iops))
+            tails.append((f"4k {mode}, depth {depth}", p99))
+    for depth in (1, 32):
+        iops = {program: [] for program in PROGRAMS}
+        for _ in range(args.rounds):
+            for program in PROGRAMS:
+                image = os.path.join(directory, "nbd.qcow2")
+                create(image, "1G")
+                with daemon(program, image, directory) as (_, uri):
+                    iops[program].append(fio(uri, "randwrite", depth, args.seconds)[0])
+                os.unlink(image)
+        rows.append((f"4k randwrite, depth {depth}, allocating", iops))
+    table("NBD, operations per second", rows, "higher")
+    table("NBD, 99th percentile in microseconds", tails, "lower")
+
+
+def bench_qmp(args, directory):
+    figures = {program: [] for program in PROGRAMS}
+    for _ in range(args.rounds):
+        for program in PROGRAMS:
+            image = os.path.join(directory, "qmp.qcow2")
+            create(image, "1G")
+            with daemon(program, image, directory) as (qmp, _):
+                count, start = 5000, time.monotonic()
+                for _ in range(count):
+                    qmp.run("query-version")
+                figures[program].append(count / (time.monotonic() - start))
+            os.unlink(image)
+    table("QMP, commands per second", [("query-version, one client", figures)], "higher")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", choices=["snapshot", "nbd", "qmp", []])
+    parser.add_argument("--sizes", default="64G,256G")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=5)
+    args = parser.parse_args()
+    sections = args.sections or ["snapshot", "nbd", "qmp"]
+    version = subprocess.run([PROGRAMS["QSD"], "--version"], check=True, capture_output=True, text=True).stdout
+    print(f"{os.cpu_count()} cores; {version.splitlines()[0]}; {args.rounds} rounds, medians")
+    with tempfile.TemporaryDirectory() as directory:
+        for section in sections:
+            globals()[f"bench_{section}"](args, directory)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,667 @@
+HXCOMM The command table: one entry for each command of qapi-schema.json, and a
+HXCOMM document for it. Between SQMP and EQMP stands the document; its examples
+HXCOMM are run by the tests.
+
+SQMP
+                        Commands of qblockd
+                        -------------------
+
+A client connects, reads the greeting, sends qmp_capabilities, and then any of
+the commands below. Each is one JSON object, and so is each answer; the examples
+are broken into lines for the reader only.
+
+In the examples,
+
+-> is what the client sends
+<- is what the daemon answers
+
+1. Sessions
+===========
+
+EQMP
+
+    {
+        .name       = "qmp_capabilities",
+        .args_type  = "enable:q?",
+        .params     = "[enable]",
+        .help       = "begin the session",
+        .mhandler.cmd_new = qmp_marshal_input_qmp_capabilities,
+    },
+
+SQMP
+qmp_capabilities
+----------------
+
+Begin the session. It must be the first command, and is refused later.
+
+Arguments:
+
+- "enable": capabilities to switch on, of those in the greeting
+  (json-array, optional)
+
+Example:
+
+-> { "execute": "qmp_capabilities" }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "query-version",
+        .args_type  = "",
+        .help       = "show the version",
+        .mhandler.cmd_new = qmp_marshal_input_query_version,
+    },
+
+SQMP
+query-version
+-------------
+
+Tell the version of the protocol and of the program. The greeting says the same.
+
+Return a json-object with:
+
+- "qemu": the version of QEMU whose protocol is spoken (json-object)
+  - "major": first number (json-int)
+  - "minor": second number (json-int)
+  - "micro": third number (json-int)
+- "package": name and version of the program (json-string)
+
+Example:
+
+-> { "execute": "query-version" }
+<- { "return": { "qemu": { "major": 10, "minor": 0, "micro": 2 },
+                 "package": "qblockd 0.1.0" } }
+
+EQMP
+
+    {
+        .name       = "query-commands",
+        .args_type  = "",
+        .help       = "list the commands",
+        .mhandler.cmd_new = qmp_marshal_input_query_commands,
+    },
+
+SQMP
+query-commands
+--------------
+
+List the commands that this session can run.
+
+Return a json-array of json-objects, each with:
+
+- "name": the command (json-string)
+
+Example:
+
+-> { "execute": "query-commands" }
+<- { "return": [ { "name": "query-block" }, { "name": "query-version" } ] }
+
+EQMP
+
+    {
+        .name       = "query-qmp-schema",
+        .args_type  = "",
+        .help       = "show the schema of the protocol",
+        .mhandler.cmd_new = qmp_marshal_input_query_qmp_schema,
+    },
+
+SQMP
+query-qmp-schema
+----------------
+
+Tell which commands and events there are, and the types of their arguments and
+results. A client that wants to know whether a feature is there looks here.
+
+Return a json-array of json-objects, each with at least:
+
+- "name": name of the entity (json-string)
+- "meta-type": what it is (json-string)
+
+Example:
+
+-> { "execute": "query-qmp-schema" }
+<- { "return": [ { "name": "query-status", "meta-type": "command",
+                   "arg-type": "0", "ret-type": "1" },
+                 { "name": "0", "meta-type": "object", "members": [] } ] }
+
+EQMP
+
+    {
+        .name       = "query-status",
+        .args_type  = "",
+        .help       = "show whether the daemon is up",
+        .mhandler.cmd_new = qmp_marshal_input_query_status,
+    },
+
+SQMP
+query-status
+------------
+
+Tell whether the daemon is starting, running or ending.
+
+Return a json-object with:
+
+- "running": true if it is running (json-bool)
+- "status": the state: "prelaunch", "running" or "shutdown" (json-string)
+
+Example:
+
+-> { "execute": "query-status" }
+<- { "return": { "running": true, "status": "running" } }
+
+EQMP
+
+    {
+        .name       = "quit",
+        .args_type  = "",
+        .help       = "end the daemon",
+        .mhandler.cmd_new = qmp_marshal_input_quit,
+    },
+
+SQMP
+quit
+----
+
+End the daemon. Exports are closed and images are flushed first.
+
+Arguments: None.
+
+Example:
+
+-> { "execute": "quit" }
+<- { "return": {} }
+
+2. Drives and nodes
+===================
+
+EQMP
+
+    {
+        .name       = "query-block",
+        .args_type  = "",
+        .help       = "list the drives",
+        .mhandler.cmd_new = qmp_marshal_input_query_block,
+    },
+
+SQMP
+query-block
+-----------
+
+List the drives. Under "inserted" is the root node of each, with its image and
+the image's snapshots.
+
+Return a json-array of json-objects, each with:
+
+- "device": the drive's id (json-string)
+- "type": always "unknown" (json-string)
+- "removable": whether the medium can be taken out (json-bool)
+- "locked": whether the medium is held fast (json-bool)
+- "inserted": the root node, as query-named-block-nodes shows it
+  (json-object, absent without a medium)
+
+Example:
+
+-> { "execute": "query-block" }
+<- { "return": [ {
+        "device": "ide-hd0", "type": "unknown",
+        "removable": false, "locked": false,
+        "inserted": {
+            "file": "disk.qcow2", "node-name": "#block012",
+            "ro": false, "drv": "qcow2", "backing_file_depth": 0,
+            "active": true, "encrypted": false, "detect_zeroes": "off",
+            "bps": 0, "bps_rd": 0, "bps_wr": 0,
+            "iops": 0, "iops_rd": 0, "iops_wr": 0,
+            "cache": { "writeback": true, "direct": false,
+                       "no-flush": false },
+            "write_threshold": 0,
+            "image": {
+                "filename": "disk.qcow2", "format": "qcow2",
+                "virtual-size": 1073741824, "actual-size": 2166784,
+                "cluster-size": 65536, "dirty-flag": false,
+                "snapshots": [
+                    { "id": "1", "name": "monday", "vm-state-size": 0,
+                      "date-sec": 1763758800, "date-nsec": 250000000,
+                      "vm-clock-sec": 0, "vm-clock-nsec": 0 } ] } } } ] }
+
+EQMP
+
+    {
+        .name       = "query-named-block-nodes",
+        .args_type  = "flat:b?",
+        .params     = "[flat]",
+        .help       = "list the nodes",
+        .mhandler.cmd_new = qmp_marshal_input_query_named_block_nodes,
+    },
+
+SQMP
+query-named-block-nodes
+-----------------------
+
+List all nodes, also those whose names were made up.
+
+Arguments:
+
+- "flat": leave out "backing-image" of each image (json-bool, optional)
+
+Return a json-array of json-objects; query-block's example shows one under
+"inserted".
+
+Example:
+
+-> { "execute": "query-named-block-nodes", "arguments": { "flat": true } }
+<- { "return": [ {
+        "file": "disk.raw", "node-name": "disk-file",
+        "ro": false, "drv": "file", "backing_file_depth": 0,
+        "active": true, "encrypted": false, "detect_zeroes": "off",
+        "bps": 0, "bps_rd": 0, "bps_wr": 0,
+        "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "cache": { "writeback": true, "direct": false, "no-flush": false },
+        "write_threshold": 0,
+        "image": { "filename": "disk.raw", "format": "file",
+                   "virtual-size": 1073741824, "actual-size": 4096,
+                   "dirty-flag": false } } ] }
+
+EQMP
+
+    {
+        .name       = "blockdev-add",
+        .args_type  = "options:O",
+        .params     = "driver [node-name] [options]",
+        .help       = "make a node",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_add,
+    },
+
+SQMP
+blockdev-add
+------------
+
+Make a node, with the nodes below it. If anything fails, none of them is left.
+
+Arguments:
+
+- "driver": "file", "null-co", "qcow2" or "raw" (json-string)
+- "node-name": the node's name (json-string, optional)
+- all options of the driver; a node below is given by its name or by its options
+
+Examples:
+
+-> { "execute": "blockdev-add",
+     "arguments": { "driver": "qcow2", "node-name": "disk0",
+                    "file": { "driver": "file",
+                              "filename": "disk.qcow2" } } }
+<- { "return": {} }
+
+A node on top of one that exists:
+
+-> { "execute": "blockdev-add",
+     "arguments": { "driver": "raw", "node-name": "window",
+                    "offset": 1048576, "file": "disk-file" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "blockdev-del",
+        .args_type  = "node-name:s",
+        .params     = "node-name",
+        .help       = "take away a node",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_del,
+    },
+
+SQMP
+blockdev-del
+------------
+
+Take away a node that nobody uses. Its image is flushed and closed.
+
+Arguments:
+
+- "node-name": the node (json-string)
+
+Example:
+
+-> { "execute": "blockdev-del", "arguments": { "node-name": "disk0" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block_resize",
+        .args_type  = "device:B?,node-name:s?,size:o",
+        .params     = "[device] [node-name] size",
+        .help       = "change the size of an image",
+        .mhandler.cmd_new = qmp_marshal_input_block_resize,
+    },
+
+SQMP
+block_resize
+------------
+
+Change the size of an image while it is in use.
+
+Arguments:
+
+- "device": the drive (json-string, optional)
+- "node-name": the node (json-string, optional)
+- "size": the new size in bytes (json-int)
+
+Exactly one of "device" and "node-name" must be given.
+
+Example:
+
+-> { "execute": "block_resize",
+     "arguments": { "device": "ide-hd0", "size": 2147483648 } }
+<- { "return": {} }
+
+3. Snapshots
+============
+
+EQMP
+
+    {
+        .name       = "blockdev-snapshot-internal-sync",
+        .args_type  = "device:B,name:s",
+        .params     = "device name",
+        .help       = "take a snapshot inside the image",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_snapshot_internal_sync,
+    },
+
+SQMP
+blockdev-snapshot-internal-sync
+-------------------------------
+
+Take a snapshot inside the image. It is on stable storage when the answer comes.
+
+Arguments:
+
+- "device": the drive or node (json-string)
+- "name": name of the snapshot, new in the image (json-string)
+
+Example:
+
+-> { "execute": "blockdev-snapshot-internal-sync",
+     "arguments": { "device": "ide-hd0", "name": "monday" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "blockdev-snapshot-delete-internal-sync",
+        .args_type  = "device:B,id:s?,name:s?",
+        .params     = "device [id] [name]",
+        .help       = "delete a snapshot inside the image",
+        .mhandler.cmd_new =
+            qmp_marshal_input_blockdev_snapshot_delete_internal_sync,
+    },
+
+SQMP
+blockdev-snapshot-delete-internal-sync
+--------------------------------------
+
+Delete a snapshot inside the image. If both "id" and "name" are given, one
+snapshot must match both; at least one must be given.
+
+Arguments:
+
+- "device": the drive or node (json-string)
+- "id": the snapshot's id (json-string, optional)
+- "name": the snapshot's name (json-string, optional)
+
+Return a json-object that says what was deleted:
+
+- "id": its id (json-string)
+- "name": its name (json-string)
+- "vm-state-size": bytes of machine state that it held (json-int)
+- "date-sec": when it was taken, seconds since 1970 (json-int)
+- "date-nsec": nanoseconds of that second (json-int)
+- "vm-clock-sec": the guest's clock at that time (json-int)
+- "vm-clock-nsec": nanoseconds of that second (json-int)
+
+Example:
+
+-> { "execute": "blockdev-snapshot-delete-internal-sync",
+     "arguments": { "device": "ide-hd0", "name": "monday" } }
+<- { "return": { "id": "1", "name": "monday", "vm-state-size": 0,
+                 "date-sec": 1763758800, "date-nsec": 250000000,
+                 "vm-clock-sec": 0, "vm-clock-nsec": 0 } }
+
+EQMP
+
+    {
+        .name       = "transaction",
+        .args_type  = "actions:q,properties:q?",
+        .params     = "actions [properties]",
+        .help       = "carry out several actions, all or none",
+        .mhandler.cmd_new = qmp_marshal_input_transaction,
+    },
+
+SQMP
+transaction
+-----------
+
+Carry out several actions as one. If one of them fails, those before it are
+undone in reverse order, and its error is the answer.
+
+Arguments:
+
+- "actions": the actions (json-array of json-objects), each with:
+  - "type": "blockdev-snapshot-internal-sync", or "abort", which always fails
+    (json-string)
+  - "data": the arguments of the command of that name (json-object)
+- "properties": what holds for the transaction (json-object, optional)
+  - "completion-mode": only "individual" (json-string, optional)
+
+Example:
+
+-> { "execute": "transaction",
+     "arguments": { "actions": [
+         { "type": "blockdev-snapshot-internal-sync",
+           "data": { "device": "ide-hd0", "name": "tuesday" } },
+         { "type": "blockdev-snapshot-internal-sync",
+           "data": { "device": "ide-hd1", "name": "tuesday" } } ] } }
+<- { "return": {} }
+
+4. Exports
+==========
+
+EQMP
+
+    {
+        .name       = "nbd-server-start",
+        .args_type  = "addr:q,max-connections:i?",
+        .params     = "addr [max-connections]",
+        .help       = "start the NBD server",
+        .mhandler.cmd_new = qmp_marshal_input_nbd_server_start,
+    },
+
+SQMP
+nbd-server-start
+----------------
+
+Start the NBD server.
+
+Arguments:
+
+- "addr": where it listens (json-object)
+  - "type": "inet" or "unix" (json-string)
+  - "data": "host" and "port", or "path" (json-object)
+- "max-connections": how many clients at a time, 0 for no limit
+  (json-int, optional)
+
+Example:
+
+-> { "execute": "nbd-server-start",
+     "arguments": { "addr": { "type": "unix",
+                              "data": { "path": "nbd.sock" } } } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "nbd-server-stop",
+        .args_type  = "",
+        .help       = "stop the NBD server and take away its exports",
+        .mhandler.cmd_new = qmp_marshal_input_nbd_server_stop,
+    },
+
+SQMP
+nbd-server-stop
+---------------
+
+Stop the NBD server. Its exports go, and its clients are cut off.
+
+Arguments: None.
+
+Example:
+
+-> { "execute": "nbd-server-stop" }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "nbd-server-add",
+        .args_type  = "name:s?,description:s?,device:B,writable:b?",
+        .params     = "device [name] [description] [writable]",
+        .help       = "export a drive or node through the NBD server",
+        .mhandler.cmd_new = qmp_marshal_input_nbd_server_add,
+    },
+
+SQMP
+nbd-server-add
+--------------
+
+Export a drive or node through the NBD server. New clients use block-export-add.
+
+Arguments:
+
+- "device": the drive or node (json-string)
+- "name": what NBD clients ask for (json-string, optional, default: "device")
+- "description": a text for people (json-string, optional)
+- "writable": whether clients may write (json-bool, optional, default: false)
+
+Example:
+
+-> { "execute": "nbd-server-add",
+     "arguments": { "device": "ide-hd0", "writable": true } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "nbd-server-remove",
+        .args_type  = "name:s,mode:s?",
+        .params     = "name [mode]",
+        .help       = "take away an NBD export",
+        .mhandler.cmd_new = qmp_marshal_input_nbd_server_remove,
+    },
+
+SQMP
+nbd-server-remove
+-----------------
+
+Take away an NBD export. New clients use block-export-del.
+
+Arguments:
+
+- "name": what NBD clients ask for (json-string)
+- "mode": "safe" refuses while a client is connected, "hard" cuts clients off
+  (json-string, optional, default: "safe")
+
+Example:
+
+-> { "execute": "nbd-server-remove",
+     "arguments": { "name": "ide-hd0", "mode": "hard" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-export-add",
+        .args_type  = "options:O",
+        .params     = "type id node-name [writable] [options]",
+        .help       = "export a node",
+        .mhandler.cmd_new = qmp_marshal_input_block_export_add,
+    },
+
+SQMP
+block-export-add
+----------------
+
+Export a node.
+
+Arguments:
+
+- "type": "nbd" (json-string)
+- "id": id of the export (json-string)
+- "node-name": the node (json-string)
+- "writable": whether clients may write (json-bool, optional, default: false)
+- "name": what NBD clients ask for (json-string, optional, default: the node's
+  name)
+- "description": a text for people (json-string, optional)
+
+Example:
+
+-> { "execute": "block-export-add",
+     "arguments": { "type": "nbd", "id": "export0", "node-name": "disk0",
+                    "writable": true } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-export-del",
+        .args_type  = "id:s,mode:s?",
+        .params     = "id [mode]",
+        .help       = "take away an export",
+        .mhandler.cmd_new = qmp_marshal_input_block_export_del,
+    },
+
+SQMP
+block-export-del
+----------------
+
+Take away an export. The event BLOCK_EXPORT_DELETED tells when it is gone.
+
+Arguments:
+
+- "id": the export (json-string)
+- "mode": "safe" refuses while a client is connected, "hard" cuts clients off
+  (json-string, optional, default: "safe")
+
+Example:
+
+-> { "execute": "block-export-del",
+     "arguments": { "id": "export0", "mode": "hard" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "query-block-exports",
+        .args_type  = "",
+        .help       = "list the exports",
+        .mhandler.cmd_new = qmp_marshal_input_query_block_exports,
+    },
+
+SQMP
+query-block-exports
+-------------------
+
+List the exports.
+
+Return a json-array of json-objects, each with:
+
+- "id": its id (json-string)
+- "type": its type (json-string)
+- "node-name": the node (json-string)
+- "shutting-down": whether it is being taken away (json-bool)
+
+Example:
+
+-> { "execute": "query-block-exports" }
+<- { "return": [ { "id": "export0", "type": "nbd", "node-name": "disk0",
+                   "shutting-down": false } ] }
+
+EQMP

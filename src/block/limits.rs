@@ -32,6 +32,12 @@ pub const QCOW2_MAX_REFTABLE_BYTES: u64 = 8 << 20;
 /// qcow2: most internal snapshots. QEMU's bound.
 pub const QCOW2_MAX_SNAPSHOTS: u32 = 65536;
 
+/// qcow2: largest snapshot table in bytes. QEMU's bound.
+pub const QCOW2_MAX_SNAPSHOT_TABLE_BYTES: u64 = 64 << 20;
+
+/// qcow2: most bytes of extra data of a snapshot. QEMU's bound.
+pub const QCOW2_MAX_SNAPSHOT_EXTRA_BYTES: u32 = 1024;
+
 /// qcow2: longest backing file name in bytes. The specification's bound.
 pub const QCOW2_MAX_BACKING_NAME: u32 = 1023;
 

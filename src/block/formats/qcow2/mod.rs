@@ -4,10 +4,18 @@
 //! * `header`: the header, its extensions and feature bits
 //! * `geometry`: arithmetic of clusters and tables
 //! * `entry`: entries of the tables and what they mean
+//! * `counters`: refcounts in their blocks, one by one and in runs
+//! * `create`: new images
+//! * `snapshot`: internal snapshots
 
 // The parts land ahead of the operations that use them.
 #![allow(dead_code)]
 
+mod counters;
+pub mod create;
 mod entry;
 mod geometry;
 mod header;
+mod snapshot;
+#[cfg(test)]
+mod testing;

@@ -1,0 +1,5 @@
+//! Internal snapshots.
+//!
+//! * `table`: the snapshot table
+
+mod table;

@@ -2,9 +2,11 @@
 //!
 //! * [`error`]: what a command answers when it fails
 //! * [`dispatch`]: the shape of the command table
+//! * [`json`]: the reader and the writer of the wire
 
 pub mod dispatch;
 pub mod error;
+pub mod json;
 
 pub use error::{ErrorClass, QmpError};
 

@@ -1,3 +1,5 @@
 //! x
 
+pub mod exports;
+pub mod limits;
 pub mod monitor;

@@ -1,0 +1,333 @@
+//! The server: listeners, connections and exports.
+//!
+//! One task accepts; it owns a task per connection, which does the handshake and then the transmission. `stop` ends
+//! the first, which ends the others when they have answered what is in flight. Nothing else is spawned.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use block::driver::Requests;
+use block::error::{Error, ErrorKind, Result};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::{mpsc, watch};
+use tokio::task::{AbortHandle, JoinSet};
+
+use super::listen::{ListenAddress, Listener, Stream};
+use super::negotiate::{Negotiated, Offer, negotiate};
+use super::registry::{NbdExportOptions, Registry};
+use super::session::serve;
+use crate::exports::{ExportEvent, ExportInfo, RemoveMode};
+use crate::limits;
+
+/// How a server is set up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NbdServerOptions {
+    /// Where it listens; at least one.
+    pub addresses: Vec<ListenAddress>,
+    /// Connections at a time; more wait to be accepted. `None` for no limit.
+    pub max_connections: Option<usize>,
+    /// How long a client may take to choose an export. `None` for no limit.
+    pub handshake_timeout: Option<Duration>,
+}
+
+impl NbdServerOptions {
+    /// A server with the usual limits.
+    pub fn new(addresses: Vec<ListenAddress>) -> Self {
+        NbdServerOptions {
+            addresses,
+            max_connections: Some(limits::NBD_MAX_CONNECTIONS),
+            handshake_timeout: Some(limits::NBD_HANDSHAKE_TIMEOUT),
+        }
+    }
+}
+
+/// A running NBD server. Dropping it ends its connections at once, without answering what is in flight.
+pub struct NbdServer {
+    registry: Arc<Registry>,
+    addresses: Vec<ListenAddress>,
+    stop: watch::Sender<bool>,
+    /// The accepting task.
+    accepting: JoinSet<()>,
+}
+
+impl NbdServer {
+    /// Listens and begins to accept, on the runtime that it is called in. `events` is told of exports that are gone.
+    ///
+    /// Fails when an address cannot be listened at; nothing is left behind then.
+    pub async fn start(
+        options: NbdServerOptions,
+        events: mpsc::UnboundedSender<ExportEvent>,
+    ) -> Result<NbdServer> {
+        let mut listeners = Vec::new();
+        for address in &options.addresses {
+            listeners.extend(Listener::bind(address).await?);
+        }
+        if listeners.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "An NBD server needs an address to listen at",
+            ));
+        }
+        let registry = Arc::new(Registry::new(events));
+        let stop = watch::Sender::new(false);
+        let mut addresses: Vec<_> = listeners
+            .iter()
+            .map(|each| each.address().clone())
+            .collect();
+        addresses.dedup();
+        let acceptor = Acceptor {
+            listeners,
+            next: 0,
+            shared: Arc::new(Shared {
+                registry: registry.clone(),
+                handshake_timeout: options.handshake_timeout,
+                offer: Offer {
+                    multi_conn: options.max_connections != Some(1),
+                },
+                half_open: Mutex::default(),
+            }),
+            most: options.max_connections.unwrap_or(usize::MAX).max(1),
+            connections: JoinSet::new(),
+            stop: stop.subscribe(),
+        };
+        let mut accepting = JoinSet::new();
+        accepting.spawn(acceptor.run());
+        Ok(NbdServer {
+            registry,
+            addresses,
+            stop,
+            accepting,
+        })
+    }
+
+    /// Where it listens, with the ports that it really has.
+    pub fn addresses(&self) -> &[ListenAddress] {
+        &self.addresses
+    }
+
+    /// Adds an export of `node`. Clients find it at once.
+    pub fn add(&self, options: NbdExportOptions, node: Arc<dyn Requests>) -> Result<()> {
+        self.registry.add(options, node)
+    }
+
+    /// Removes the export with this id. `ExportEvent::Closed` follows when its last client is gone, which after a safe
+    /// removal, that is refused while there are clients, has been sent when this returns.
+    pub fn remove(&self, id: &str, mode: RemoveMode) -> Result<()> {
+        self.registry.remove(id, mode)
+    }
+
+    /// The id of the export that clients know as `name`.
+    pub fn id_of_name(&self, name: &str) -> Result<String> {
+        self.registry.id_of_name(name)
+    }
+
+    /// All exports, the newest first.
+    pub fn exports(&self) -> Vec<ExportInfo> {
+        self.registry.list()
+    }
+
+    /// Ends listening, then the exports and connections. When it is done every request that was started has been
+    /// answered, and `ExportEvent::Closed` has been sent for every export.
+    ///
+    /// # Cancellation
+    /// Dropping the future drops the server.
+    pub async fn stop(mut self) {
+        self.stop.send_replace(true);
+        self.registry.remove_all();
+        while let Some(ended) = self.accepting.join_next().await {
+            report_panic(ended);
+        }
+    }
+}
+
+/// Tasks fail by panicking only, and the others go on.
+fn report_panic(ended: std::result::Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        log::error!("NBD: a connection failed: {error}");
+    }
+}
+
+/// What all connections of a server use.
+struct Shared {
+    registry: Arc<Registry>,
+    handshake_timeout: Option<Duration>,
+    offer: Offer,
+    /// Connections in their handshake, the oldest first.
+    half_open: Mutex<HalfOpen>,
+}
+
+#[derive(Default)]
+struct HalfOpen {
+    next: u64,
+    connections: VecDeque<(u64, AbortHandle)>,
+}
+
+impl Shared {
+    fn half_open(&self) -> MutexGuard<'_, HalfOpen> {
+        self.half_open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The accepting task.
+struct Acceptor {
+    listeners: Vec<Listener>,
+    /// The listener to ask first, so that none starves the others.
+    next: usize,
+    shared: Arc<Shared>,
+    most: usize,
+    connections: JoinSet<()>,
+    stop: watch::Receiver<bool>,
+}
+
+impl Acceptor {
+    async fn run(mut self) {
+        let mut stop = self.stop.clone();
+        loop {
+            let has_room = self.connections.len() < self.most;
+            tokio::select! {
+                biased;
+                () = raised(&mut stop) => break,
+                Some(ended) = self.connections.join_next() => report_panic(ended),
+                accepted = poll_fn(|cx| poll_accept(&self.listeners, &mut self.next, cx)),
+                    if has_room => self.accepted(accepted).await,
+            }
+        }
+        // No further connections, and the sockets' files are gone, before the old ones end.
+        self.listeners.clear();
+        while let Some(ended) = self.connections.join_next().await {
+            report_panic(ended);
+        }
+    }
+
+    async fn accepted(&mut self, accepted: io::Result<Stream>) {
+        match accepted {
+            Ok(stream) => self.spawn(stream),
+            Err(error) => {
+                // Most likely too many open files. Trying again at once would only burn a core.
+                log::warn!("NBD: could not accept a connection: {error}");
+                tokio::time::sleep(limits::NBD_ACCEPT_PAUSE).await;
+            }
+        }
+    }
+
+    fn spawn(&mut self, stream: Stream) {
+        let shared = self.shared.clone();
+        let mut half_open = self.shared.half_open();
+        let id = half_open.next;
+        half_open.next += 1;
+        let stop = self.stop.clone();
+        let task = match stream {
+            Stream::Unix(socket) => self.connections.spawn(connection(socket, id, shared, stop)),
+            Stream::Tcp(socket) => {
+                prepare_tcp(&socket);
+                self.connections.spawn(connection(socket, id, shared, stop))
+            }
+        };
+        half_open.connections.push_back((id, task));
+        // Whoever opens connections without using them pushes out their own first.
+        if half_open.connections.len() > limits::NBD_MAX_HALF_OPEN
+            && let Some((_, oldest)) = half_open.connections.pop_front()
+        {
+            log::warn!("NBD: too many connections in their handshake, dropping the oldest");
+            oldest.abort();
+        }
+    }
+}
+
+fn poll_accept(
+    listeners: &[Listener],
+    next: &mut usize,
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<Stream>> {
+    for turn in 0..listeners.len() {
+        let at = (*next + turn) % listeners.len();
+        if let Poll::Ready(accepted) = listeners[at].poll_accept(cx) {
+            *next = at + 1;
+            return Poll::Ready(accepted);
+        }
+    }
+    Poll::Pending
+}
+
+/// Requests and replies are small and answers to each other: they must not wait for more to send. A peer that is gone
+/// without a word is noticed in the end.
+fn prepare_tcp(socket: &tokio::net::TcpStream) {
+    let prepared = socket
+        .set_nodelay(true)
+        .and_then(|()| Ok(rustix::net::sockopt::set_socket_keepalive(socket, true)?));
+    if let Err(error) = prepared {
+        log::debug!("NBD: could not set socket options: {error}");
+    }
+}
+
+/// Waits until a flag is true, or until nobody is left who could set it.
+async fn raised(flag: &mut watch::Receiver<bool>) {
+    let _ = flag.wait_for(|raised| *raised).await;
+}
+
+/// One connection from its greeting to its end.
+async fn connection<S>(mut socket: S, id: u64, shared: Arc<Shared>, mut stop: watch::Receiver<bool>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let negotiated = tokio::select! {
+        () = raised(&mut stop) => return,
+        negotiated = negotiate_in_time(&mut socket, &shared) => negotiated,
+    };
+    {
+        let mut half_open = shared.half_open();
+        let Some(at) = half_open
+            .connections
+            .iter()
+            .position(|(each, _)| *each == id)
+        else {
+            // Pushed out at this very moment.
+            return;
+        };
+        half_open.connections.remove(at);
+    }
+    let Negotiated {
+        export,
+        terms,
+        early,
+    } = match negotiated {
+        Ok(Some(negotiated)) => negotiated,
+        Ok(None) => return,
+        Err(error) => {
+            log::debug!("NBD: handshake failed: {error}");
+            return;
+        }
+    };
+    let node = export.node();
+    let mut closing = export.closing();
+    if let Err(error) = serve(socket, early, terms, &*node, raised(&mut closing)).await {
+        log::debug!(
+            "NBD: connection to '{}' closed: {error}",
+            export.options().name
+        );
+    }
+    // The export's event may be sent by what follows, and no reference may be left then.
+    drop(node);
+    drop(export);
+}
+
+async fn negotiate_in_time<S>(socket: &mut S, shared: &Shared) -> io::Result<Option<Negotiated>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let handshake = negotiate(socket, &shared.registry, shared.offer);
+    match shared.handshake_timeout {
+        Some(limit) => tokio::time::timeout(limit, handshake)
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+        None => handshake.await,
+    }
+}

@@ -1,0 +1,58 @@
+//! Every limit of the daemon, with the reason for its value. Those of the engine are in `block::limits`.
+
+use std::time::Duration;
+
+// The NBD server.
+
+/// Payload of one request. The protocol's default, which clients rely on without asking, and what QEMU offers.
+pub const NBD_MAX_PAYLOAD: u32 = 32 << 20;
+
+/// Requests under way per connection. Clients keep 16 to 64 in flight; more would only wait in another queue.
+pub const NBD_MAX_IN_FLIGHT: usize = 128;
+
+/// Payload under way per connection, replies that wait for the socket included: one of the largest requests, or many
+/// usual ones.
+pub const NBD_MAX_IN_FLIGHT_BYTES: u64 = NBD_MAX_PAYLOAD as u64;
+
+/// Replies that are collected before they are sent. Larger batches save no calls worth having and delay the first reply.
+pub const NBD_OUTPUT_BATCH_BYTES: u64 = 256 << 10;
+
+/// As before, in pieces (headers, payload segments): bounds the queue of a client that does not read its replies.
+pub const NBD_OUTPUT_BATCH_PIECES: usize = 64;
+
+/// What a connection reads at once: some 15 writes of 4 KiB. A payload of more than half of it gets its own memory.
+pub const NBD_READ_BUFFER: usize = 64 << 10;
+
+/// Rounds of parsing, sending and reading before a busy connection lets others run on its thread.
+pub const NBD_STEPS_PER_POLL: usize = 16;
+
+/// Descriptors in a reply to NBD_CMD_BLOCK_STATUS, and looks at the node for one: 32 KiB of reply, and milliseconds of
+/// work where each look needs metadata from disk. Clients ask again for the rest.
+pub const NBD_MAX_EXTENTS: usize = 4096;
+
+/// The shortest zero run that is sent as a hole instead of as bytes.
+pub const NBD_MIN_HOLE: u64 = 4096;
+
+/// Data of an option that is decoded: the longest sensible one, with room for some metadata queries.
+pub const NBD_MAX_OPTION: usize = 64 << 10;
+
+/// Data of an option that is read and thrown away, to answer with an error. Behind it the connection is closed.
+pub const NBD_MAX_DRAINED_OPTION: usize = 1 << 20;
+
+/// What a handshake reads at once: a few options.
+pub const NBD_HANDSHAKE_READ: usize = 4096;
+
+/// How long a client may take to choose an export; QEMU's default of `handshake-max-seconds`.
+pub const NBD_HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Connections in their handshake. Further ones push out the oldest, so that idle strangers lock nobody out.
+pub const NBD_MAX_HALF_OPEN: usize = 64;
+
+/// Connections of one server; QEMU's default of `max-connections`.
+pub const NBD_MAX_CONNECTIONS: usize = 100;
+
+/// How long the client of an export that is removed may take to receive the replies that it is owed.
+pub const NBD_CLOSE_GRACE: Duration = Duration::from_secs(1);
+
+/// The pause after a connection could not be accepted.
+pub const NBD_ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -56,3 +56,9 @@ pub const QCOW2_REFCOUNT_CACHE_BYTES: u64 = 32 << 20;
 
 /// qcow2: end of what table entries can address (bits 9 to 55).
 pub const QCOW2_MAX_HOST_OFFSET: u64 = 1 << 56;
+/// Threads of the pool for blocking calls, as many as QEMU's: more only queue up in the kernel.
+pub const MAX_POOL_THREADS: usize = 64;
+
+/// Operations that a ring has in the kernel at once; what is beyond waits in its queue. Bounds the memory of
+/// completions, and is far above what a disk needs to be busy.
+pub const MAX_RING_IN_FLIGHT: usize = 1024;

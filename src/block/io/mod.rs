@@ -1,7 +1,32 @@
 //! Buffers and engines for bytes: the only module with `unsafe`.
 //!
-//! * `data`: request payloads as segments of shared bytes and known zeroes
+//! * [`Data`]: request payloads as segments of shared bytes and known zeroes
+//! * [`IoContext`]: the threads and rings that run blocking system calls, and [`HostFile`], a file on them
+//! * [`Gate`]: in-flight accounting that can be closed and drained
+//! * [`RangeLock`]: mutual exclusion by byte range
+//!
+//! ```text
+//!   HostFile ── read that hits the page cache: preadv2(RWF_NOWAIT) on the calling task
+//!      │
+//!      └─ what would block ── Operation ──> Ring thread (io_uring) or Pool (threads)
+//! ```
+//! An operation owns its file and its memory until the kernel is done with both, whoever still waits for it.
+#![allow(unsafe_code)]
 
+mod buffer;
+mod context;
 mod data;
+mod gate;
+mod host_file;
+mod operation;
+mod pool;
+mod range_lock;
+mod ring;
+mod sys;
 
+pub use context::IoContext;
 pub use data::{Data, Segment};
+pub use gate::{Closed, Entered, Gate};
+pub(crate) use host_file::{Extent, FileKind, HostFile, OpenMode, is_unsupported};
+pub use range_lock::{Access, RangeGuard, RangeLock};
+pub(crate) use sys::LockKind;

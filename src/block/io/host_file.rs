@@ -1,0 +1,359 @@
+//! A file or block device of the host, with asynchronous operations on it.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+
+use super::buffer::Buffer;
+use super::context::{EngineKind, IoContext};
+use super::data::{Data, Segment};
+use super::operation::{Operation, Progress, Work};
+use super::sys::{self, LockKind};
+use crate::limits::MAX_ALIGNMENT;
+
+/// How a file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct OpenMode {
+    /// For writing too.
+    pub(crate) writable: bool,
+    /// Past the page cache.
+    pub(crate) direct: bool,
+    /// What would block is run by io_uring where the kernel has it, else by threads.
+    pub(crate) ring: bool,
+}
+
+/// What was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FileKind {
+    /// A regular file.
+    Regular,
+    /// A block device.
+    BlockDevice,
+}
+
+/// A run of bytes that are all stored or all not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Extent {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) data: bool,
+}
+
+/// An open file.
+///
+/// All methods may be called from many tasks at once. Cancellation: a system call that has begun runs to its
+/// end; it keeps its memory and the file until then.
+#[derive(Debug)]
+pub(crate) struct HostFile {
+    file: Arc<OwnedFd>,
+    context: IoContext,
+    engine: EngineKind,
+    kind: FileKind,
+    /// What offsets and lengths are multiples of, and memory addresses; 1 for buffered I/O.
+    alignment: u32,
+    memory_alignment: u32,
+    /// Whether the kernel can tell for this file what would block.
+    nowait_reads: AtomicBool,
+    nowait_writes: AtomicBool,
+}
+
+impl HostFile {
+    /// Opens a regular file or block device. Anything else is `InvalidInput`.
+    pub(crate) async fn open(context: &IoContext, path: &str, mode: OpenMode) -> io::Result<Self> {
+        let path = path.to_owned();
+        let (file, facts) = context.call(move || open_file(&path, mode)).await?;
+        Ok(HostFile {
+            file: Arc::new(file),
+            context: context.clone(),
+            engine: if mode.ring {
+                EngineKind::Ring
+            } else {
+                EngineKind::Threads
+            },
+            kind: facts.kind,
+            alignment: facts.alignment,
+            memory_alignment: facts.memory_alignment,
+            // A direct read waits for the disk even when asked not to block.
+            nowait_reads: AtomicBool::new(!mode.direct),
+            nowait_writes: AtomicBool::new(!mode.direct),
+        })
+    }
+
+    /// What it is.
+    pub(crate) fn kind(&self) -> FileKind {
+        self.kind
+    }
+
+    /// What offsets and lengths of reads and writes must be multiples of.
+    pub(crate) fn alignment(&self) -> u32 {
+        self.alignment
+    }
+
+    /// The present size in bytes. Does not block on I/O.
+    pub(crate) fn size(&self) -> io::Result<u64> {
+        // The position is not used otherwise, so moving it harms nobody.
+        Ok(rustix::fs::seek(&*self.file, SeekFrom::End(0))?)
+    }
+
+    /// Bytes of host storage in use. Does not block on I/O.
+    pub(crate) fn allocated(&self) -> io::Result<u64> {
+        let stat = rustix::fs::fstat(&*self.file)?;
+        Ok(u64::try_from(stat.st_blocks).unwrap_or(0) * 512)
+    }
+
+    /// Reads `len` bytes; those behind the end of the file are zeroes.
+    pub(crate) async fn read(&self, offset: u64, len: u64) -> io::Result<Bytes> {
+        let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let work = Work::Read {
+            offset,
+            buffer: Buffer::new(len, self.memory_alignment as usize)?,
+            alignment: self.alignment as usize,
+        };
+        match self.transfer(work, &self.nowait_reads).await? {
+            Work::Read { buffer, .. } => Ok(buffer.freeze()),
+            _ => unreachable!("a read came back as something else"),
+        }
+    }
+
+    /// Writes all of `data`, durably (as by `fdatasync`) if asked.
+    pub(crate) async fn write(&self, offset: u64, data: Data, durable: bool) -> io::Result<()> {
+        let work = Work::Write {
+            offset,
+            data: self.fit_memory(data)?,
+            done: 0,
+            durable,
+        };
+        // A durable write waits for the disk in any case.
+        let nowait = if durable {
+            &AtomicBool::new(false)
+        } else {
+            &self.nowait_writes
+        };
+        self.transfer(work, nowait).await.map(|_| ())
+    }
+
+    /// Makes everything written so far durable.
+    pub(crate) async fn sync(&self) -> io::Result<()> {
+        self.run(Work::Sync).await.map(|_| ())
+    }
+
+    /// Frees a range, which reads as zeroes then; the size stays.
+    pub(crate) async fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        self.fallocate(mode, offset, len).await
+    }
+
+    /// Makes a range read as zeroes and keeps space for it; the file grows if the range lies behind its end.
+    pub(crate) async fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.fallocate(FallocateFlags::ZERO_RANGE, offset, len)
+            .await
+    }
+
+    /// Reserves space for a range; bytes that were there stay. The file grows if needed.
+    pub(crate) async fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.fallocate(FallocateFlags::empty(), offset, len).await
+    }
+
+    /// Sets the size.
+    pub(crate) async fn truncate(&self, size: u64) -> io::Result<()> {
+        let file = self.file.clone();
+        self.context
+            .call(move || Ok(rustix::fs::ftruncate(&*file, size)?))
+            .await
+    }
+
+    /// Tells a block device that a range is not needed.
+    pub(crate) async fn device_discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let file = self.file.clone();
+        self.context
+            .call(move || sys::block_discard(file.as_fd(), offset, len))
+            .await
+    }
+
+    /// Zeroes a range of a block device, by writing if need be.
+    pub(crate) async fn device_zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        let file = self.file.clone();
+        self.context
+            .call(move || sys::block_zero(file.as_fd(), offset, len))
+            .await
+    }
+
+    /// The extent that `offset` lies in. Where the file system cannot tell, all is data.
+    pub(crate) async fn extent_at(&self, offset: u64) -> io::Result<Extent> {
+        let file = self.file.clone();
+        self.context.call(move || find_extent(&file, offset)).await
+    }
+
+    /// Takes or gives up an open-file-description lock on one byte, without waiting.
+    pub(crate) fn lock_byte(&self, byte: u64, kind: LockKind) -> io::Result<()> {
+        sys::lock_byte(self.file.as_fd(), byte, kind)
+    }
+
+    /// Whether another open file description has a lock on this byte.
+    pub(crate) fn byte_is_locked(&self, byte: u64) -> io::Result<bool> {
+        sys::byte_is_locked(self.file.as_fd(), byte, LockKind::Exclusive)
+    }
+
+    async fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        let work = Work::Allocate {
+            mode: mode.bits() as i32,
+            offset,
+            len,
+        };
+        self.run(work).await.map(|_| ())
+    }
+
+    /// Runs inline what the page cache can serve, and the rest by the engine.
+    async fn transfer(&self, work: Work, nowait: &AtomicBool) -> io::Result<Work> {
+        let mut operation = Operation::new(self.file.clone(), work);
+        if nowait.load(Ordering::Relaxed) {
+            match operation.run_without_blocking() {
+                Ok(Progress::Done) => return Ok(operation.into_work()),
+                Ok(Progress::More) => {}
+                Err(error) if is_unsupported(&error) => nowait.store(false, Ordering::Relaxed),
+                Err(error) => return Err(error),
+            }
+        }
+        self.finish(operation).await
+    }
+
+    async fn run(&self, work: Work) -> io::Result<Work> {
+        self.finish(Operation::new(self.file.clone(), work)).await
+    }
+
+    async fn finish(&self, operation: Operation) -> io::Result<Work> {
+        let operation = self.context.run(self.engine, operation).await?;
+        Ok(operation.into_work())
+    }
+
+    /// The payload, copied if its memory does not suit direct I/O.
+    fn fit_memory(&self, data: Data) -> io::Result<Data> {
+        let alignment = self.memory_alignment as usize;
+        let fits = data.segments().iter().all(|segment| match segment {
+            Segment::Bytes(bytes) => {
+                (bytes.as_ptr() as usize).is_multiple_of(alignment)
+                    && bytes.len().is_multiple_of(alignment)
+            }
+            Segment::Zeroes(len) => len.is_multiple_of(alignment as u64),
+        });
+        if fits {
+            return Ok(data);
+        }
+        let mut buffer = Buffer::new(data.len() as usize, alignment)?;
+        for segment in data.segments() {
+            match segment {
+                Segment::Bytes(bytes) => buffer.append(bytes),
+                Segment::Zeroes(len) => {
+                    let mut left = *len as usize;
+                    while left > 0 {
+                        let piece = left.min(sys::ZEROES_LEN);
+                        buffer.append(&sys::ZEROES.0[..piece]);
+                        left -= piece;
+                    }
+                }
+            }
+        }
+        Ok(buffer.freeze().into())
+    }
+}
+
+/// Whether the kernel or file system says that it does not know this call.
+pub(crate) fn is_unsupported(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
+    )
+}
+
+struct Facts {
+    kind: FileKind,
+    alignment: u32,
+    memory_alignment: u32,
+}
+
+fn open_file(path: &str, mode: OpenMode) -> io::Result<(OwnedFd, Facts)> {
+    let mut flags = OFlags::CLOEXEC;
+    // Opening a FIFO or a tape must not hang the thread; regular files and disks do not care.
+    flags |= OFlags::NONBLOCK;
+    flags |= if mode.writable {
+        OFlags::RDWR
+    } else {
+        OFlags::RDONLY
+    };
+    flags.set(OFlags::DIRECT, mode.direct);
+    let file = rustix::fs::open(path, flags, Mode::empty())?;
+    let stat = rustix::fs::fstat(&file)?;
+    let kind = match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => FileKind::Regular,
+        FileType::BlockDevice => FileKind::BlockDevice,
+        FileType::Directory => return Err(io::Error::from_raw_os_error(libc::EISDIR)),
+        _ => {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "neither file nor disk",
+            ));
+        }
+    };
+    let (memory_alignment, alignment) = if mode.direct {
+        direct_alignment(&file, kind)?
+    } else {
+        (1, 1)
+    };
+    let facts = Facts {
+        kind,
+        alignment,
+        memory_alignment,
+    };
+    Ok((file, facts))
+}
+
+/// What direct I/O needs of memory and of offsets: as the kernel says (6.1), else the disk's sector, else tried.
+fn direct_alignment(file: &OwnedFd, kind: FileKind) -> io::Result<(u32, u32)> {
+    let usable = |value: u32| value.is_power_of_two() && value <= MAX_ALIGNMENT;
+    if let Ok(stat) = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+        && usable(stat.stx_dio_mem_align)
+        && usable(stat.stx_dio_offset_align)
+    {
+        return Ok((stat.stx_dio_mem_align, stat.stx_dio_offset_align));
+    }
+    if kind == FileKind::BlockDevice
+        && let Ok(sector) = rustix::fs::ioctl_blksszget(file)
+        && usable(sector)
+    {
+        return Ok((sector, sector));
+    }
+    for alignment in [512u32, 4096, MAX_ALIGNMENT] {
+        let mut buffer = Buffer::new(alignment as usize, alignment as usize)?;
+        let range = libc::iovec {
+            iov_base: buffer.next().cast(),
+            iov_len: buffer.missing(),
+        };
+        // SAFETY: the range is the whole of a buffer that outlives the call.
+        if unsafe { sys::preadv2(file.as_fd(), &[range], 0, 0) }.is_ok() {
+            // An empty file accepts anything: memory of a page is right everywhere.
+            return Ok((alignment.max(4096), alignment));
+        }
+    }
+    Err(io::Error::from_raw_os_error(libc::EINVAL))
+}
+
+fn find_extent(file: &OwnedFd, offset: u64) -> io::Result<Extent> {
+    let seek = |to| rustix::fs::seek(file, to);
+    let extent = |end, data| Extent {
+        start: offset,
+        end,
+        data,
+    };
+    match seek(SeekFrom::Data(offset)) {
+        Ok(start) if start > offset => Ok(extent(start, false)),
+        Ok(_) => Ok(extent(seek(SeekFrom::Hole(offset))?, true)),
+        // No data behind the offset: a hole up to the end, or the end itself.
+        Err(rustix::io::Errno::NXIO) => Ok(extent(u64::MAX, false)),
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => Ok(extent(u64::MAX, true)),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,352 @@
+//! Files and block devices of the host.
+//!
+//! * `locks`: the byte-range locks that QEMU uses, so that each refuses the other's open images
+//! * `extents`: where data and holes are, remembered
+//! * `zero`: zeroes and discards by the cheapest means that the file system has
+
+mod extents;
+mod locks;
+mod zero;
+
+use std::io;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+
+use crate::driver::{
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
+    WriteFlags, ZeroFlags,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Data, FileKind, HostFile, IoContext, OpenMode};
+use crate::open::{Aio, CacheMode, FileOptions};
+
+use extents::{Change, Extents};
+use zero::ZeroSupport;
+
+/// How a file is accessed, apart from its own options.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FileAccess {
+    /// Only for reading.
+    pub read_only: bool,
+    /// Only for reading if it cannot be opened for writing.
+    pub auto_read_only: bool,
+    /// `direct` and `no_flush` are the file's part of it; `writethrough` is the node's.
+    pub cache: CacheMode,
+}
+
+/// An open file.
+#[derive(Debug)]
+pub struct File {
+    host: HostFile,
+    filename: String,
+    read_only: bool,
+    no_flush: bool,
+    direct: bool,
+    /// Kept here so that every request need not ask the kernel. Nobody else changes it: the file is locked.
+    size: AtomicU64,
+    extents: Extents,
+    zero: ZeroSupport,
+    /// The errno of a failed flush: the kernel has dropped the dirty pages then, and a later flush that
+    /// succeeds would hide the loss.
+    flush_error: AtomicI32,
+}
+
+impl File {
+    /// Opens and locks the file. It must exist.
+    pub async fn open(
+        context: &IoContext,
+        options: &FileOptions,
+        access: FileAccess,
+    ) -> Result<Self> {
+        let filename = options.filename.clone();
+        if filename.is_empty() {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "The 'file' block driver requires a file name",
+            ));
+        }
+        let (host, writable) = open_host(context, options, access).await?;
+        locks::acquire(&host, &filename, writable, options.locking)?;
+        let size = host
+            .size()
+            .map_err(|e| Error::io(format!("Could not get the size of '{filename}'"), &e))?;
+        Ok(File {
+            host,
+            filename,
+            read_only: !writable,
+            no_flush: access.cache.no_flush,
+            direct: access.cache.direct,
+            size: AtomicU64::new(size),
+            extents: Extents::default(),
+            zero: ZeroSupport::default(),
+            flush_error: AtomicI32::new(0),
+        })
+    }
+
+    /// Whether it was opened for reading only; with `auto_read_only` only the attempt tells.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    fn failed<'a>(&'a self, action: &'a str) -> impl Fn(io::Error) -> Error + 'a {
+        move |error| Error::io(format!("Could not {action} '{}'", self.filename), &error)
+    }
+
+    /// The end of the range, if the file may have it.
+    fn end(&self, offset: u64, len: u64) -> Result<u64> {
+        let growable = self.host.kind() == FileKind::Regular;
+        offset
+            .checked_add(len)
+            .filter(|end| *end <= i64::MAX as u64 && (growable || *end <= self.size()))
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorKind::OutOfRange,
+                    format!(
+                        "Request at {offset} of {len} bytes is outside of '{}'",
+                        self.filename
+                    ),
+                )
+            })
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("'{}' is open for reading only", self.filename),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn do_read(&self, offset: u64, len: u64) -> Result<Data> {
+        self.end(offset, len)?;
+        if len == 0 {
+            return Ok(Data::new());
+        }
+        let bytes = self.host.read(offset, len).await;
+        Ok(bytes.map_err(self.failed("read"))?.into())
+    }
+
+    async fn do_write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
+        self.check_writable()?;
+        let end = self.end(offset, data.len())?;
+        if data.is_empty() {
+            return Ok(());
+        }
+        let _changing = self.extents.change(Change::Filled, offset..end);
+        let durable = flags.fua && !self.no_flush;
+        let written = self.host.write(offset, data, durable).await;
+        written.map_err(self.failed("write"))?;
+        self.size.fetch_max(end, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn do_flush(&self) -> Result<()> {
+        if self.no_flush {
+            return Ok(());
+        }
+        let earlier = self.flush_error.load(Ordering::Relaxed);
+        if earlier != 0 {
+            return Err(self.failed("flush")(io::Error::from_raw_os_error(earlier)));
+        }
+        self.host.sync().await.map_err(|error| {
+            if !self.direct {
+                let errno = error.raw_os_error().unwrap_or(libc::EIO);
+                self.flush_error.store(errno, Ordering::Relaxed);
+            }
+            self.failed("flush")(error)
+        })
+    }
+
+    async fn do_block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.end(offset, len)?;
+        let extent = self.extents.find(&self.host, offset).await;
+        let extent = extent.map_err(self.failed("map"))?;
+        Ok(BlockStatus {
+            len: len.min(extent.end - offset),
+            allocated: true,
+            zero: !extent.data,
+            host_offset: Some(offset),
+            compressed: false,
+        })
+    }
+
+    async fn do_resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {
+        self.check_writable()?;
+        let old = self.size();
+        if self.host.kind() == FileKind::BlockDevice {
+            return resize_device(old, size);
+        }
+        if size > i64::MAX as u64 {
+            return Err(self.failed("resize")(io::Error::from_raw_os_error(
+                libc::EFBIG,
+            )));
+        }
+        let _changing = self.extents.change(Change::Freed, size.min(old)..u64::MAX);
+        self.host
+            .truncate(size)
+            .await
+            .map_err(self.failed("resize"))?;
+        self.size.store(size, Ordering::Relaxed);
+        let reserved = if size > old {
+            self.fill_new_area(old, size - old, preallocation).await
+        } else {
+            Ok(())
+        };
+        if let Err(error) = reserved {
+            // Failure is a no-op: the space goes back, and so does the size.
+            self.size.store(old, Ordering::Relaxed);
+            if let Err(undo) = self.host.truncate(old).await {
+                log::error!("'{}' could not be cut back: {undo}", self.filename);
+            }
+            return Err(self.failed("preallocate")(error));
+        }
+        Ok(())
+    }
+
+    async fn fill_new_area(
+        &self,
+        offset: u64,
+        len: u64,
+        preallocation: Preallocation,
+    ) -> io::Result<()> {
+        match preallocation {
+            // A file has no metadata of ours to prepare.
+            Preallocation::Off | Preallocation::Metadata => Ok(()),
+            Preallocation::Falloc => self.host.reserve(offset, len).await,
+            Preallocation::Full => self.host.write(offset, Data::zeroes(len), false).await,
+        }
+    }
+}
+
+async fn open_host(
+    context: &IoContext,
+    options: &FileOptions,
+    access: FileAccess,
+) -> Result<(HostFile, bool)> {
+    let mode = OpenMode {
+        writable: !access.read_only,
+        direct: access.cache.direct,
+        ring: options.aio == Aio::IoUring,
+    };
+    let first = HostFile::open(context, &options.filename, mode).await;
+    let opened = match first {
+        Err(error) if access.auto_read_only && mode.writable && forbids_writing(&error) => {
+            let mode = OpenMode {
+                writable: false,
+                ..mode
+            };
+            let opened = HostFile::open(context, &options.filename, mode).await;
+            opened.map(|host| (host, false))
+        }
+        first => first.map(|host| (host, mode.writable)),
+    };
+    opened.map_err(|error| open_error(&options.filename, mode.direct, &error))
+}
+
+fn forbids_writing(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EACCES | libc::EPERM | libc::EROFS)
+    )
+}
+
+fn open_error(filename: &str, direct: bool, error: &io::Error) -> Error {
+    match error.raw_os_error() {
+        None if error.kind() == io::ErrorKind::InvalidInput => Error::new(
+            ErrorKind::InvalidInput,
+            format!("'file' driver requires '{filename}' to be a regular file or a block device"),
+        ),
+        Some(libc::EINVAL) if direct => Error::new(
+            ErrorKind::Unsupported,
+            format!("Could not open '{filename}': filesystem does not support O_DIRECT"),
+        ),
+        _ => Error::io(format!("Could not open '{filename}'"), error),
+    }
+}
+
+fn resize_device(old: u64, size: u64) -> Result<()> {
+    match size {
+        _ if size == old => Ok(()),
+        _ if size > old => Err(Error::new(
+            ErrorKind::InvalidInput,
+            "Cannot grow device files",
+        )),
+        _ => Err(Error::new(
+            ErrorKind::Unsupported,
+            "Cannot resize device files",
+        )),
+    }
+}
+
+impl Requests for File {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Relaxed)
+    }
+
+    fn limits(&self) -> RequestLimits {
+        RequestLimits {
+            alignment: self.host.alignment(),
+            preferred: self.host.alignment().max(4096),
+            growable: self.host.kind() == FileKind::Regular,
+        }
+    }
+
+    fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
+        Box::pin(self.do_read(offset, len))
+    }
+
+    fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.do_write(offset, data, flags))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.do_write_zeroes(offset, len, flags))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.do_discard(offset, len))
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.do_flush())
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
+        Box::pin(self.do_block_status(offset, len))
+    }
+
+    fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.do_resize(size, preallocation))
+    }
+}
+
+impl Driver for File {
+    fn info(&self) -> DriverInfo {
+        DriverInfo {
+            driver: match self.host.kind() {
+                FileKind::Regular => "file",
+                FileKind::BlockDevice => "host_device",
+            },
+            filename: self.filename.clone(),
+            actual_size: self.host.allocated().ok(),
+            ..DriverInfo::default()
+        }
+    }
+
+    fn children(&self) -> Vec<(&'static str, Child)> {
+        Vec::new()
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            if self.read_only {
+                return Ok(());
+            }
+            self.do_flush().await
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,117 @@
 //! The generator: a QAPI schema and a `qmp-commands.hx` in, Rust and documents out.
 //!
-//! A pure function: nothing here reads or writes files but `load`, and that through a trait.
+//! A pure function: nothing here reads or writes files but [`load`], and that through a trait.
+//!
+//! ```text
+//! load      files and includes        -> texts          docparse  comments   -> documentation
+//! parse     text (pest)               -> tree           shape     tree       -> ast
+//! resolve   names                     -> definitions    check     the rules of the language
+//! configure `if` conditions                             lower     ast        -> ir::Schema
+//! ```
+//!
+//! The entry is [`load_schema`]. It gives either a schema for which every rule holds, or all that is wrong.
+//! `Loaded::sources` lists every file that was read, for `cargo::rerun-if-changed`.
 
+mod ast;
+mod check;
+mod configure;
 pub mod diagnostic;
+mod docparse;
+mod example;
 pub mod ir;
+pub mod limits;
+pub mod load;
+mod lower;
+mod parse;
+mod resolve;
+mod shape;
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use diagnostic::{Diagnostic, Sink, SourceMap};
+use load::Reader;
+
+/// What the caller decides.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// The identifiers that hold in `if` conditions.
+    pub defines: BTreeSet<String>,
+    /// Warn about types that no command and no event leads to. Schemas also describe configuration and errors, so
+    /// this is for those who ask.
+    pub warn_unused: bool,
+}
+
+/// A schema without errors.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The schema.
+    pub schema: ir::Schema,
+    /// All files that were read, the top file first.
+    pub sources: SourceMap,
+    /// Findings that stop nothing, in order of place.
+    pub warnings: Vec<Diagnostic>,
+}
+
+/// Why there is no schema.
+#[derive(Debug)]
+pub struct Failure {
+    /// The files that were read.
+    pub sources: SourceMap,
+    /// Errors and warnings, in order of place; at least one error.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+impl Failure {
+    /// The findings as text, ready to print.
+    pub fn render(&self) -> String {
+        diagnostic::render(&self.diagnostics, &self.sources)
+    }
+}
+
+/// Loads the schema whose top file is `top`, checks it and decides its conditions.
+///
+/// # Errors
+/// All diagnostics, not only the first.
+pub fn load_schema(
+    top: &Path,
+    reader: &dyn Reader,
+    options: &Options,
+) -> Result<Loaded, Box<Failure>> {
+    let mut sources = SourceMap::default();
+    let mut sink = Sink::default();
+    let text = match load::read_top(top, "schema file", reader) {
+        Ok(text) => text,
+        Err(message) => {
+            let file = sources.add(top.display().to_string(), "");
+            sink.error(
+                ir::Span {
+                    file,
+                    start: 0,
+                    end: 0,
+                },
+                message,
+            );
+            return Err(Box::new(Failure {
+                sources,
+                diagnostics: sink.finish(),
+            }));
+        }
+    };
+    let ast = load::load(top, text, reader, &mut sources, &mut sink);
+    let symbols = resolve::Symbols::declare(&ast, &mut sink);
+    symbols.check_uses(&mut sink);
+    check::check(&ast, &symbols, options, &mut sink);
+    if sink.error_count() > 0 {
+        return Err(Box::new(Failure {
+            sources,
+            diagnostics: sink.finish(),
+        }));
+    }
+    let schema = lower::lower(&ast, &symbols, options);
+    Ok(Loaded {
+        schema,
+        sources,
+        warnings: sink.finish(),
+    })
+}

@@ -38,6 +38,19 @@ pub const QCOW2_MAX_SNAPSHOT_TABLE_BYTES: u64 = 64 << 20;
 /// qcow2: most bytes of extra data of a snapshot. QEMU's bound.
 pub const QCOW2_MAX_SNAPSHOT_EXTRA_BYTES: u32 = 1024;
 
+/// qcow2: largest directory of persistent bitmaps in bytes. QEMU's bound: 65535 entries of 1 KiB.
+pub const QCOW2_MAX_BITMAP_DIRECTORY_BYTES: u64 = 65535 * 1024;
+
+/// qcow2: most entries of a persistent bitmap's table. QEMU's bound.
+pub const QCOW2_MAX_BITMAP_TABLE_ENTRIES: u32 = 0x800_0000;
+
+/// qcow2: memory for the counters of a check or repair: 32 TiB of used clusters at 64 KiB. Untouched ranges cost nothing.
+pub const QCOW2_MAX_CHECK_BYTES: u64 = 1 << 30;
+
+/// qcow2: most different L2 tables that a check keeps track of: 8 EiB at 64 KiB clusters, 32 GiB at 512 bytes
+/// sixteen times over.
+pub const QCOW2_MAX_CHECK_L2_TABLES: usize = 16 << 20;
+
 /// qcow2: longest backing file name in bytes. The specification's bound.
 pub const QCOW2_MAX_BACKING_NAME: u32 = 1023;
 

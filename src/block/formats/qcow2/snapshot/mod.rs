@@ -2,4 +2,4 @@
 //!
 //! * `table`: the snapshot table
 
-mod table;
+pub(super) mod table;

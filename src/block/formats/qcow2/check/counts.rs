@@ -1,0 +1,234 @@
+//! References counted in memory, sparse and within a budget.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::limits::QCOW2_MAX_CHECK_BYTES;
+
+/// Clusters per chunk: the unit of memory.
+const CHUNK: u64 = 1 << 16;
+
+/// Counts at this value continue in `Counts::large`.
+const SATURATED: u16 = u16::MAX;
+
+/// How often each host cluster is referenced. Chunks without references take no memory.
+#[derive(Debug)]
+pub(super) struct Counts {
+    chunks: Vec<Option<Box<[u16]>>>,
+    /// Counts that do not fit 16 bits. They need 65535 snapshots, or an image made to annoy.
+    large: HashMap<u64, u64>,
+    /// The greatest count that the image's refcounts can say.
+    max: u64,
+    budget: u64,
+}
+
+impl Counts {
+    /// No references. Counts stop at `max`.
+    pub(super) fn new(max: u64) -> Self {
+        Counts {
+            chunks: Vec::new(),
+            large: HashMap::new(),
+            max,
+            budget: QCOW2_MAX_CHECK_BYTES,
+        }
+    }
+
+    /// The count of a cluster.
+    pub(super) fn get(&self, cluster: u64) -> u64 {
+        let chunk = self.chunks.get((cluster / CHUNK) as usize);
+        match chunk.and_then(Option::as_ref) {
+            None => 0,
+            Some(chunk) => match chunk[(cluster % CHUNK) as usize] {
+                SATURATED => self.large.get(&cluster).copied().unwrap_or(0),
+                count => u64::from(count),
+            },
+        }
+    }
+
+    /// Adds `times` to each cluster of the range; answers how many references did not fit the refcount width.
+    pub(super) fn add(&mut self, clusters: Range<u64>, times: u64) -> Result<u64> {
+        let limit = u64::from(SATURATED).min(self.max.saturating_add(1));
+        let mut lost = 0_u64;
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let end = clusters.end.min((at / CHUNK + 1) * CHUNK);
+            let slots = self.ensure(at / CHUNK)?;
+            let part = &mut slots[(at % CHUNK) as usize..][..(end - at) as usize];
+            let simple = part
+                .iter()
+                .all(|count| u64::from(*count).saturating_add(times) < limit);
+            if simple {
+                part.iter_mut().for_each(|count| *count += times as u16);
+            } else {
+                for cluster in at..end {
+                    lost = lost.saturating_add(self.add_one(cluster, times)?);
+                }
+            }
+            at = end;
+        }
+        Ok(lost)
+    }
+
+    /// Whether any cluster of the range is counted.
+    pub(super) fn any(&self, clusters: Range<u64>) -> bool {
+        self.next_counted(clusters).is_some()
+    }
+
+    /// The first counted cluster of the range.
+    pub(super) fn next_counted(&self, clusters: Range<u64>) -> Option<u64> {
+        let mut at = clusters.start;
+        while at < clusters.end {
+            let end = clusters.end.min((at / CHUNK + 1) * CHUNK);
+            if let Some(Some(chunk)) = self.chunks.get((at / CHUNK) as usize) {
+                let from = (at % CHUNK) as usize;
+                let part = &chunk[from..from + (end - at) as usize];
+                if let Some(found) = part.iter().position(|count| *count != 0) {
+                    return Some(at + found as u64);
+                }
+            }
+            at = end;
+        }
+        None
+    }
+
+    /// The end of the last chunk that has counts, in clusters.
+    pub(super) fn end(&self) -> u64 {
+        self.chunks.len() as u64 * CHUNK
+    }
+
+    /// The counters of a chunk, made if need be.
+    fn ensure(&mut self, index: u64) -> Result<&mut [u16]> {
+        let index = index as usize;
+        if self.chunks.len() <= index {
+            self.spend((index + 1 - self.chunks.len()) as u64 * 16)?;
+            self.chunks.resize_with(index + 1, || None);
+        }
+        if self.chunks[index].is_none() {
+            self.spend(CHUNK * 2)?;
+        }
+        Ok(self.chunks[index].get_or_insert_with(|| vec![0; CHUNK as usize].into()))
+    }
+
+    fn add_one(&mut self, cluster: u64, times: u64) -> Result<u64> {
+        let Some(Some(chunk)) = self.chunks.get_mut((cluster / CHUNK) as usize) else {
+            return Ok(0);
+        };
+        let slot = &mut chunk[(cluster % CHUNK) as usize];
+        let old = match *slot {
+            SATURATED => self.large.get(&cluster).copied().unwrap_or(0),
+            count => u64::from(count),
+        };
+        let new = old.saturating_add(times).min(self.max);
+        if new >= u64::from(SATURATED) {
+            *slot = SATURATED;
+            if self.large.insert(cluster, new).is_none() {
+                self.spend(64)?;
+            }
+        } else {
+            *slot = new as u16;
+        }
+        Ok(times - (new - old))
+    }
+
+    fn spend(&mut self, bytes: u64) -> Result<()> {
+        self.budget = self
+            .budget
+            .checked_sub(bytes)
+            .ok_or_else(too_large_to_check)?;
+        Ok(())
+    }
+}
+
+/// One bit per host cluster, as sparse as the counts.
+#[derive(Debug, Default)]
+pub(super) struct Bitmap {
+    chunks: Vec<Option<Box<[u64]>>>,
+    bytes: u64,
+}
+
+impl Bitmap {
+    /// Whether the cluster's bit is set.
+    pub(super) fn get(&self, cluster: u64) -> bool {
+        let chunk = self.chunks.get((cluster / CHUNK) as usize);
+        let Some(Some(chunk)) = chunk else {
+            return false;
+        };
+        let bit = cluster % CHUNK;
+        chunk[(bit / 64) as usize] >> (bit % 64) & 1 != 0
+    }
+
+    /// Sets the cluster's bit; answers what it was.
+    pub(super) fn set(&mut self, cluster: u64) -> Result<bool> {
+        let index = (cluster / CHUNK) as usize;
+        if self.chunks.len() <= index {
+            self.spend((index + 1 - self.chunks.len()) as u64 * 16)?;
+            self.chunks.resize_with(index + 1, || None);
+        }
+        if self.chunks[index].is_none() {
+            self.spend(CHUNK / 8)?;
+        }
+        let chunk = self.chunks[index].get_or_insert_with(|| vec![0; CHUNK as usize / 64].into());
+        let bit = cluster % CHUNK;
+        let word = &mut chunk[(bit / 64) as usize];
+        let mask = 1 << (bit % 64);
+        let was = *word & mask != 0;
+        *word |= mask;
+        Ok(was)
+    }
+
+    /// How many clusters of the range have their bit set.
+    pub(super) fn count(&self, clusters: Range<u64>) -> u64 {
+        clusters.filter(|&cluster| self.get(cluster)).count() as u64
+    }
+
+    fn spend(&mut self, bytes: u64) -> Result<()> {
+        self.bytes += bytes;
+        match self.bytes <= QCOW2_MAX_CHECK_BYTES {
+            true => Ok(()),
+            false => Err(too_large_to_check()),
+        }
+    }
+}
+
+fn too_large_to_check() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "The image uses too many clusters to be checked in memory",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_pass_16_bits_and_stop_at_the_refcount_width() {
+        let mut counts = Counts::new(70_000);
+        assert_eq!(counts.add(3..5, 65_534).unwrap(), 0);
+        assert_eq!(
+            (counts.get(3), counts.get(2), counts.get(5)),
+            (65_534, 0, 0)
+        );
+        assert_eq!(counts.add(4..5, 4_000).unwrap(), 0);
+        assert_eq!((counts.get(3), counts.get(4)), (65_534, 69_534));
+        assert_eq!(counts.add(4..5, 1_000).unwrap(), 534);
+        assert_eq!(counts.get(4), 70_000);
+        assert_eq!(counts.next_counted(0..100), Some(3));
+        assert!(!counts.any(5..1 << 20));
+    }
+
+    #[test]
+    fn a_range_may_cross_chunks() {
+        let mut counts = Counts::new(1);
+        let range = CHUNK - 2..2 * CHUNK + 2;
+        assert_eq!(counts.add(range.clone(), 1).unwrap(), 0);
+        assert_eq!(counts.add(range.clone(), 1).unwrap(), CHUNK + 4);
+        assert!(range.clone().all(|cluster| counts.get(cluster) == 1));
+        assert_eq!(counts.get(range.end), 0);
+        let mut bits = Bitmap::default();
+        assert!(!bits.set(CHUNK + 7).unwrap());
+        assert!(bits.set(CHUNK + 7).unwrap());
+        assert_eq!(bits.count(0..3 * CHUNK), 1);
+    }
+}

@@ -1,0 +1,231 @@
+//! `--drive`: QEMU's -drive, without the parts that belong to a machine.
+
+use block::open::{Aio, CacheMode, DetectZeroes, DiscardMode};
+use qapi::rt::decode::{Decoded, Members, boolean, name, size, string};
+use qapi::rt::{Path, Value};
+
+use super::flat;
+
+/// A drive: a name that clients call `device`, and the image behind it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DriveOptions {
+    /// The name; the daemon counts `drive0`, `drive1`, ... where none is given.
+    pub id: Option<String>,
+    /// The image; without one the drive is empty.
+    pub file: Option<String>,
+    /// Its format. Never guessed from the image: a guest writes those bytes.
+    pub format: DriveFormat,
+    /// Create the image with this many bytes if there is none.
+    pub size: Option<u64>,
+    /// The host's page cache and flushes.
+    pub cache: CacheMode,
+    /// How requests that would block are run.
+    pub aio: Aio,
+    /// Refuse writes.
+    pub read_only: bool,
+    /// What happens to guest discards.
+    pub discard: DiscardMode,
+    /// What happens to written zeroes.
+    pub detect_zeroes: DetectZeroes,
+    /// Error policies that were asked for and that an export cannot follow, for a warning.
+    pub without_effect: Vec<String>,
+}
+
+/// The format of a drive's image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DriveFormat {
+    /// qcow2, also when nothing is said.
+    #[default]
+    Qcow2,
+    /// The bytes as they are.
+    Raw,
+}
+
+const KEYS: &[&str] = &[
+    "id",
+    "file",
+    "format",
+    "size",
+    "cache",
+    "aio",
+    "readonly",
+    "read-only",
+    "discard",
+    "detect-zeroes",
+    "werror",
+    "rerror",
+    "if",
+    "media",
+    "index",
+];
+
+impl DriveOptions {
+    /// Reads `id=,file=,format=,...`.
+    pub(super) fn parse(text: &str) -> Result<DriveOptions, String> {
+        let options = flat::parse(text, None, KEYS)?;
+        let at = Path::keyval();
+        Members::open(Value::Object(options), &at)
+            .and_then(|mut members| decode(&mut members))
+            .map_err(|error| error.desc)
+    }
+}
+
+fn decode(members: &mut Members<'_>) -> Decoded<DriveOptions> {
+    // `if`, `media` and `index` place a drive in a machine; there is none here, so they stay unread.
+    Ok(DriveOptions {
+        id: members.optional("id", string)?,
+        file: members.optional("file", string)?,
+        format: enumerated(members, "format", drive_format)?.unwrap_or_default(),
+        size: members.optional("size", size)?,
+        cache: enumerated(members, "cache", cache_mode)?.unwrap_or_default(),
+        aio: enumerated(members, "aio", aio)?.unwrap_or_default(),
+        read_only: members.optional("readonly", boolean)?.unwrap_or(false)
+            || members.optional("read-only", boolean)?.unwrap_or(false),
+        discard: enumerated(members, "discard", discard)?.unwrap_or_default(),
+        detect_zeroes: enumerated(members, "detect-zeroes", detect_zeroes)?.unwrap_or_default(),
+        without_effect: [
+            enumerated(members, "werror", error_policy)?
+                .flatten()
+                .map(|policy| format!("werror={policy}")),
+            enumerated(members, "rerror", error_policy)?
+                .flatten()
+                .map(|policy| format!("rerror={policy}")),
+        ]
+        .into_iter()
+        .flatten()
+        .collect(),
+    })
+}
+
+/// A member that is one of a few words.
+fn enumerated<T>(
+    members: &mut Members<'_>,
+    key: &'static str,
+    find: fn(&str) -> Option<T>,
+) -> Decoded<Option<T>> {
+    let at = Path::keyval();
+    let at = at.member(key);
+    members
+        .optional(key, string)?
+        .map(|word| name(Value::String(word), &at, find))
+        .transpose()
+}
+
+fn drive_format(word: &str) -> Option<DriveFormat> {
+    match word {
+        "qcow2" => Some(DriveFormat::Qcow2),
+        "raw" => Some(DriveFormat::Raw),
+        _ => None,
+    }
+}
+
+fn cache_mode(word: &str) -> Option<CacheMode> {
+    let (direct, no_flush, writethrough) = match word {
+        "none" | "off" => (true, false, false),
+        "writeback" => (false, false, false),
+        "writethrough" => (false, false, true),
+        "directsync" => (true, false, true),
+        "unsafe" => (false, true, false),
+        _ => return None,
+    };
+    Some(CacheMode {
+        direct,
+        no_flush,
+        writethrough,
+    })
+}
+
+fn aio(word: &str) -> Option<Aio> {
+    match word {
+        "threads" => Some(Aio::Threads),
+        // Linux' older interface for the same purpose; io_uring does all it did.
+        "native" | "io_uring" => Some(Aio::IoUring),
+        _ => None,
+    }
+}
+
+fn discard(word: &str) -> Option<DiscardMode> {
+    match word {
+        "ignore" | "off" => Some(DiscardMode::Ignore),
+        "unmap" | "on" => Some(DiscardMode::Unmap),
+        _ => None,
+    }
+}
+
+fn detect_zeroes(word: &str) -> Option<DetectZeroes> {
+    match word {
+        "off" => Some(DetectZeroes::Off),
+        "on" => Some(DetectZeroes::On),
+        "unmap" => Some(DetectZeroes::Unmap),
+        _ => None,
+    }
+}
+
+/// The policy when it is one that only a machine could follow. Exports tell their client of every error.
+fn error_policy(word: &str) -> Option<Option<String>> {
+    match word {
+        "report" | "enospc" => Some(None),
+        "ignore" | "stop" => Some(Some(word.to_owned())),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_drive_of_qemus_command_line_is_read() {
+        let drive = DriveOptions::parse(
+            "file=a,,b.img,format=raw,if=virtio,index=3,media=disk,id=hd0,cache=none,aio=native,readonly=on,\
+             discard=unmap,detect-zeroes=on,werror=stop,rerror=report,size=1.5G",
+        )
+        .unwrap();
+        assert_eq!(
+            drive,
+            DriveOptions {
+                id: Some("hd0".to_owned()),
+                file: Some("a,b.img".to_owned()),
+                format: DriveFormat::Raw,
+                size: Some(3 << 29),
+                cache: CacheMode {
+                    direct: true,
+                    no_flush: false,
+                    writethrough: false
+                },
+                aio: Aio::IoUring,
+                read_only: true,
+                discard: DiscardMode::Unmap,
+                detect_zeroes: DetectZeroes::On,
+                without_effect: vec!["werror=stop".to_owned()],
+            }
+        );
+    }
+
+    #[test]
+    fn bad_drives_are_named() {
+        let cases = [
+            ("id=a,bogus=1", "Invalid parameter 'bogus'"),
+            (
+                "id=a,format=vmdk",
+                "Parameter 'format' does not accept value 'vmdk'",
+            ),
+            (
+                "id=a,cache=often",
+                "Parameter 'cache' does not accept value 'often'",
+            ),
+            (
+                "id=a,readonly=perhaps",
+                "Parameter 'readonly' expects 'on' or 'off'",
+            ),
+            ("id=a,size=big", "Parameter 'size' expects size"),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(
+                DriveOptions::parse(text),
+                Err(expected.to_owned()),
+                "{text}"
+            );
+        }
+    }
+}

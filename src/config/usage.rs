@@ -1,0 +1,44 @@
+//! What `--help` and `--version` print.
+
+/// The usage.
+pub const USAGE: &str = "\
+Usage: qblockd [options]
+A storage daemon that speaks QMP: serves disk images over NBD, takes and deletes snapshots while they are in use.
+
+  -h, --help             display this help and exit
+  -V, --version          output version information and exit
+
+  --drive [id=<id>],file=<image>[,format=qcow2|raw][,size=<bytes, or with K M G T>]
+          [,cache=none|writeback|writethrough|directsync|unsafe][,aio=threads|io_uring]
+          [,readonly=on|off][,discard=ignore|unmap][,detect-zeroes=off|on|unmap]
+                         serve an image; with size= it is created if missing. Every drive is exported over NBD
+                         under its id. Without --qmp, --monitor and --nbd-server, sockets are made and printed
+  --qmp unix:<path>|tcp:<host>:<port>
+                         serve QMP
+  --nbd-server unix:<path>|tcp:<host>:<port>
+                         serve NBD
+
+As in qemu-storage-daemon; values are key=value lists or, with nodes and exports, JSON:
+
+  --blockdev [driver=]<driver>[,node-name=<name>][,discard=ignore|unmap]
+             [,cache.direct=on|off][,cache.no-flush=on|off]
+             [,read-only=on|off][,auto-read-only=on|off]
+             [,detect-zeroes=on|off|unmap][,<driver's own parameters>...]
+                         add a node (file, raw, qcow2, null-co)
+  --chardev socket,id=<id>,path=<path>|host=<host>,port=<port>,server=on,wait=off
+  --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
+                         serve QMP on a character device
+  --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
+  --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]
+  --export [type=]nbd,id=<id>,node-name=<node>[,name=<export name>][,writable=on|off]
+                         export a node (needs --nbd-server)
+  --pidfile <path>       write the process id to a file after startup
+  --daemonize            leave the terminal once startup is complete
+
+Options are followed in their order. Log lines go to stderr; RUST_LOG=debug shows more of them.
+";
+
+/// The version, in one line.
+pub fn version() -> String {
+    format!("qblockd version {}", env!("CARGO_PKG_VERSION"))
+}

@@ -340,7 +340,8 @@ impl Header {
         Ok(out)
     }
 
-    fn fixed_fields(&self) -> Vec<u8> {
+    /// The fields up to the end of the header; those of the backing name are zero here.
+    pub(crate) fn fixed_fields(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(512);
         out.extend(MAGIC.to_be_bytes());
         let version: u32 = match self.version {

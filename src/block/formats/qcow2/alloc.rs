@@ -1,0 +1,563 @@
+//! The allocator: refcount table and blocks, free clusters, and the run that a request owns until it is published.
+//!
+//! Clusters are handed out in this order: those that this process has freed, then those found by a scan from a hint
+//! that only moves forward (a bounded number of counters per request), then the end of the image. So a request
+//! usually gets one contiguous run.
+//!
+//! A run handed out has refcount 1 in memory. Until `Reserved::publish` it belongs to the request; dropped before, it is
+//! given back. Giving back needs no order on disk, because nothing on disk ever pointed to the run.
+//!
+//! Refcount blocks are written back by `write_back` before any table that points to new clusters. A new block is
+//! written and made durable before the entry of the refcount table that points to it, and a grown refcount table before the
+//! header that points to it.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::geometry::{ENTRY_SIZE, Geometry};
+use super::header_cell::HeaderCell;
+use super::owners::{Owner, Owners};
+use crate::driver::{Child, WriteFlags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Data;
+use crate::limits;
+use crate::units::{ClusterIndex, HostOffset};
+
+use block::Block;
+
+mod block;
+mod blocks;
+mod grow;
+
+/// Refcount blocks that one allocation searches before it takes clusters at the end of the image.
+const SCAN_BLOCKS: u64 = 4;
+/// Free runs that are remembered; what is freed beyond is found by the next process.
+const MAX_FREE_RUNS: usize = 1 << 20;
+
+/// Clusters in a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Run {
+    /// The first.
+    pub(crate) start: ClusterIndex,
+    /// How many.
+    pub(crate) count: u64,
+}
+
+impl Run {
+    /// The number behind the last cluster.
+    pub(crate) fn end(self) -> u64 {
+        self.start.0 + self.count
+    }
+}
+
+/// Appends a run, joined to the last one where it continues it.
+pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
+    match runs.last_mut() {
+        Some(last) if last.end() == run.start.0 => last.count += run.count,
+        _ => runs.push(run),
+    }
+}
+
+/// Runs given back by dropped reservations, until the allocator takes them.
+pub(crate) type Returned = Arc<Mutex<Vec<Run>>>;
+
+/// A run that a request owns and nothing points to yet. Dropped, it is free again.
+#[derive(Debug)]
+pub(crate) struct Reserved {
+    run: Run,
+    fresh: bool,
+    returned: Returned,
+}
+
+impl Reserved {
+    /// The clusters.
+    pub(crate) fn run(&self) -> Run {
+        self.run
+    }
+
+    /// The clusters lie behind everything that was ever written to the file: they read as zeroes as they are.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// The first `count` clusters are pointed to now: they are no longer given back.
+    pub(crate) fn publish(&mut self, count: u64) {
+        assert!(count <= self.run.count);
+        self.run.start.0 += count;
+        self.run.count -= count;
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.run.count > 0 {
+            let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+            returned.push(self.run);
+        }
+    }
+}
+
+/// The refcounts of an image and its free clusters. One owner at a time, behind an async lock.
+#[derive(Debug)]
+pub(crate) struct Allocator {
+    g: Geometry,
+    file: Child,
+    header: Arc<HeaderCell>,
+    owners: Arc<Owners>,
+    /// Where the refcount table lies, and its entries.
+    table_offset: HostOffset,
+    table: Vec<u64>,
+    /// Entries of the table whose write has failed: they are written again before anything relies on them.
+    unwritten_entries: BTreeSet<usize>,
+    blocks: HashMap<usize, Block>,
+    /// Blocks in memory, oldest first, for eviction.
+    order: VecDeque<usize>,
+    dirty: BTreeSet<usize>,
+    cache_limit: usize,
+    /// Clusters below are not searched again.
+    hint: u64,
+    /// Clusters from here on are free unless their refcount says otherwise.
+    end: u64,
+    /// Clusters from here on were never written; `None` for files that do not grow.
+    fresh_from: Option<u64>,
+    /// Free clusters by start, none of them neighbours.
+    free: BTreeMap<u64, u64>,
+    returned: Returned,
+    /// The cluster that takes the next compressed stream, and the offset of its free part.
+    pub(super) partial: Option<(ClusterIndex, u64)>,
+}
+
+impl Allocator {
+    /// An allocator over the image's refcount table, whose entries have been checked.
+    pub(super) fn new(
+        g: Geometry,
+        file: Child,
+        header: Arc<HeaderCell>,
+        owners: Arc<Owners>,
+        table: Vec<u64>,
+        cache_bytes: u64,
+    ) -> Self {
+        let end = g.clusters_for(file.size());
+        let table_offset = header.get().refcount_table_offset;
+        Allocator {
+            fresh_from: file.limits().growable.then_some(end),
+            table_offset,
+            table,
+            unwritten_entries: BTreeSet::new(),
+            blocks: HashMap::new(),
+            order: VecDeque::new(),
+            dirty: BTreeSet::new(),
+            cache_limit: (cache_bytes >> g.cluster_bits()).max(4) as usize,
+            hint: 0,
+            end,
+            free: BTreeMap::new(),
+            returned: Returned::default(),
+            partial: None,
+            g,
+            file,
+            header,
+            owners,
+        }
+    }
+
+    /// Takes up to `want` contiguous clusters (at least one) for guest data. Errors: `NoSpace` when the refcount table
+    /// cannot grow; I/O errors of refcount blocks.
+    pub(crate) async fn allocate(&mut self, want: u64) -> Result<Reserved> {
+        assert!(want > 0);
+        self.reclaim().await?;
+        if let Some(run) = self.take_free(want, 1)
+            && let Some(reserved) = self.reserve_checked(run).await?
+        {
+            return Ok(reserved);
+        }
+        if let Some(run) = self.scan(want).await? {
+            return self.reserve(run).await;
+        }
+        let run = self.find_at_end(want).await?;
+        self.reserve(run).await
+    }
+
+    /// Takes exactly `count` contiguous clusters for metadata; says who owns them. The caller writes them before anything
+    /// points to them.
+    pub(crate) async fn allocate_metadata(&mut self, count: u64, owner: Owner) -> Result<Reserved> {
+        assert!(count > 0);
+        self.reclaim().await?;
+        let mut found = None;
+        if let Some(run) = self.take_free(count, count) {
+            found = self.reserve_checked(run).await?;
+        }
+        let reserved = match found {
+            Some(reserved) => reserved,
+            None => {
+                let run = self.find_at_end(count).await?;
+                self.reserve(run).await?
+            }
+        };
+        self.owners
+            .claim(reserved.run.start, reserved.run.count, owner)?;
+        Ok(reserved)
+    }
+
+    /// The free runs that this process knows: at least `least`, at most `want` clusters of one of them.
+    fn take_free(&mut self, want: u64, least: u64) -> Option<Run> {
+        // A few tries for one that is large enough: the list may be long.
+        let fitting = self.free.iter().take(32).find(|(_, count)| **count >= want);
+        let (&start, &count) = match fitting {
+            Some(found) => found,
+            None => self.free.iter().take(32).find(|(_, n)| **n >= least)?,
+        };
+        self.free.remove(&start);
+        let taken = count.min(want);
+        if taken < count {
+            self.free.insert(start + taken, count - taken);
+        }
+        Some(Run {
+            start: ClusterIndex(start),
+            count: taken,
+        })
+    }
+
+    /// Reserves a run of the free list, unless its counters disagree.
+    async fn reserve_checked(&mut self, run: Run) -> Result<Option<Reserved>> {
+        let reserved = self.try_reserve(run).await;
+        if reserved.is_err() {
+            self.add_free(run);
+        }
+        reserved
+    }
+
+    async fn try_reserve(&mut self, run: Run) -> Result<Option<Reserved>> {
+        for index in run.start.0..run.end() {
+            if self.count(ClusterIndex(index)).await? != 0 || !self.may_hand_out(index) {
+                log::error!("qcow2: host cluster {index} was freed, but is in use");
+                return Ok(None);
+            }
+        }
+        self.reserve(run).await.map(Some)
+    }
+
+    fn may_hand_out(&self, index: u64) -> bool {
+        self.owners.get(ClusterIndex(index)).is_none()
+    }
+
+    /// Searches a bounded number of counters from the hint on.
+    async fn scan(&mut self, want: u64) -> Result<Option<Run>> {
+        let per_block = self.g.refcounts_per_block();
+        let stop = self
+            .end
+            .min((self.hint / per_block + SCAN_BLOCKS) * per_block);
+        while self.hint < stop {
+            let hint = ClusterIndex(self.hint);
+            let region_start = self.hint - self.g.in_refblock(hint) as u64;
+            let block_end = (self.hint / per_block + 1) * per_block;
+            let first = self.g.in_refblock(hint);
+            let Some(block) = self.block(self.g.refblock_of(hint)).await? else {
+                // No block yet: what is free here is left to the free list and the end.
+                self.hint = block_end.min(stop);
+                continue;
+            };
+            let Some(zero) = block.counters.next_zero(first) else {
+                self.hint = block_end.min(stop);
+                continue;
+            };
+            let start = region_start + zero as u64;
+            let max = want.min(stop.saturating_sub(start)) as usize;
+            let found = block.counters.zero_run(zero, max) as u64;
+            if start >= stop {
+                self.hint = stop;
+                break;
+            }
+            let usable = (start..start + found)
+                .take_while(|&index| self.may_hand_out(index) && !self.is_known_free(index))
+                .count() as u64;
+            self.hint = start + usable.max(1);
+            if usable > 0 {
+                return Ok(Some(Run {
+                    start: ClusterIndex(start),
+                    count: usable,
+                }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Whether the free list has the cluster: what is in it is not found by the scan as well.
+    fn is_known_free(&self, index: u64) -> bool {
+        let below = self.free.range(..=index).next_back();
+        below.is_some_and(|(start, count)| index < start + count)
+    }
+
+    /// Exactly `count` clusters at the end of the image, with refcount blocks that cover them.
+    async fn find_at_end(&mut self, count: u64) -> Result<Run> {
+        let per_block = self.g.refcounts_per_block();
+        'search: loop {
+            let start = self.end;
+            self.check_end(start + count)?;
+            for region in start / per_block..=(start + count - 1) / per_block {
+                if !self.has_block(region as usize) {
+                    self.make_block(region as usize).await?;
+                    continue 'search;
+                }
+            }
+            for index in start..start + count {
+                if self.count(ClusterIndex(index)).await? != 0 || !self.may_hand_out(index) {
+                    self.end = index + 1;
+                    continue 'search;
+                }
+            }
+            return Ok(Run {
+                start: ClusterIndex(start),
+                count,
+            });
+        }
+    }
+
+    fn check_end(&self, end: u64) -> Result<()> {
+        if end > limits::QCOW2_MAX_HOST_OFFSET >> self.g.cluster_bits() {
+            return Err(Error::new(
+                ErrorKind::NoSpace,
+                "The image has no host clusters left",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Sets the counters of a free run to 1.
+    async fn reserve(&mut self, run: Run) -> Result<Reserved> {
+        let per_block = self.g.refcounts_per_block();
+        for region in run.start.0 / per_block..=(run.end() - 1) / per_block {
+            if !self.has_block(region as usize) {
+                self.make_block(region as usize).await?;
+            }
+            // All are in memory before the first is changed, so that nothing below can fail.
+            self.block(region as usize).await?;
+        }
+        self.change(run, 1).await?;
+        let fresh = self.fresh_from.is_some_and(|from| run.start.0 >= from);
+        self.note_used(run);
+        Ok(Reserved {
+            run,
+            fresh,
+            returned: self.returned.clone(),
+        })
+    }
+
+    fn note_used(&mut self, run: Run) {
+        self.end = self.end.max(run.end());
+        if let Some(from) = &mut self.fresh_from {
+            *from = run.end().max(*from);
+        }
+    }
+
+    /// Takes back what dropped reservations have returned.
+    pub(crate) async fn reclaim(&mut self) -> Result<()> {
+        let runs = {
+            let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *returned)
+        };
+        for (index, run) in runs.iter().enumerate() {
+            let freed = match self.subtract(*run, 1).await {
+                Ok(freed) => freed,
+                Err(error) => {
+                    let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+                    returned.extend(&runs[index..]);
+                    return Err(error);
+                }
+            };
+            for run in freed {
+                self.owners.release(run.start, run.count);
+                self.add_free(run);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes clusters available. Their refcount is 0, nothing durable points to them and nobody uses them.
+    pub(crate) fn add_free(&mut self, run: Run) {
+        if self.free.len() >= MAX_FREE_RUNS || run.count == 0 {
+            return;
+        }
+        let (mut start, mut end) = (run.start.0, run.end());
+        if let Some((&before, &count)) = self.free.range(..start).next_back()
+            && before + count == start
+        {
+            self.free.remove(&before);
+            start = before;
+        }
+        if let Some(count) = self.free.remove(&end) {
+            end += count;
+        }
+        self.free.insert(start, end - start);
+    }
+
+    /// Subtracts `less` from the refcounts of a run, and answers which clusters have reached 0. Those are *not* available
+    /// yet: the caller passes them to `add_free` when nobody uses them any more.
+    pub(crate) async fn subtract(&mut self, run: Run, less: u64) -> Result<Vec<Run>> {
+        let mut freed = Vec::new();
+        for (region, part) in self.parts(run) {
+            let Some(block) = self.block(region).await? else {
+                log::error!("qcow2: {part:?} is freed, but has no refcount; run a check");
+                continue;
+            };
+            let first = (part.start.0 % block.counters.len() as u64) as usize;
+            let mut changed = false;
+            for (offset, index) in (first..first + part.count as usize).enumerate() {
+                let count = block.counters.get(index);
+                let cluster = part.start + offset as u64;
+                if count < less {
+                    log::error!(
+                        "qcow2: host cluster {} is freed, but its refcount is {count}; run a check",
+                        cluster.0
+                    );
+                    continue;
+                }
+                changed = true;
+                block.counters.set(index, count - less);
+                if count == less {
+                    let run = Run {
+                        start: cluster,
+                        count: 1,
+                    };
+                    push_run(&mut freed, run);
+                }
+            }
+            if changed {
+                self.mark_dirty(region, first, part.count as usize);
+            }
+        }
+        if let Some((partial, _)) = self.partial
+            && freed
+                .iter()
+                .any(|run| run.start <= partial && partial.0 < run.end())
+        {
+            self.partial = None;
+        }
+        Ok(freed)
+    }
+
+    /// Adds `more` to the refcounts of a run. Fails before anything is changed when a counter would overflow. Clusters
+    /// without a refcount block get one.
+    pub(crate) async fn add(&mut self, run: Run, more: u64) -> Result<()> {
+        let limit = self.g.refcount_max();
+        for (region, part) in self.parts(run) {
+            let first = self.g.in_refblock(part.start);
+            let greatest = match self.block(region).await? {
+                Some(block) => block.counters.greatest(first, part.count as usize),
+                None => {
+                    self.make_block(region).await?;
+                    0
+                }
+            };
+            if greatest > limit.saturating_sub(more) {
+                return Err(Error::new(
+                    ErrorKind::OutOfRange,
+                    format!(
+                        "Refcounts of {} bits cannot count more references",
+                        self.g.refcount_bits()
+                    ),
+                ));
+            }
+        }
+        self.change(run, more).await
+    }
+
+    /// The greatest refcount in a run.
+    pub(crate) async fn greatest(&mut self, run: Run) -> Result<u64> {
+        let mut greatest = 0;
+        for (region, part) in self.parts(run) {
+            let first = self.g.in_refblock(part.start);
+            if let Some(block) = self.block(region).await? {
+                greatest = greatest.max(block.counters.greatest(first, part.count as usize));
+            }
+        }
+        Ok(greatest)
+    }
+
+    /// The refcount of a cluster.
+    pub(crate) async fn count(&mut self, cluster: ClusterIndex) -> Result<u64> {
+        let index = self.g.in_refblock(cluster);
+        match self.block(self.g.refblock_of(cluster)).await? {
+            Some(block) => Ok(block.counters.get(index)),
+            None => Ok(0),
+        }
+    }
+
+    /// Adds to counters that were checked before. The blocks may have been evicted since, so this can fail with
+    /// I/O errors; then what was changed is changed back.
+    async fn change(&mut self, run: Run, more: u64) -> Result<()> {
+        for (region, part) in self.parts(run) {
+            let first = self.g.in_refblock(part.start);
+            let count = part.count as usize;
+            let done = match self.block(region).await {
+                Ok(Some(block)) => {
+                    block.counters.add(first, count, more);
+                    Ok(())
+                }
+                Ok(None) => Err(Error::new(ErrorKind::Corrupt, "refcount block is missing")),
+                Err(error) => Err(error),
+            };
+            if let Err(error) = done {
+                let undo = Run {
+                    start: run.start,
+                    count: part.start.0 - run.start.0,
+                };
+                if undo.count > 0 && self.subtract(undo, more).await.is_err() {
+                    log::error!("qcow2: {undo:?} keep {more} references too many");
+                }
+                return Err(error);
+            }
+            self.mark_dirty(region, first, count);
+        }
+        Ok(())
+    }
+
+    /// The run cut at the borders of refcount blocks, with the index of the block of each part.
+    fn parts(&self, run: Run) -> impl Iterator<Item = (usize, Run)> + use<> {
+        let per_block = self.g.refcounts_per_block();
+        let mut at = run.start.0;
+        std::iter::from_fn(move || {
+            if at >= run.end() {
+                return None;
+            }
+            let region = at / per_block;
+            let end = run.end().min((region + 1) * per_block);
+            let part = Run {
+                start: ClusterIndex(at),
+                count: end - at,
+            };
+            at = end;
+            Some((region as usize, part))
+        })
+    }
+}
+
+/// The bytes of the runs of set bits of a mask over the 64ths of a cluster.
+pub(super) fn dirty_ranges(mask: u64, cluster_size: usize) -> Vec<Range<usize>> {
+    let slice = slice_size(cluster_size);
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for bit in (0..64).filter(|bit| mask >> bit & 1 != 0) {
+        let start = bit * slice;
+        let end = (start + slice).min(cluster_size);
+        match ranges.last_mut() {
+            Some(last) if last.end == start => last.end = end,
+            _ => ranges.push(start..end),
+        }
+    }
+    ranges
+}
+
+/// Bytes of the piece of a table that one dirty bit stands for: never less than a sector.
+pub(super) fn slice_size(cluster_size: usize) -> usize {
+    (cluster_size / 64).max(512)
+}
+
+/// The dirty bits of a range of bytes.
+pub(super) fn slice_mask(range: Range<usize>, cluster_size: usize) -> u64 {
+    let slice = slice_size(cluster_size);
+    let (first, last) = (range.start / slice, (range.end - 1) / slice);
+    (u64::MAX >> (63 - (last - first))) << first
+}
+
+#[cfg(test)]
+mod tests;

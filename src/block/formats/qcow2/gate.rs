@@ -1,0 +1,194 @@
+//! Who is inside the image: guest requests shared and cheaply, operations on the whole image exclusively.
+//!
+//! One atomic word counts the requests inside, in two groups (epochs). Entering is one compare-and-swap, leaving
+//! one subtraction. A freed host cluster may be handed out again when every request that may have resolved to it has
+//! left: `flip` starts a new group, and once the old group has drained everybody who was inside at the flip is gone.
+//!
+//! ```text
+//! bit 63: closed | bit 62: present group | bits 31..62: requests of group 1 | bits 0..31: requests of group 0
+//! ```
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::{Mutex, MutexGuard, Notify};
+
+const CLOSED: u64 = 1 << 63;
+const GROUP: u64 = 1 << 62;
+const COUNT: u64 = (1 << 31) - 1;
+
+fn one(group: u64) -> u64 {
+    1 << (31 * group)
+}
+
+fn count(state: u64, group: u64) -> u64 {
+    state >> (31 * group) & COUNT
+}
+
+/// The gate of one image.
+#[derive(Debug, Default)]
+pub(super) struct Gate {
+    state: AtomicU64,
+    /// Serialises those who close the gate.
+    exclusive: Mutex<()>,
+    /// Told when the gate opens.
+    opened: Notify,
+    /// Told when the last request leaves a closed gate.
+    emptied: Notify,
+}
+
+impl Gate {
+    /// Enters as a guest request; waits while the gate is closed. Cancellation: safe.
+    pub(super) async fn enter(&self) -> Inside<'_> {
+        loop {
+            if let Some(inside) = self.try_enter() {
+                return inside;
+            }
+            let opened = self.opened.notified();
+            tokio::pin!(opened);
+            opened.as_mut().enable();
+            if self.state.load(Ordering::SeqCst) & CLOSED != 0 {
+                opened.await;
+            }
+        }
+    }
+
+    fn try_enter(&self) -> Option<Inside<'_>> {
+        let mut state = self.state.load(Ordering::SeqCst);
+        loop {
+            if state & CLOSED != 0 {
+                return None;
+            }
+            let group = state >> 62 & 1;
+            debug_assert!(count(state, group) < COUNT);
+            match self.state.compare_exchange_weak(
+                state,
+                state + one(group),
+                Ordering::SeqCst,
+                Ordering::SeqCst,
+            ) {
+                Ok(_) => return Some(Inside { gate: self, group }),
+                Err(now) => state = now,
+            }
+        }
+    }
+
+    /// Starts a new group of requests, if the previous old group has drained. Answers whether it did.
+    pub(super) fn flip(&self) -> bool {
+        let flipped = self
+            .state
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |state| {
+                let old = (state >> 62 & 1) ^ 1;
+                (count(state, old) == 0).then_some(state ^ GROUP)
+            });
+        flipped.is_ok()
+    }
+
+    /// Whether everybody who was inside at the last `flip` has left.
+    pub(super) fn old_group_drained(&self) -> bool {
+        let state = self.state.load(Ordering::SeqCst);
+        count(state, (state >> 62 & 1) ^ 1) == 0
+    }
+
+    /// Closes the gate and waits until nobody is inside. Opens again when the answer is dropped.
+    /// Cancellation: the gate opens again.
+    pub(super) async fn close(&self) -> Exclusive<'_> {
+        let lock = self.exclusive.lock().await;
+        self.state.fetch_or(CLOSED, Ordering::SeqCst);
+        let exclusive = Exclusive {
+            gate: self,
+            _lock: lock,
+        };
+        loop {
+            let emptied = self.emptied.notified();
+            tokio::pin!(emptied);
+            emptied.as_mut().enable();
+            if self.state.load(Ordering::SeqCst) & !(CLOSED | GROUP) == 0 {
+                return exclusive;
+            }
+            emptied.await;
+        }
+    }
+}
+
+/// A request inside; leaves when dropped.
+#[derive(Debug)]
+pub(super) struct Inside<'a> {
+    gate: &'a Gate,
+    group: u64,
+}
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let before = self.gate.state.fetch_sub(one(self.group), Ordering::SeqCst);
+        let left = (before - one(self.group)) & !(CLOSED | GROUP);
+        if before & CLOSED != 0 && left == 0 {
+            self.gate.emptied.notify_waiters();
+        }
+    }
+}
+
+/// Alone in the image; the gate opens when dropped.
+#[derive(Debug)]
+pub(super) struct Exclusive<'a> {
+    gate: &'a Gate,
+    _lock: MutexGuard<'a, ()>,
+}
+
+impl Drop for Exclusive<'_> {
+    fn drop(&mut self) {
+        self.gate.state.fetch_and(!CLOSED, Ordering::SeqCst);
+        self.gate.opened.notify_waiters();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    #[tokio::test]
+    async fn a_flip_drains_when_those_inside_before_have_left() {
+        let gate = Gate::default();
+        let before = gate.enter().await;
+        assert!(gate.flip());
+        let after = gate.enter().await;
+        assert!(!gate.old_group_drained());
+        assert!(!gate.flip(), "two old groups are not told apart");
+        drop(before);
+        assert!(gate.old_group_drained());
+        assert!(gate.flip());
+        assert!(!gate.old_group_drained());
+        drop(after);
+        assert!(gate.old_group_drained());
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn an_exclusive_holder_is_alone() {
+        let gate = Arc::new(Gate::default());
+        let shared = Arc::new(AtomicU64::new(0));
+        let mut tasks = Vec::new();
+        for worker in 0..8 {
+            let (gate, shared) = (gate.clone(), shared.clone());
+            tasks.push(tokio::spawn(async move {
+                for step in 0..200 {
+                    if (step + worker) % 50 == 0 {
+                        let _alone = gate.close().await;
+                        assert_eq!(shared.load(Ordering::SeqCst), 0);
+                        tokio::time::sleep(Duration::from_micros(50)).await;
+                        assert_eq!(shared.load(Ordering::SeqCst), 0);
+                    } else {
+                        let _inside = gate.enter().await;
+                        shared.fetch_add(1, Ordering::SeqCst);
+                        tokio::task::yield_now().await;
+                        shared.fetch_sub(1, Ordering::SeqCst);
+                    }
+                }
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert_eq!(gate.state.load(Ordering::SeqCst) & !GROUP, 0);
+    }
+}

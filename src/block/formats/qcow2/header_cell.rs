@@ -1,0 +1,88 @@
+//! The header of an open image: read by all, changed by one write inside the first sector.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::header::Header;
+use crate::driver::{Child, WriteFlags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Data;
+
+/// The header, in memory as on disk.
+#[derive(Debug)]
+pub(crate) struct HeaderCell {
+    file: Child,
+    current: Mutex<Arc<Header>>,
+    /// Held over a change, so that changes follow each other.
+    writer: tokio::sync::Mutex<()>,
+    /// A failed change could not be taken back: what is on disk is unknown.
+    broken: AtomicBool,
+}
+
+impl HeaderCell {
+    /// The header as it was read.
+    pub(crate) fn new(file: Child, header: Header) -> Self {
+        HeaderCell {
+            file,
+            current: Mutex::new(Arc::new(header)),
+            writer: tokio::sync::Mutex::new(()),
+            broken: AtomicBool::new(false),
+        }
+    }
+
+    /// The present header.
+    pub(crate) fn get(&self) -> Arc<Header> {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        current.clone()
+    }
+
+    /// Changes fixed fields of the header with one write of the bytes that differ, and makes that durable. They lie in
+    /// the first sector, so a crash leaves the old or the new header. What the new fields point to must be durable before.
+    ///
+    /// On error the old header is put back; where even that fails, the image takes no more changes until it is reopened.
+    pub(crate) async fn update(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let _writer = self.writer.lock().await;
+        self.check()?;
+        let old = self.get();
+        let mut new = Header::clone(&old);
+        change(&mut new);
+        let (before, after) = (old.fixed_fields(), new.fixed_fields());
+        let differs = |at: &usize| before.get(*at) != after.get(*at);
+        let (Some(first), Some(last)) = (
+            (0..after.len()).find(differs),
+            (0..after.len()).rfind(differs),
+        ) else {
+            return Ok(());
+        };
+        assert!(last < 512 && before.len() == after.len());
+        if let Err(error) = self.write(first, &after[first..=last]).await {
+            if let Err(second) = self.write(first, &before[first..=last]).await {
+                self.broken.store(true, Ordering::SeqCst);
+                log::error!("qcow2: the header is in an unknown state: {second}");
+            }
+            return Err(error);
+        }
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        *current = Arc::new(new);
+        Ok(())
+    }
+
+    /// Whether the image may still be changed.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.broken.load(Ordering::SeqCst) {
+            return Err(Error::new(
+                ErrorKind::Io,
+                "A write of the image's header has failed; reopen the image",
+            ));
+        }
+        Ok(())
+    }
+
+    async fn write(&self, at: usize, bytes: &[u8]) -> Result<()> {
+        let data = Data::from(bytes.to_vec());
+        self.file
+            .write(at as u64, data, WriteFlags::default())
+            .await?;
+        self.file.flush().await
+    }
+}

@@ -1,0 +1,127 @@
+//! What each metadata cluster of the image is: the check that keeps writes off clusters of another kind.
+//!
+//! Metadata are few (one L2 table per 8192 data clusters at 64 KiB), so a map of them alone answers in constant
+//! time at a small price. L2 tables that only snapshots use are not in it.
+
+use std::collections::HashMap;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::units::ClusterIndex;
+
+/// What a metadata cluster holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Owner {
+    /// The image's first cluster.
+    Header,
+    /// The active L1 table or one of a snapshot.
+    L1Table,
+    /// An L2 table of the active L1 table.
+    L2Table,
+    /// The refcount table.
+    RefcountTable,
+    /// A refcount block.
+    RefcountBlock,
+    /// The snapshot table.
+    SnapshotTable,
+}
+
+impl Owner {
+    fn name(self) -> &'static str {
+        match self {
+            Owner::Header => "image header",
+            Owner::L1Table => "L1 table",
+            Owner::L2Table => "L2 table",
+            Owner::RefcountTable => "refcount table",
+            Owner::RefcountBlock => "refcount block",
+            Owner::SnapshotTable => "snapshot table",
+        }
+    }
+}
+
+/// The map.
+#[derive(Debug, Default)]
+pub(crate) struct Owners {
+    map: RwLock<HashMap<u64, Owner>>,
+}
+
+impl Owners {
+    /// Says that `count` clusters hold `owner`. Fails, with nothing changed, where one holds something else.
+    pub(crate) fn claim(&self, first: ClusterIndex, count: u64, owner: Owner) -> Result<()> {
+        let mut map = self.write();
+        for index in first.0..first.0 + count {
+            match map.get(&index) {
+                Some(other) if *other != owner => {
+                    return Err(conflict(ClusterIndex(index), owner.name(), *other));
+                }
+                _ => {}
+            }
+        }
+        map.extend((first.0..first.0 + count).map(|index| (index, owner)));
+        Ok(())
+    }
+
+    /// Says that the clusters hold no metadata any more.
+    pub(crate) fn release(&self, first: ClusterIndex, count: u64) {
+        let mut map = self.write();
+        for index in first.0..first.0 + count {
+            map.remove(&index);
+        }
+    }
+
+    /// Whether guest data may be written to these clusters.
+    pub(crate) fn check_data(&self, first: ClusterIndex, count: u64) -> Result<()> {
+        let map = self.read();
+        for index in first.0..first.0 + count {
+            if let Some(owner) = map.get(&index) {
+                return Err(conflict(ClusterIndex(index), "guest data", *owner));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the cluster holds, if that is metadata.
+    pub(crate) fn get(&self, cluster: ClusterIndex) -> Option<Owner> {
+        self.read().get(&cluster.0).copied()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<u64, Owner>> {
+        self.map.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, HashMap<u64, Owner>> {
+        self.map.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn conflict(cluster: ClusterIndex, wanted: &str, owner: Owner) -> Error {
+    Error::new(
+        ErrorKind::Corrupt,
+        format!(
+            "qcow2: Image is corrupt: host cluster {} is used for {wanted}, but holds the {}",
+            cluster.0,
+            owner.name()
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claimed_cluster_takes_neither_data_nor_another_kind() {
+        let owners = Owners::default();
+        owners.claim(ClusterIndex(3), 2, Owner::L1Table).unwrap();
+        owners.claim(ClusterIndex(4), 1, Owner::L1Table).unwrap();
+        let error = owners
+            .claim(ClusterIndex(2), 3, Owner::L2Table)
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt);
+        assert_eq!(owners.get(ClusterIndex(2)), None, "nothing changed");
+        assert!(owners.check_data(ClusterIndex(4), 1).is_err());
+        assert!(owners.check_data(ClusterIndex(5), 9).is_ok());
+        owners.release(ClusterIndex(3), 2);
+        assert!(owners.check_data(ClusterIndex(0), 9).is_ok());
+    }
+}

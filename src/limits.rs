@@ -56,3 +56,46 @@ pub const NBD_CLOSE_GRACE: Duration = Duration::from_secs(1);
 
 /// The pause after a connection could not be accepted.
 pub const NBD_ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+// The QMP server.
+
+/// QMP clients at once, over all sockets. A management stack has a handful; each may make the
+/// reader hold one message of `qapi::rt::json::limits` in memory.
+pub const QMP_CLIENTS: usize = 128;
+
+/// Bytes of one read of a QMP socket: several commands, and small beside what else a session has.
+pub const QMP_READ_BYTES: usize = 16 << 10;
+
+/// In-band commands that wait in one session's queue while out-of-band ones may overtake. QEMU's
+/// number: clients keep at most this many in flight so that an out-of-band command is seen.
+pub const QMP_QUEUE: usize = 8;
+
+/// Unread output above which a session takes no further commands. Above any common reply, so
+/// that a client which reads its replies never waits for it.
+pub const QMP_OUTBOX_REPLY_BYTES: usize = 1 << 20;
+
+/// Unread output above which events are dropped: some thousand events, so that a client which is
+/// stopped for a while misses none.
+pub const QMP_OUTBOX_EVENT_BYTES: usize = 1 << 20;
+
+/// Small messages are put together up to this size for one write.
+pub const QMP_WRITE_BYTES: usize = 64 << 10;
+
+/// A client that takes no byte for so long, with output waiting, is taken for dead.
+pub const QMP_WRITE_STALL: Duration = Duration::from_secs(60);
+
+/// What running commands get to end in when the daemon stops.
+pub const QMP_STOP_GRACE: Duration = Duration::from_secs(10);
+
+/// What a client gets to take its last replies in when its session ends.
+pub const QMP_FLUSH_GRACE: Duration = Duration::from_secs(2);
+
+/// The time between two events of a rate-limited kind (as QEMU).
+pub const QMP_EVENT_WINDOW: Duration = Duration::from_secs(1);
+
+/// Rate windows open at once: their keys come from event data. Above it events pass unlimited,
+/// and the outboxes bound them.
+pub const QMP_EVENT_WINDOWS: usize = 1024;
+
+/// The pause after a client could not be accepted, for instance for want of file descriptors.
+pub const QMP_ACCEPT_PAUSE: Duration = Duration::from_millis(100);

@@ -14,8 +14,17 @@
 //!                                      +------ Events::emit, rate limited, to every session
 //! ```
 
+mod connection;
+mod events;
+mod listener;
+mod outbox;
+mod server;
 mod service;
 mod session;
+mod wire;
 
+pub use events::{Event, Events, RATE_LIMITS, RateLimit};
+pub use listener::{Address, ListenError, Listener};
+pub use server::Server;
 pub use service::{AnswerFuture, CommandInfo, Request, Service};
 pub use session::{Capability, Session, SessionId};

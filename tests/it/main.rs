@@ -2,4 +2,5 @@
 // A panic is how a test fails, in its helpers too.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+mod monitor;
 mod tidy;

@@ -7,6 +7,7 @@
 //! parse     text (pest)               -> tree           shape     tree       -> ast
 //! resolve   names                     -> definitions    check     the rules of the language
 //! configure `if` conditions                             lower     ast        -> ir::Schema
+//! emit      ir::Schema -> Rust modules, Markdown pages
 //! ```
 //!
 //! The entry is [`load_schema`]. It gives either a schema for which every rule holds, or all that is wrong.
@@ -17,6 +18,7 @@ mod check;
 mod configure;
 pub mod diagnostic;
 mod docparse;
+pub mod emit;
 mod example;
 pub mod ir;
 pub mod limits;

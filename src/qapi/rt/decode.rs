@@ -78,6 +78,11 @@ impl<'a> Members<'a> {
     }
 }
 
+/// The arguments of a command that takes none.
+pub fn nothing(arguments: Object) -> Decoded<()> {
+    Members::open(Value::Object(arguments), &Path::json())?.finish()
+}
+
 /// A list.
 pub fn list<T>(value: Value, at: &Path<'_>, decode: Decode<T>) -> Decoded<Vec<T>> {
     at.check_depth()?;

@@ -47,3 +47,41 @@ pub fn find<'t, Cx>(table: &'t [Entry<Cx>], name: &str) -> Option<&'t Entry<Cx>>
         .ok()
         .map(|at| &table[at])
 }
+
+/// Whether names are sorted and all different, by bytes. For assertions at compile time.
+pub const fn is_sorted(names: &[&str]) -> bool {
+    let mut at = 1;
+    while at < names.len() {
+        if !is_less(names[at - 1].as_bytes(), names[at].as_bytes()) {
+            return false;
+        }
+        at += 1;
+    }
+    true
+}
+
+const fn is_less(left: &[u8], right: &[u8]) -> bool {
+    let mut at = 0;
+    while at < left.len() && at < right.len() {
+        if left[at] != right[at] {
+            return left[at] < right[at];
+        }
+        at += 1;
+    }
+    left.len() < right.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_sorted;
+
+    #[test]
+    fn sorted_means_strictly_rising() {
+        assert!(is_sorted(&[]));
+        assert!(is_sorted(&["a"]));
+        assert!(is_sorted(&["a", "aa", "b", "block-a", "block_a"]));
+        assert!(!is_sorted(&["a", "a"]));
+        assert!(!is_sorted(&["aa", "a"]));
+        assert!(!is_sorted(&["b", "a"]));
+    }
+}

@@ -11,6 +11,7 @@
 //! ```
 //!
 //! The entry is [`load_schema`]. It gives either a schema for which every rule holds, or all that is wrong.
+//! [`load_hx`] then reads the command table and compares it with the schema (module [`hx`]).
 //! `Loaded::sources` lists every file that was read, for `cargo::rerun-if-changed`.
 
 mod ast;
@@ -20,6 +21,7 @@ pub mod diagnostic;
 mod docparse;
 pub mod emit;
 mod example;
+pub mod hx;
 pub mod ir;
 pub mod limits;
 pub mod load;
@@ -32,6 +34,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 
 use diagnostic::{Diagnostic, Sink, SourceMap};
+use hx::HxFile;
 use load::Reader;
 
 /// What the caller decides.
@@ -115,5 +118,52 @@ pub fn load_schema(
         schema,
         sources,
         warnings: sink.finish(),
+    })
+}
+
+/// Loads the command table at `path` and checks it against the schema. Its text is added to `loaded.sources` and its
+/// warnings to `loaded.warnings`.
+///
+/// # Errors
+/// All that is wrong with the table, and every disagreement between it and the schema.
+pub fn load_hx(
+    path: &Path,
+    reader: &dyn Reader,
+    loaded: &mut Loaded,
+) -> Result<HxFile, Box<Failure>> {
+    let mut sink = Sink::default();
+    let (file, text) = match load::read_top(path, "command table", reader) {
+        Ok(text) => (loaded.sources.add(path.display().to_string(), text), None),
+        Err(message) => (
+            loaded.sources.add(path.display().to_string(), ""),
+            Some(message),
+        ),
+    };
+    if let Some(message) = text {
+        sink.error(
+            ir::Span {
+                file,
+                start: 0,
+                end: 0,
+            },
+            message,
+        );
+        return Err(fail(loaded, sink));
+    }
+    let hx = hx::parse(file, &loaded.sources, &mut sink);
+    if sink.error_count() == 0 {
+        hx::check(&hx, &loaded.schema, &mut sink);
+    }
+    if sink.error_count() > 0 {
+        return Err(fail(loaded, sink));
+    }
+    loaded.warnings.extend(sink.finish());
+    Ok(hx)
+}
+
+fn fail(loaded: &Loaded, sink: Sink) -> Box<Failure> {
+    Box::new(Failure {
+        sources: loaded.sources.clone(),
+        diagnostics: sink.finish(),
     })
 }

@@ -1,24 +1,116 @@
-//! The command: checks schemas and .hx files.
+//! The command: checks schemas and command tables, and writes what is generated from them.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use lexopt::prelude::{Long, Short, Value, ValueExt as _};
+use qapi_gen::diagnostic::{self, Sink};
+use qapi_gen::hx::{self, HxFile};
 use qapi_gen::load::Disk;
-use qapi_gen::{Options, load_schema};
+use qapi_gen::{Failure, Loaded, Options, load_hx, load_schema};
+
+const USAGE: &str = "\
+usage: qapi-gen check SCHEMA [--hx FILE]   check a schema, and a command table against it
+       qapi-gen hx-lint SCHEMA FILE        list where a command table and a schema disagree
+
+options:
+  --define COND   let COND hold in 'if' conditions (may be repeated)
+  --unused        warn about types that no command and no event leads to
+  --documents     with hx-lint: warn about missing documents and invalid examples
+  --help          show this text
+
+Findings go to standard error; the exit status is 1 if there is an error among them.
+";
 
 fn main() -> ExitCode {
-    let top = std::env::args().nth(2).unwrap_or_default();
-    match load_schema(Path::new(&top), &Disk, &Options::default()) {
-        Ok(loaded) => {
-            eprint!(
-                "{}",
-                qapi_gen::diagnostic::render(&loaded.warnings, &loaded.sources)
-            );
-            ExitCode::SUCCESS
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("qapi-gen: {error}");
+            eprint!("{USAGE}");
+            ExitCode::from(2)
         }
+    }
+}
+
+/// The command line.
+#[derive(Default)]
+struct Arguments {
+    words: Vec<PathBuf>,
+    table: Option<PathBuf>,
+    documents: bool,
+    options: Options,
+}
+
+fn parse_arguments() -> Result<Option<Arguments>, lexopt::Error> {
+    let mut arguments = Arguments::default();
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Long("help") | Short('h') => return Ok(None),
+            Long("hx") => arguments.table = Some(parser.value()?.into()),
+            Long("define") => drop(arguments.options.defines.insert(parser.value()?.string()?)),
+            Long("unused") => arguments.options.warn_unused = true,
+            Long("documents") => arguments.documents = true,
+            Value(word) => arguments.words.push(word.into()),
+            other => return Err(other.unexpected()),
+        }
+    }
+    Ok(Some(arguments))
+}
+
+fn run() -> Result<ExitCode, lexopt::Error> {
+    let Some(arguments) = parse_arguments()? else {
+        print!("{USAGE}");
+        return Ok(ExitCode::SUCCESS);
+    };
+    let words: Vec<&Path> = arguments.words.iter().map(PathBuf::as_path).collect();
+    let outcome = match words.as_slice() {
+        [verb, schema] if verb.as_os_str() == "check" => check(schema, &arguments),
+        [verb, schema, table] if verb.as_os_str() == "hx-lint" => lint(schema, table, &arguments),
+        [] => return Err("which command?".into()),
+        [verb, ..] => {
+            let message = format!("wrong arguments for '{}'", verb.display());
+            return Err(message.into());
+        }
+    };
+    Ok(match outcome {
+        Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             eprint!("{}", failure.render());
             ExitCode::FAILURE
         }
+    })
+}
+
+fn check(schema: &Path, arguments: &Arguments) -> Result<(), Box<Failure>> {
+    let mut loaded = load_schema(schema, &Disk, &arguments.options)?;
+    if let Some(table) = &arguments.table {
+        let hx = load_hx(table, &Disk, &mut loaded)?;
+        warn_about_documents(&hx, &mut loaded);
     }
+    print_warnings(&loaded);
+    Ok(())
+}
+
+fn lint(schema: &Path, table: &Path, arguments: &Arguments) -> Result<(), Box<Failure>> {
+    let mut loaded = load_schema(schema, &Disk, &arguments.options)?;
+    // The schema is not what is asked about.
+    loaded.warnings.clear();
+    let hx = load_hx(table, &Disk, &mut loaded)?;
+    if arguments.documents {
+        warn_about_documents(&hx, &mut loaded);
+    }
+    print_warnings(&loaded);
+    Ok(())
+}
+
+fn warn_about_documents(hx: &HxFile, loaded: &mut Loaded) {
+    let mut sink = Sink::default();
+    hx::check_documents(hx, &mut sink);
+    loaded.warnings.extend(sink.finish());
+}
+
+fn print_warnings(loaded: &Loaded) {
+    eprint!("{}", diagnostic::render(&loaded.warnings, &loaded.sources));
 }

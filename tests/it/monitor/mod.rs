@@ -1,6 +1,7 @@
 //! QMP over real sockets, with a mock service behind it.
 
 mod mock;
+mod oracle;
 mod sessions;
 mod sockets;
 

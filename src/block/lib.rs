@@ -4,6 +4,7 @@
 //! * [`error`]: the one error type
 //! * [`driver`]: the contracts of a node's driver, and `Child`, its handle on the layer below
 //! * [`open`]: options to nodes
+//! * [`graph`]: nodes, drives, and who uses whom
 //! * [`formats`]: image formats between the guest's disk and the bytes below
 //! * [`protocols`]: bytes from outside: files, and a disk in memory for tests
 //! * [`io`]: payloads and the engines that move bytes; the only place with `unsafe`
@@ -12,6 +13,7 @@
 pub mod driver;
 pub mod error;
 pub mod formats;
+pub mod graph;
 pub mod io;
 pub mod limits;
 pub mod open;

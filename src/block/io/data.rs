@@ -73,6 +73,17 @@ impl Data {
             .all(|segment| matches!(segment, Segment::Zeroes(_)))
     }
 
+    /// Whether every byte is zero; looks at the bytes, up to the first that is not.
+    pub fn reads_as_zeroes(&self) -> bool {
+        // Whole chunks without an early exit are compared many bytes at a time.
+        const CHUNK: usize = 128;
+        let is_zero = |bytes: &[u8]| bytes.iter().fold(0, |any, byte| any | byte) == 0;
+        self.segments.iter().all(|segment| match segment {
+            Segment::Bytes(bytes) => bytes.chunks(CHUNK).all(is_zero),
+            Segment::Zeroes(_) => true,
+        })
+    }
+
     /// Appends a segment.
     pub fn push(&mut self, segment: Segment) {
         if segment.is_empty() {
@@ -196,6 +207,16 @@ mod tests {
     fn neighbouring_zero_runs_merge_and_bytes_come_out_in_order() {
         assert_eq!(sample().segments().len(), 3);
         assert_eq!(&sample().to_bytes()[..], [1, 2, 3, 0, 0, 0, 4]);
+    }
+
+    #[test]
+    fn zeroes_are_recognised_among_bytes() {
+        let mut bytes = vec![0; 1000];
+        assert!(Data::from(bytes.clone()).reads_as_zeroes());
+        assert!(Data::zeroes(5).reads_as_zeroes());
+        bytes[999] = 1;
+        assert!(!Data::from(bytes).reads_as_zeroes());
+        assert!(!sample().reads_as_zeroes());
     }
 
     #[test]

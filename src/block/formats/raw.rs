@@ -1,0 +1,226 @@
+//! `raw`: the bytes of the layer below as they are, or a window of them.
+
+use crate::driver::{
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
+    WriteFlags, ZeroFlags,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Data;
+
+/// A window of the layer below.
+#[derive(Debug)]
+pub struct Raw {
+    file: Child,
+    filename: String,
+    offset: u64,
+    /// `None`: up to the end of the layer below, wherever that is by then.
+    len: Option<u64>,
+}
+
+impl Raw {
+    /// A window from `offset` (0 if missing) of `size` bytes (to the end if missing). `filename` is what queries show.
+    pub fn new(
+        file: Child,
+        filename: String,
+        offset: Option<u64>,
+        size: Option<u64>,
+    ) -> Result<Self> {
+        let actual = file.size();
+        let offset = offset.unwrap_or(0);
+        if offset > actual {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "Offset ({offset}) cannot be greater than size of the containing file ({actual})"
+                ),
+            ));
+        }
+        if let Some(size) = size
+            && size > actual - offset
+        {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!(
+                    "The sum of offset ({offset}) and size ({size}) has to be smaller or equal to \
+                     the actual size of the containing file ({actual})"
+                ),
+            ));
+        }
+        Ok(Raw {
+            file,
+            filename,
+            offset,
+            len: size,
+        })
+    }
+
+    /// The range in the layer below. A window of fixed size has an end; another grows with its file.
+    fn shift(&self, offset: u64, len: u64) -> Result<u64> {
+        let end = offset.checked_add(len);
+        if end.is_none_or(|end| self.len.is_some_and(|size| end > size)) {
+            return Err(self.out_of_range(offset, len));
+        }
+        self.offset
+            .checked_add(offset)
+            .ok_or_else(|| self.out_of_range(offset, len))
+    }
+
+    fn out_of_range(&self, offset: u64, len: u64) -> Error {
+        Error::new(
+            ErrorKind::OutOfRange,
+            format!("Request at {offset} of {len} bytes is outside of the window"),
+        )
+    }
+
+    async fn do_block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let below = self.shift(offset, len)?;
+        let status = self.file.block_status(below, len).await?;
+        // What the layer below says about itself is about our bytes too; they lie where they were asked for.
+        Ok(BlockStatus {
+            host_offset: Some(below),
+            ..status
+        })
+    }
+
+    async fn do_resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {
+        if self.len.is_some() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Cannot resize fixed-size raw disks",
+            ));
+        }
+        let end = self.offset.checked_add(size).ok_or_else(|| {
+            Error::new(
+                ErrorKind::InvalidInput,
+                "Disk size too large for the chosen offset",
+            )
+        })?;
+        self.file.resize(end, preallocation).await
+    }
+}
+
+impl Requests for Raw {
+    fn size(&self) -> u64 {
+        self.len
+            .unwrap_or_else(|| self.file.size().saturating_sub(self.offset))
+    }
+
+    fn limits(&self) -> RequestLimits {
+        RequestLimits {
+            // The node below widens what does not fit it.
+            alignment: 1,
+            preferred: self.file.limits().preferred,
+            growable: self.len.is_none() && self.file.limits().growable,
+        }
+    }
+
+    fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
+        match self.shift(offset, len) {
+            Ok(below) => self.file.read(below, len),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
+    }
+
+    fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        match self.shift(offset, data.len()) {
+            Ok(below) => self.file.write(below, data, flags),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
+        match self.shift(offset, len) {
+            Ok(below) => self.file.write_zeroes(below, len, flags),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        match self.shift(offset, len) {
+            Ok(below) => self.file.discard(below, len),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        self.file.flush()
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
+        Box::pin(self.do_block_status(offset, len))
+    }
+
+    fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.do_resize(size, preallocation))
+    }
+}
+
+impl Driver for Raw {
+    fn info(&self) -> DriverInfo {
+        DriverInfo {
+            driver: "raw",
+            filename: self.filename.clone(),
+            ..DriverInfo::default()
+        }
+    }
+
+    fn children(&self) -> Vec<(&'static str, Child)> {
+        vec![("file", self.file.clone())]
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocols::memory::Memory;
+
+    fn window(offset: Option<u64>, size: Option<u64>) -> Result<Raw> {
+        let content: Vec<u8> = (0..100).collect();
+        let memory = Memory::with_content(&content);
+        Raw::new(memory.child(), "image".to_owned(), offset, size)
+    }
+
+    #[tokio::test]
+    async fn a_window_shows_its_part_only() {
+        let raw = window(Some(10), Some(20)).unwrap();
+        assert_eq!(raw.size(), 20);
+        assert_eq!(raw.read(5, 3).await.unwrap().to_bytes(), [15, 16, 17][..]);
+        let data = Data::from(vec![1, 2]);
+        raw.write(18, data.clone(), WriteFlags::default())
+            .await
+            .unwrap();
+        assert_eq!(
+            raw.file.read(28, 3).await.unwrap().to_bytes(),
+            [1, 2, 30][..]
+        );
+        let beyond = raw.write(19, data, WriteFlags::default()).await;
+        assert_eq!(beyond.unwrap_err().kind(), ErrorKind::OutOfRange);
+        assert!(raw.read(u64::MAX, 2).await.is_err());
+        assert_eq!(raw.block_status(0, 20).await.unwrap().host_offset, Some(10));
+    }
+
+    #[tokio::test]
+    async fn an_open_ended_window_is_resized_with_its_file() {
+        let raw = window(Some(10), None).unwrap();
+        assert_eq!(raw.size(), 90);
+        raw.resize(50, Preallocation::Off).await.unwrap();
+        assert_eq!((raw.size(), raw.file.size()), (50, 60));
+        let fixed = window(None, Some(20)).unwrap();
+        assert!(fixed.resize(10, Preallocation::Off).await.is_err());
+    }
+
+    #[test]
+    fn a_window_outside_of_the_file_is_refused() {
+        assert_eq!(
+            window(Some(101), None).unwrap_err().message(),
+            "Offset (101) cannot be greater than size of the containing file (100)"
+        );
+        assert!(window(Some(90), Some(10)).is_ok());
+        assert!(window(Some(90), Some(11)).is_err());
+        assert!(window(Some(1), Some(u64::MAX)).is_err());
+    }
+}

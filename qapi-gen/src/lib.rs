@@ -26,6 +26,7 @@ pub mod ir;
 pub mod limits;
 pub mod load;
 mod lower;
+pub mod output;
 mod parse;
 mod resolve;
 mod shape;

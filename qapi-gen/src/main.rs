@@ -5,13 +5,16 @@ use std::process::ExitCode;
 
 use lexopt::prelude::{Long, Short, Value, ValueExt as _};
 use qapi_gen::diagnostic::{self, Sink};
+use qapi_gen::emit::{self, OutputFile, RustOptions};
 use qapi_gen::hx::{self, HxFile};
 use qapi_gen::load::Disk;
-use qapi_gen::{Failure, Loaded, Options, load_hx, load_schema};
+use qapi_gen::{Failure, Loaded, Options, load_hx, load_schema, output};
 
 const USAGE: &str = "\
 usage: qapi-gen check SCHEMA [--hx FILE]   check a schema, and a command table against it
        qapi-gen hx-lint SCHEMA FILE        list where a command table and a schema disagree
+       qapi-gen rust SCHEMA -o DIR         write the Rust modules of a schema
+       qapi-gen docs SCHEMA -o DIR         write the reference of a schema as Markdown
 
 options:
   --define COND   let COND hold in 'if' conditions (may be repeated)
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
 struct Arguments {
     words: Vec<PathBuf>,
     table: Option<PathBuf>,
+    output: Option<PathBuf>,
     documents: bool,
     options: Options,
 }
@@ -49,6 +53,7 @@ fn parse_arguments() -> Result<Option<Arguments>, lexopt::Error> {
         match argument {
             Long("help") | Short('h') => return Ok(None),
             Long("hx") => arguments.table = Some(parser.value()?.into()),
+            Long("output") | Short('o') => arguments.output = Some(parser.value()?.into()),
             Long("define") => drop(arguments.options.defines.insert(parser.value()?.string()?)),
             Long("unused") => arguments.options.warn_unused = true,
             Long("documents") => arguments.documents = true,
@@ -68,22 +73,49 @@ fn run() -> Result<ExitCode, lexopt::Error> {
     let outcome = match words.as_slice() {
         [verb, schema] if verb.as_os_str() == "check" => check(schema, &arguments),
         [verb, schema, table] if verb.as_os_str() == "hx-lint" => lint(schema, table, &arguments),
+        [verb, schema] if verb.as_os_str() == "rust" => rust(schema, &arguments),
+        [verb, schema] if verb.as_os_str() == "docs" => docs(schema, &arguments),
         [] => return Err("which command?".into()),
         [verb, ..] => {
-            let message = format!("wrong arguments for '{}'", verb.display());
-            return Err(message.into());
+            let known = ["check", "hx-lint", "rust", "docs"]
+                .map(Path::new)
+                .contains(verb);
+            let what = if known {
+                "wrong number of arguments for"
+            } else {
+                "unknown command"
+            };
+            return Err(format!("{what} '{}'", verb.display()).into());
         }
     };
     Ok(match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
+        Err(Stop::Findings(failure)) => {
             eprint!("{}", failure.render());
+            ExitCode::FAILURE
+        }
+        Err(Stop::Message(message)) => {
+            eprintln!("qapi-gen: {message}");
             ExitCode::FAILURE
         }
     })
 }
 
-fn check(schema: &Path, arguments: &Arguments) -> Result<(), Box<Failure>> {
+/// Why a verb did not do its work.
+enum Stop {
+    /// Errors in the sources.
+    Findings(Box<Failure>),
+    /// Anything else.
+    Message(String),
+}
+
+impl From<Box<Failure>> for Stop {
+    fn from(failure: Box<Failure>) -> Stop {
+        Stop::Findings(failure)
+    }
+}
+
+fn check(schema: &Path, arguments: &Arguments) -> Result<(), Stop> {
     let mut loaded = load_schema(schema, &Disk, &arguments.options)?;
     if let Some(table) = &arguments.table {
         let hx = load_hx(table, &Disk, &mut loaded)?;
@@ -93,7 +125,7 @@ fn check(schema: &Path, arguments: &Arguments) -> Result<(), Box<Failure>> {
     Ok(())
 }
 
-fn lint(schema: &Path, table: &Path, arguments: &Arguments) -> Result<(), Box<Failure>> {
+fn lint(schema: &Path, table: &Path, arguments: &Arguments) -> Result<(), Stop> {
     let mut loaded = load_schema(schema, &Disk, &arguments.options)?;
     // The schema is not what is asked about.
     loaded.warnings.clear();
@@ -103,6 +135,44 @@ fn lint(schema: &Path, table: &Path, arguments: &Arguments) -> Result<(), Box<Fa
     }
     print_warnings(&loaded);
     Ok(())
+}
+
+fn rust(schema: &Path, arguments: &Arguments) -> Result<(), Stop> {
+    let loaded = load_schema(schema, &Disk, &arguments.options)?;
+    print_warnings(&loaded);
+    let options = RustOptions {
+        schema_folder: folder_of(schema),
+        ..RustOptions::default()
+    };
+    let files = emit::rust(&loaded.schema, &loaded.sources, &options).map_err(|diagnostics| {
+        Box::new(Failure {
+            sources: loaded.sources,
+            diagnostics,
+        })
+    })?;
+    write(arguments, &files)
+}
+
+fn docs(schema: &Path, arguments: &Arguments) -> Result<(), Stop> {
+    let loaded = load_schema(schema, &Disk, &arguments.options)?;
+    print_warnings(&loaded);
+    write(arguments, &emit::docs(&loaded.schema, &folder_of(schema)))
+}
+
+/// The folder of the top file as the output names it: its own name, so that it is the same on every machine.
+fn folder_of(schema: &Path) -> String {
+    let folder = schema.parent().and_then(Path::file_name);
+    folder.map_or_else(
+        || ".".to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}
+
+fn write(arguments: &Arguments, files: &[OutputFile]) -> Result<(), Stop> {
+    let Some(folder) = &arguments.output else {
+        return Err(Stop::Message("where to? Give a folder with -o".to_owned()));
+    };
+    output::write(folder, files).map_err(|error| Stop::Message(error.to_string()))
 }
 
 fn warn_about_documents(hx: &HxFile, loaded: &mut Loaded) {

@@ -323,3 +323,6 @@ struct Admitted {
 
 /// Executing has ended: nothing more can be queued.
 struct Ended;
+
+#[cfg(test)]
+mod tests;

@@ -66,6 +66,9 @@ pub const QMP_CLIENTS: usize = 128;
 /// Bytes of one read of a QMP socket: several commands, and small beside what else a session has.
 pub const QMP_READ_BYTES: usize = 16 << 10;
 
+/// Descriptors that may come with one piece of a QMP stream. A command takes one; QEMU's number.
+pub const QMP_FDS: usize = 16;
+
 /// In-band commands that wait in one session's queue while out-of-band ones may overtake. QEMU's
 /// number: clients keep at most this many in flight so that an out-of-band command is seen.
 pub const QMP_QUEUE: usize = 8;

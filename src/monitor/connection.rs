@@ -16,6 +16,7 @@ use qapi::rt::json::{Decoder, JsonError, Style};
 use qapi::rt::{ErrorClass, QmpError, Value};
 
 use super::events::{Events, Subscription};
+use super::listener::Stream;
 use super::outbox::Outbox;
 use super::service::{Request, Service};
 use super::session::{Capability, Session};
@@ -62,13 +63,9 @@ struct Connection {
 }
 
 /// Serves one client until its connection ends.
-pub(super) async fn serve<R, W>(shared: Shared, style: Style, reader: R, writer: W)
-where
-    R: AsyncRead + Unpin,
-    W: AsyncWrite + Unpin,
-{
+pub(super) async fn serve(shared: Shared, style: Style, stream: Stream) {
     let offered = [Capability::Oob];
-    let session = Session::new(&offered);
+    let session = Session::with_descriptors(&offered, stream.descriptors);
     let connection = Connection {
         service: shared.service,
         events: shared.events,
@@ -85,7 +82,10 @@ where
     connection
         .outbox
         .push_reply(wire::greeting(version, &offered, style));
-    match connection.run(reader, writer, shared.draining).await {
+    match connection
+        .run(stream.reader, stream.writer, shared.draining)
+        .await
+    {
         Ok(()) => log::debug!("QMP client {id}: disconnected"),
         Err(error) => log::warn!("QMP client {id}: dropped: {error}"),
     }

@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 
+use super::descriptors::{Descriptors, UnixReader};
+
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Address {
@@ -61,8 +63,13 @@ enum Socket {
     Tcp(TcpListener),
 }
 
-pub(super) type Reader = Box<dyn AsyncRead + Send + Unpin>;
-pub(super) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
+/// The two ends of a client's connection, whatever it runs over.
+pub(super) struct Stream {
+    pub(super) reader: Box<dyn AsyncRead + Send + Unpin>,
+    pub(super) writer: Box<dyn AsyncWrite + Send + Unpin>,
+    /// Filled by the reader; stays empty where a transport has none.
+    pub(super) descriptors: Descriptors,
+}
 
 impl Listener {
     /// Opens a socket and listens. A socket file that nobody listens on any more is replaced.
@@ -108,12 +115,17 @@ impl Listener {
     ///
     /// # Cancellation
     /// No client is lost.
-    pub(super) async fn accept(&self) -> io::Result<(Reader, Writer)> {
+    pub(super) async fn accept(&self) -> io::Result<Stream> {
         match &self.socket {
             Socket::Unix(socket) => {
                 let (stream, _) = socket.accept().await?;
                 let (reader, writer) = stream.into_split();
-                Ok((Box::new(reader), Box::new(writer)))
+                let descriptors = Descriptors::default();
+                Ok(Stream {
+                    reader: Box::new(UnixReader::new(reader, descriptors.clone())),
+                    writer: Box::new(writer),
+                    descriptors,
+                })
             }
             Socket::Tcp(socket) => {
                 let (stream, _) = socket.accept().await?;
@@ -122,7 +134,11 @@ impl Listener {
                 // A peer that vanished must not hold its place for ever.
                 rustix::net::sockopt::set_socket_keepalive(&stream, true)?;
                 let (reader, writer) = stream.into_split();
-                Ok((Box::new(reader), Box::new(writer)))
+                Ok(Stream {
+                    reader: Box::new(reader),
+                    writer: Box::new(writer),
+                    descriptors: Descriptors::default(),
+                })
             }
         }
     }

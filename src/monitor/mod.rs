@@ -15,6 +15,7 @@
 //! ```
 
 mod connection;
+mod descriptors;
 mod events;
 mod listener;
 mod outbox;

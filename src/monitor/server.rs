@@ -96,8 +96,8 @@ async fn accept(listener: Listener, style: Style, shared: Shared, clients: Arc<S
             _ = stopping.wait_for(|phase| *phase >= Phase::Stopping) => break,
             Some(_) = connections.join_next() => continue,
         };
-        let (reader, writer) = match accepted {
-            Ok(ends) => ends,
+        let stream = match accepted {
+            Ok(stream) => stream,
             Err(error) => {
                 log::warn!("QMP: cannot accept a client: {error}");
                 tokio::time::sleep(limits::QMP_ACCEPT_PAUSE).await;
@@ -115,7 +115,7 @@ async fn accept(listener: Listener, style: Style, shared: Shared, clients: Arc<S
         let shared = shared.clone();
         connections.spawn(async move {
             let _place: OwnedSemaphorePermit = place;
-            connection::serve(shared, style, reader, writer).await;
+            connection::serve(shared, style, stream).await;
         });
     }
     // No client comes any more, and nothing remains to be drained here but in the connections.

@@ -1,10 +1,13 @@
 //! One client's conversation: what it has negotiated.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use qapi::rt::{ErrorClass, QmpError};
+
+use super::descriptors::Descriptors;
 
 /// A protocol capability that the server may offer and the client may enable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,6 +47,7 @@ pub struct Session {
 struct State {
     id: SessionId,
     offered: Vec<Capability>,
+    descriptors: Descriptors,
     oob: AtomicBool,
     negotiated: AtomicBool,
 }
@@ -51,11 +55,17 @@ struct State {
 impl Session {
     /// A session in negotiation that offers the client these capabilities.
     pub fn new(offered: &[Capability]) -> Session {
+        Session::with_descriptors(offered, Descriptors::default())
+    }
+
+    /// A session whose client may send file descriptors.
+    pub(super) fn with_descriptors(offered: &[Capability], descriptors: Descriptors) -> Session {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Session {
             state: Arc::new(State {
                 id: SessionId(NEXT.fetch_add(1, Ordering::Relaxed)),
                 offered: offered.to_vec(),
+                descriptors,
                 oob: AtomicBool::new(false),
                 negotiated: AtomicBool::new(false),
             }),
@@ -65,6 +75,12 @@ impl Session {
     /// The number of the session.
     pub fn id(&self) -> SessionId {
         self.state.id
+    }
+
+    /// Takes the file descriptor that came with the request (SCM_RIGHTS), for `getfd` and
+    /// `add-fd`. `None` if there was none: `No file descriptor supplied via SCM_RIGHTS`.
+    pub fn take_descriptor(&self) -> Option<OwnedFd> {
+        self.state.descriptors.take()
     }
 
     /// What the greeting offered.

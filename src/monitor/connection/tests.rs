@@ -4,6 +4,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::time::Instant;
 
 use super::*;
+use crate::monitor::descriptors::Descriptors;
 use crate::monitor::{Address, AnswerFuture, CommandInfo, Event, Listener, Server};
 
 /// Knows one command, which never ends.
@@ -49,7 +50,12 @@ async fn a_client_that_takes_nothing_for_a_minute_is_dropped() {
     let (ours, theirs) = tokio::io::duplex(16);
     let (reader, writer) = tokio::io::split(ours);
     let begin = Instant::now();
-    serve(shared, Style::Compact, reader, writer).await;
+    let stream = Stream {
+        reader: Box::new(reader),
+        writer: Box::new(writer),
+        descriptors: Descriptors::default(),
+    };
+    serve(shared, Style::Compact, stream).await;
     assert_eq!(begin.elapsed().as_secs(), limits::QMP_WRITE_STALL.as_secs());
     drop((theirs, phase));
 }

@@ -1,5 +1,7 @@
 //! A service with a few commands, and a server around it on a thread of its own.
 
+use std::fs::File;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -47,6 +49,17 @@ impl Mock {
                 let size = arguments["size"].as_u64().unwrap_or(0);
                 Ok(Value::from("x".repeat(usize::try_from(size).unwrap())))
             }
+            // What can be read from the descriptor that came along.
+            "read-fd" => match session.take_descriptor() {
+                Some(descriptor) => {
+                    let mut text = String::new();
+                    File::from(descriptor).read_to_string(&mut text).unwrap();
+                    Ok(Value::from(text))
+                }
+                None => Err(QmpError::generic(
+                    "No file descriptor supplied via SCM_RIGHTS",
+                )),
+            },
             "silent" => Ok(json!({})),
             "silent-failure" => Err(QmpError::generic("failed")),
             other => Err(QmpError::generic(format!("no such mock: {other}"))),
@@ -100,7 +113,7 @@ impl Service for Mock {
                 no_success_response: true,
                 ..known
             }),
-            "query-version" | "echo" | "hold" | "emit" | "blob" => Some(known),
+            "query-version" | "echo" | "hold" | "emit" | "blob" | "read-fd" => Some(known),
             _ => None,
         }
     }

@@ -278,3 +278,30 @@ fn a_half_closed_client_gets_its_replies() {
         "{rest}"
     );
 }
+
+#[test]
+fn a_descriptor_comes_with_the_bytes_of_its_request() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+    use std::io::IoSlice;
+    use std::os::fd::AsFd as _;
+
+    let server = Running::start();
+    let mut client = Client::ready(&server.socket(), "");
+    let directory = tempfile::tempdir().unwrap();
+    for text in ["first", "second"] {
+        let path = directory.path().join(text);
+        std::fs::write(&path, text).unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        let files = [file.as_fd()];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&files)));
+        let bytes = b"{'execute':'read-fd','id':1}";
+        let slices = [IoSlice::new(bytes)];
+        let sent = sendmsg(&client.stream, &slices, &mut control, SendFlags::empty());
+        assert_eq!(sent.unwrap(), bytes.len());
+        assert_eq!(client.receive()["return"], text);
+    }
+    let none = "No file descriptor supplied via SCM_RIGHTS";
+    assert_eq!(client.refusal("{'execute':'read-fd'}"), none);
+}

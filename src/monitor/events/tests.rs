@@ -1,3 +1,5 @@
+//! Who gets which event, and when, with paused time.
+
 use std::time::Duration;
 
 use super::*;

@@ -1,3 +1,5 @@
+//! The reader and the writer against tables of what qemu-storage-daemon answers, and against noise.
+
 use super::*;
 use crate::rt::Value;
 

@@ -4,13 +4,12 @@
 //! Opening and closing happen outside: nodes are opened first (`open`) and inserted when nothing can fail any
 //! more; removed nodes are handed back to be closed.
 //!
-//! * `node`: a driver with the engine's part of every request; `align`, `detached`, `counters` belong to it
+//! * `node`: a driver with the engine's part of every request; `align` and `counters` belong to it
 //! * `names`: given and made-up names
 //! * `drive`: what the commands of 2013 call a device
 
 mod align;
 mod counters;
-mod detached;
 mod drive;
 mod names;
 mod node;

@@ -11,13 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tokio::sync::Mutex;
 
 use super::counters::{Counters, RequestCount, RequestKind};
-use super::detached::Detached;
 use super::names::NodeName;
 use crate::driver::{
     BlockStatus, BoxFuture, Driver, Preallocation, RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Closed, Data, Entered, Gate, RangeLock};
+use crate::io::{Closed, Data, Entered, Gate, RangeLock, RunToEnd};
 use crate::limits::{MAX_DISK_SIZE, MAX_REQUEST};
 use crate::open::{CacheMode, DetectZeroes, DiscardMode};
 
@@ -172,7 +171,7 @@ impl Node {
         T: Send + 'static,
         F: Future<Output = Result<T>> + Send + 'static,
     {
-        Box::pin(Detached::new(request(self.inner.clone())))
+        Box::pin(RunToEnd::new(request(self.inner.clone())))
     }
 }
 

@@ -3,6 +3,7 @@
 //! * [`Data`]: request payloads as segments of shared bytes and known zeroes
 //! * [`IoContext`]: the threads and rings that run blocking system calls, and [`HostFile`], a file on them
 //! * [`Gate`]: in-flight accounting that can be closed and drained
+//! * [`RunToEnd`]: requests that go on when nobody waits for them any more
 //! * [`RangeLock`]: mutual exclusion by byte range
 //!
 //! ```text
@@ -22,6 +23,7 @@ mod operation;
 mod pool;
 mod range_lock;
 mod ring;
+mod run_to_end;
 mod sys;
 
 pub use context::IoContext;
@@ -29,4 +31,5 @@ pub use data::{Data, Segment};
 pub use gate::{Closed, Entered, Gate};
 pub(crate) use host_file::{Extent, FileKind, HostFile, OpenMode, is_unsupported};
 pub use range_lock::{Access, RangeGuard, RangeLock};
+pub use run_to_end::RunToEnd;
 pub(crate) use sys::LockKind;

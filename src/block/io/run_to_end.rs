@@ -4,31 +4,41 @@
 //! leave the node's gate at that moment, a snapshot taken behind the closed gate could still be written to.
 //! So a dropped request is handed to the runtime, which finishes it; it leaves the gate when it is done.
 
+use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use tokio::runtime::Handle;
 
-use crate::driver::BoxFuture;
+type Request<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// A future that is finished by the runtime when it is dropped after its first poll.
-pub(super) struct Detached<T: Send + 'static> {
+pub struct RunToEnd<T: Send + 'static> {
     /// `None` once it has answered.
-    request: Option<BoxFuture<'static, T>>,
+    request: Option<Request<T>>,
     begun: bool,
 }
 
-impl<T: Send + 'static> Detached<T> {
-    pub(super) fn new(request: impl Future<Output = T> + Send + 'static) -> Self {
-        Detached {
+impl<T: Send + 'static> RunToEnd<T> {
+    /// Wraps `request`, which starts when first polled.
+    pub fn new(request: impl Future<Output = T> + Send + 'static) -> Self {
+        RunToEnd {
             request: Some(Box::pin(request)),
             begun: false,
         }
     }
 }
 
-impl<T: Send + 'static> Future for Detached<T> {
+impl<T: Send + 'static> fmt::Debug for RunToEnd<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RunToEnd")
+            .field("begun", &self.begun)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Send + 'static> Future for RunToEnd<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
@@ -44,7 +54,7 @@ impl<T: Send + 'static> Future for Detached<T> {
     }
 }
 
-impl<T: Send + 'static> Drop for Detached<T> {
+impl<T: Send + 'static> Drop for RunToEnd<T> {
     fn drop(&mut self) {
         let Some(request) = self.request.take() else {
             return;

@@ -1,4 +1,4 @@
-//! Opening nodes: options as plain data in, nodes of the graph out. The only file that names every driver.
+//! What a node is made of, as plain data.
 
 /// What a node is made of: the engine's form of `--blockdev` and `blockdev-add`.
 #[derive(Debug, Clone, PartialEq)]

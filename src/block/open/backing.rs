@@ -1,0 +1,175 @@
+//! What the header of an image may refer to: a file beside it, in a format that it names.
+//!
+//! A header is written by whoever made the image, and a guest can write what looks like a header to a raw disk.
+//! So it opens plain files only, never a protocol or a `json:` description, and no format is guessed.
+
+use std::path::Path;
+
+use super::options::{
+    Aio, BackingOption, DriverOptions, FileOptions, Locking, NodeOptions, NodeRef, Qcow2Options,
+    RawOptions,
+};
+use crate::error::{Error, ErrorKind, Result};
+
+/// A backing file as an image's header names it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reference<'a> {
+    /// The image that refers, as the user named it.
+    pub(super) image: &'a str,
+    /// The backing file's name.
+    pub(super) filename: &'a str,
+    /// Its format, if the image names one.
+    pub(super) format: Option<&'a str>,
+}
+
+/// The options of the backing node: read-only, and otherwise as the image that refers to it.
+pub(super) fn options(
+    reference: Reference<'_>,
+    parent: &NodeOptions,
+    aio: Aio,
+) -> Result<NodeOptions> {
+    let filename = resolve(reference)?;
+    let format = reference.format.ok_or_else(|| {
+        refused(
+            reference,
+            "the image does not name its format, which is not guessed; name it in 'backing'",
+        )
+    })?;
+    let file = NodeRef::Inline(Box::new(NodeOptions::new(DriverOptions::File(
+        FileOptions {
+            filename,
+            aio,
+            locking: Locking::Auto,
+        },
+    ))));
+    let driver = match format {
+        "raw" => DriverOptions::Raw(RawOptions {
+            file,
+            offset: None,
+            size: None,
+        }),
+        "qcow2" => DriverOptions::Qcow2(Qcow2Options {
+            file,
+            backing: BackingOption::FromImage,
+            lazy_refcounts: None,
+            pass_discard_request: None,
+            l2_cache_size: None,
+            refcount_cache_size: None,
+        }),
+        _ => return Err(refused(reference, &format!("Unknown driver '{format}'"))),
+    };
+    Ok(NodeOptions {
+        read_only: true,
+        cache: parent.cache,
+        ..NodeOptions::new(driver)
+    })
+}
+
+/// The path of the backing file: relative names start at the image's folder.
+fn resolve(reference: Reference<'_>) -> Result<String> {
+    let Reference {
+        image, filename, ..
+    } = reference;
+    let plain = filename.strip_prefix("file:").unwrap_or(filename);
+    if has_protocol(plain) {
+        return Err(refused(
+            reference,
+            "only plain files are opened for an image's header; give other kinds in 'backing'",
+        ));
+    }
+    let folder = Path::new(image).parent().unwrap_or(Path::new(""));
+    match folder.join(plain).to_str() {
+        Some(path) => Ok(path.to_owned()),
+        None => Err(refused(reference, "its path is not UTF-8")),
+    }
+}
+
+/// Whether a colon comes before the first slash: `nbd://...`, `json:{...}`.
+fn has_protocol(filename: &str) -> bool {
+    let first = filename.split('/').next().unwrap_or(filename);
+    first.contains(':')
+}
+
+fn refused(reference: Reference<'_>, reason: &str) -> Error {
+    Error::new(
+        ErrorKind::InvalidInput,
+        format!(
+            "Could not open backing file '{}' of '{}': {reason}",
+            reference.filename, reference.image
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn path(image: &str, filename: &str) -> Option<String> {
+        let reference = Reference {
+            image,
+            filename,
+            format: Some("raw"),
+        };
+        let parent = NodeOptions::new(DriverOptions::Null(super::super::NullOptions {
+            size: 0,
+            read_zeroes: true,
+            latency_ns: 0,
+        }));
+        let options = options(reference, &parent, Aio::Threads).ok()?;
+        assert!(options.read_only);
+        match options.driver {
+            DriverOptions::Raw(RawOptions {
+                file: NodeRef::Inline(file),
+                ..
+            }) => match file.driver {
+                DriverOptions::File(file) => Some(file.filename),
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn names_are_relative_to_the_image() {
+        assert_eq!(path("/a/top", "base").unwrap(), "/a/base");
+        assert_eq!(path("top", "base").unwrap(), "base");
+        assert_eq!(path("a/top", "../base").unwrap(), "a/../base");
+        assert_eq!(path("/a/top", "/b/base").unwrap(), "/b/base");
+        assert_eq!(path("/a/top", "file:base").unwrap(), "/a/base");
+        assert_eq!(path("/a/top", "./x:y").unwrap(), "/a/./x:y");
+    }
+
+    #[test]
+    fn a_header_opens_nothing_but_plain_files() {
+        for hostile in [
+            "json:{\"driver\":\"file\",\"filename\":\"/etc/passwd\"}",
+            "nbd://host/x",
+            "file:json:{}",
+            "ssh:host",
+            "fd:3",
+        ] {
+            assert_eq!(path("/a/top", hostile), None, "{hostile}");
+        }
+    }
+
+    #[test]
+    fn a_format_is_needed_and_must_be_known() {
+        let parent = NodeOptions::new(DriverOptions::Null(super::super::NullOptions {
+            size: 0,
+            read_zeroes: true,
+            latency_ns: 0,
+        }));
+        for (format, reason) in [
+            (None, "does not name its format"),
+            (Some("vmdk"), "Unknown driver 'vmdk'"),
+        ] {
+            let reference = Reference {
+                image: "top",
+                filename: "base",
+                format,
+            };
+            let error = options(reference, &parent, Aio::Threads).unwrap_err();
+            assert!(error.message().contains(reason), "{error}");
+        }
+    }
+}

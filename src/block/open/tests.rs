@@ -1,0 +1,171 @@
+use super::*;
+use crate::driver::{Requests, WriteFlags};
+use crate::io::Data;
+
+fn image(size: u64) -> (tempfile::TempDir, String) {
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let path = dir.path().join("image");
+    std::fs::File::create(&path).unwrap().set_len(size).unwrap();
+    let path = path.to_str().unwrap().to_owned();
+    (dir, path)
+}
+
+fn file(filename: &str) -> NodeOptions {
+    NodeOptions::new(DriverOptions::File(FileOptions {
+        filename: filename.to_owned(),
+        aio: Aio::Threads,
+        locking: Locking::Auto,
+    }))
+}
+
+fn null(size: u64) -> NodeOptions {
+    NodeOptions::new(DriverOptions::Null(NullOptions {
+        size,
+        read_zeroes: true,
+        latency_ns: 0,
+    }))
+}
+
+fn raw(below: NodeRef) -> NodeOptions {
+    NodeOptions::new(DriverOptions::Raw(RawOptions {
+        file: below,
+        offset: None,
+        size: None,
+    }))
+}
+
+fn named(name: &str, options: NodeOptions) -> NodeOptions {
+    NodeOptions {
+        node_name: Some(name.to_owned()),
+        ..options
+    }
+}
+
+fn inline(options: NodeOptions) -> NodeRef {
+    NodeRef::Inline(Box::new(options))
+}
+
+async fn add(graph: &mut Graph, options: &NodeOptions) -> Result<Arc<Node>> {
+    let opener = Opener::new(&IoContext::new(), graph);
+    let opened = open(&opener, options).await?;
+    graph.insert(opened)
+}
+
+#[tokio::test]
+async fn a_tree_of_options_becomes_nodes_that_work() {
+    let (_dir, path) = image(1 << 20);
+    let mut graph = Graph::new();
+    let options = named("disk", raw(inline(file(&path))));
+    let disk = add(&mut graph, &options).await.unwrap();
+    assert_eq!(disk.size(), 1 << 20);
+    let data = Data::from(vec![7; 100]);
+    disk.write(50, data.clone(), WriteFlags::default())
+        .await
+        .unwrap();
+    assert_eq!(
+        disk.read(50, 100).await.unwrap().to_bytes(),
+        data.to_bytes()
+    );
+    let below = disk.link("file").unwrap();
+    assert!(below.name().starts_with("#block"));
+    assert_eq!(below.driver().info().filename, path);
+    assert_eq!(disk.driver().info().filename, path);
+    graph.remove("disk").unwrap().close().await.unwrap();
+    assert_eq!(graph.nodes().count(), 0);
+    assert_eq!(std::fs::read(&path).unwrap()[50..150], [7; 100]);
+}
+
+#[tokio::test]
+async fn a_layer_below_can_be_one_that_exists() {
+    let mut graph = Graph::new();
+    add(&mut graph, &named("n", null(1000))).await.unwrap();
+    let upper = named("r", raw(NodeRef::Name("n".to_owned())));
+    let upper = add(&mut graph, &upper).await.unwrap();
+    assert!(Arc::ptr_eq(
+        upper.link("file").unwrap(),
+        graph.node("n").unwrap()
+    ));
+    let missing = raw(NodeRef::Name("none".to_owned()));
+    let error = add(&mut graph, &missing).await.unwrap_err();
+    assert_eq!(
+        error.message(),
+        "Cannot find device='none' nor node-name='none'"
+    );
+}
+
+#[tokio::test]
+async fn a_taken_name_is_refused_before_anything_is_opened() {
+    let mut graph = Graph::new();
+    add(&mut graph, &named("n", null(1000))).await.unwrap();
+    let options = named("n", file("/does/not/exist"));
+    let error = add(&mut graph, &options).await.unwrap_err();
+    assert_eq!(error.message(), "Duplicate nodes with node-name='n'");
+    let twice = named("x", raw(inline(named("x", null(1)))));
+    let error = add(&mut graph, &twice).await.unwrap_err();
+    assert_eq!(error.message(), "Duplicate nodes with node-name='x'");
+}
+
+#[tokio::test]
+async fn a_node_deleted_while_another_was_opened_on_it_is_missed() {
+    let mut graph = Graph::new();
+    add(&mut graph, &named("n", null(1000))).await.unwrap();
+    let opener = Opener::new(&IoContext::new(), &graph);
+    let opened = open(&opener, &raw(NodeRef::Name("n".to_owned()))).await;
+    graph.remove("n").unwrap().close().await.unwrap();
+    let error = graph.insert(opened.unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotFound);
+}
+
+#[tokio::test]
+async fn read_only_goes_down_and_a_writable_node_on_a_read_only_one_is_refused() {
+    let (_dir, path) = image(512);
+    let mut graph = Graph::new();
+    let read_only = NodeOptions {
+        read_only: true,
+        ..named("ro", raw(inline(file(&path))))
+    };
+    let node = add(&mut graph, &read_only).await.unwrap();
+    assert!(node.link("file").unwrap().behaviour().read_only);
+    let upper = raw(NodeRef::Name("ro".to_owned()));
+    let error = add(&mut graph, &upper).await.unwrap_err();
+    assert_eq!(error.message(), "Block node is read-only");
+    let lenient = NodeOptions {
+        auto_read_only: true,
+        ..upper
+    };
+    let node = add(&mut graph, &lenient).await.unwrap();
+    assert!(node.behaviour().read_only);
+}
+
+#[tokio::test]
+async fn a_second_writer_of_the_same_file_is_refused_by_its_lock() {
+    let (_dir, path) = image(512);
+    let mut graph = Graph::new();
+    add(&mut graph, &named("a", file(&path))).await.unwrap();
+    let error = add(&mut graph, &named("b", file(&path))).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert_eq!(graph.nodes().count(), 1);
+    // Deleting the first frees the file at once.
+    graph.remove("a").unwrap().close().await.unwrap();
+    add(&mut graph, &named("b", file(&path))).await.unwrap();
+}
+
+#[tokio::test]
+async fn too_many_layers_are_refused() {
+    let mut options = null(512);
+    for _ in 0..=MAX_CHAIN_DEPTH {
+        options = raw(inline(options));
+    }
+    let error = add(&mut Graph::new(), &options).await.unwrap_err();
+    assert!(error.message().contains("layers are refused"), "{error}");
+}
+
+#[tokio::test]
+async fn unmapping_detected_zeroes_needs_discards() {
+    let options = NodeOptions {
+        detect_zeroes: DetectZeroes::Unmap,
+        ..null(512)
+    };
+    let error = add(&mut Graph::new(), &options).await.unwrap_err();
+    assert!(error.message().contains("detect-zeroes"), "{error}");
+}

@@ -116,6 +116,7 @@ fn module_file(plan: &Plan<'_>, module: usize) -> OutputFile {
     let imports = plan.foreign_types(module);
     let body = quote! {
         #![allow(unused_imports)]
+
         use #runtime::decode::{self, Decoded, Members};
         use #runtime::{encode, Object, Path, QType, Value};
         #imports
@@ -136,8 +137,29 @@ fn format_file(source: &str, body: TokenStream) -> String {
         // A defect of an emitter. What it made is the best message there is.
         Err(err) => panic!("the generated code of {source} is no Rust: {err}\n{body}"),
     };
-    format!(
-        "// @generated from {source}\n\n{}",
-        prettyplease::unparse(&file)
-    )
+    let text = spaced(&prettyplease::unparse(&file));
+    format!("// @generated from {source}\n\n{text}")
+}
+
+/// Puts an empty line between items, which prettyplease leaves out.
+fn spaced(text: &str) -> String {
+    let starts_item = |line: &str| {
+        ["///", "pub ", "impl", "#[", "const "]
+            .iter()
+            .any(|start| line.trim_start().starts_with(start))
+    };
+    let mut spaced = String::with_capacity(text.len());
+    let mut previous = "";
+    for line in text.lines() {
+        let indent = |line: &str| line.len() - line.trim_start().len();
+        let ended = previous.trim() == "}" && indent(previous) == indent(line)
+            || previous.ends_with(';') && line.trim_start().starts_with("///");
+        if ended && starts_item(line) {
+            spaced.push('\n');
+        }
+        spaced.push_str(line);
+        spaced.push('\n');
+        previous = line;
+    }
+    spaced
 }

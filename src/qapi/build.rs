@@ -9,15 +9,20 @@ use qapi_gen::emit::{self, RustOptions};
 use qapi_gen::load::Disk;
 use qapi_gen::{Options, load_hx, load_schema, output};
 
+/// Relative to this package, which is where build scripts run: so messages are the same everywhere.
+const SCHEMA_FOLDER: &str = "../../schema";
+
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    let schema_dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../schema");
-    let top = schema_dir.join("qapi-schema.json");
-    let mut loaded = match load_schema(&top, &Disk, &Options::default()) {
+    // New files count too: one may be the include that was missing.
+    println!("cargo::rerun-if-changed={SCHEMA_FOLDER}");
+    let folder = Path::new(SCHEMA_FOLDER);
+    let loaded = load_schema(&folder.join("qapi-schema.json"), &Disk, &Options::default());
+    let mut loaded = match loaded {
         Ok(loaded) => loaded,
         Err(failure) => fail(&failure.diagnostics, &failure.sources),
     };
-    if let Err(failure) = load_hx(&schema_dir.join("qmp-commands.hx"), &Disk, &mut loaded) {
+    if let Err(failure) = load_hx(&folder.join("qmp-commands.hx"), &Disk, &mut loaded) {
         fail(&failure.diagnostics, &failure.sources);
     }
     watch(&loaded.sources);

@@ -9,9 +9,9 @@
 //! | [`handlers`] | a trait for each schema file: what the daemon must implement |
 //! | [`events`] | the data of each event; [`Event`] is any of them |
 //! | [`commands()`] | the dispatch table for an implementation of the traits |
-//! | [`introspection`] | the schema in its wire form |
+//! | [`schema()`] | the answer of query-qmp-schema; [`introspection`] has its text |
 //!
-//! `qapi-gen rust schema/qapi-schema.json FOLDER` writes the generated modules where they can be
+//! `qapi-gen rust schema/qapi-schema.json -o FOLDER` writes the generated modules where they can be
 //! read.
 
 pub mod rt;
@@ -24,6 +24,15 @@ mod generated {
 }
 
 pub use generated::*;
+
+/// The schema as the answer of query-qmp-schema.
+pub fn schema() -> Vec<types::SchemaInfo> {
+    // The generator wrote this text, and a test decodes it.
+    #[allow(clippy::expect_used)]
+    let value: rt::Value = serde_json::from_str(introspection::SCHEMA).expect("generated JSON");
+    #[allow(clippy::expect_used)]
+    rt::decode::list(value, &rt::Path::json(), types::SchemaInfo::decode).expect("SchemaInfo")
+}
 
 #[cfg(test)]
 mod tests;

@@ -1,7 +1,6 @@
 //! The reference as Markdown: a page for each schema file, and an index.
 
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 
 use super::OutputFile;
 use super::rustdoc::{blocks, escape};
@@ -59,7 +58,7 @@ impl Pages<'_> {
         });
         OutputFile {
             path: "README.md".to_owned(),
-            text,
+            text: ended(text),
         }
     }
 
@@ -108,7 +107,7 @@ impl Pages<'_> {
         }
         OutputFile {
             path: page_path(&module.name),
-            text,
+            text: ended(text),
         }
     }
 
@@ -243,9 +242,7 @@ impl Pages<'_> {
             .map(|member| {
                 let own = described.iter().find(|(name, _)| *name == member.name);
                 let mut doc = cell(own.map_or(&member.doc, |(_, doc)| doc));
-                for feature in &member.features {
-                    let _ = write!(doc, " *{}*", feature.name);
-                }
+                doc.push_str(&feature_words(&member.features));
                 let optional = if member.optional { "optional" } else { "" };
                 format!(
                     "| `{}` | {} | {optional} | {doc} |",
@@ -347,15 +344,26 @@ fn value_table(values: &[EnumValue]) -> String {
     let rows: Vec<String> = values
         .iter()
         .map(|value| {
-            let features: String = value
-                .features
-                .iter()
-                .map(|feature| format!(" *{}*", feature.name))
-                .collect();
+            let features = feature_words(&value.features);
             format!("| `{}` | {}{features} |", value.name, cell(&value.doc))
         })
         .collect();
     format!("| Value | |\n|---|---|\n{}", rows.join("\n"))
+}
+
+/// The features of a member or value, behind its description.
+fn feature_words(features: &[Feature]) -> String {
+    features
+        .iter()
+        .map(|feature| {
+            let doc = cell(&feature.doc);
+            if doc.is_empty() {
+                format!(" *{}*", feature.name)
+            } else {
+                format!(" *{}*: {doc}", feature.name)
+            }
+        })
+        .collect()
 }
 
 fn feature_list(features: &[Feature]) -> String {
@@ -422,6 +430,13 @@ fn push(text: &mut String, block: &str) {
         text.push_str(block);
         text.push_str("\n\n");
     }
+}
+
+/// The text with one end of line at its end.
+fn ended(mut text: String) -> String {
+    text.truncate(text.trim_end().len());
+    text.push('\n');
+    text
 }
 
 fn kind_name(kind: &Kind) -> &'static str {

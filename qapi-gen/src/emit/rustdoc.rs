@@ -7,7 +7,7 @@ use proc_macro2::TokenStream;
 use quote::quote;
 
 use super::plan::Plan;
-use crate::ir::{DefId, DocBlock, ExampleLine, Feature, Member};
+use crate::ir::{Alternative, DefId, DocBlock, EnumValue, ExampleLine, Feature, Member};
 
 /// A documentation comment of the given text.
 pub(super) fn text(text: &str) -> TokenStream {
@@ -65,9 +65,16 @@ pub(super) fn member(member: &Member) -> TokenStream {
     text(&parts.join("\n\n"))
 }
 
-/// The documentation of a variant.
-pub(super) fn value(name: &str, doc: &[DocBlock]) -> TokenStream {
-    text(&body_or(doc, &format!("`{name}`.")))
+/// The documentation of a variant of an enum.
+pub(super) fn value(value: &EnumValue) -> TokenStream {
+    let mut parts = vec![body_or(&value.doc, &format!("`{}`.", value.name))];
+    parts.extend(features(&value.features));
+    text(&parts.join("\n\n"))
+}
+
+/// The documentation of a variant of an alternate.
+pub(super) fn alternative(branch: &Alternative) -> TokenStream {
+    text(&body_or(&branch.doc, &format!("`{}`.", branch.name)))
 }
 
 fn body_or(doc: &[DocBlock], fallback: &str) -> String {
@@ -110,14 +117,19 @@ fn block(block: &DocBlock) -> String {
                 .lines
                 .iter()
                 .map(|line| match line {
-                    ExampleLine::Sent(text, _) => format!("-> {text}"),
-                    ExampleLine::Received(text, _) => format!("<- {text}"),
+                    ExampleLine::Sent(text, _) => message("->", text),
+                    ExampleLine::Received(text, _) => message("<-", text),
                     ExampleLine::Prose(text) => text.clone(),
                 })
                 .collect();
             fenced(&lines.join("\n"))
         }
     }
+}
+
+/// A message with its further lines where the first one's text begins.
+fn message(arrow: &str, text: &str) -> String {
+    format!("{arrow} {}", text.replace('\n', "\n   "))
 }
 
 /// A block that rustdoc neither reads as markup nor runs. The fence is longer than any in it.

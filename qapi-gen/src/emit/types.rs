@@ -18,9 +18,7 @@ pub(super) fn enumeration(plan: &Plan<'_>, id: DefId, values: &[EnumValue]) -> T
         .map(|value| variant_name(&value.name))
         .collect();
     let wire: Vec<&String> = values.iter().map(|value| &value.name).collect();
-    let docs = values
-        .iter()
-        .map(|value| rustdoc::value(&value.name, &value.doc));
+    let docs = values.iter().map(rustdoc::value);
     let count = values.len();
     quote! {
         #doc
@@ -193,7 +191,7 @@ fn branch_enum(uses: &Use<'_>, id: DefId, def: &UnionDef, name: &Ident) -> Token
         Kind::Enum(values) => values
             .iter()
             .find(|value| value.name == branch.value)
-            .map(|value| rustdoc::value(&value.name, &value.doc)),
+            .map(rustdoc::value),
         _ => None,
     };
     let (mut variants, mut tags) = (TokenStream::new(), TokenStream::new());
@@ -242,7 +240,7 @@ pub(super) fn alternate(plan: &Plan<'_>, id: DefId, branches: &[Alternative]) ->
         (TokenStream::new(), TokenStream::new(), TokenStream::new());
     for branch in branches {
         let variant = variant_name(&branch.name);
-        let doc = rustdoc::value(&branch.name, &branch.doc);
+        let doc = rustdoc::alternative(branch);
         let kind = value_kind(plan, &branch.ty);
         if branch.ty == Type::Builtin(Builtin::Null) {
             variants.extend(quote!(#doc #variant,));

@@ -1,11 +1,17 @@
 //! The generated code of our own schema.
 
+mod dispatch;
+mod peer;
+
 use serde_json::json;
 
-use crate::rt::Value;
-use crate::rt::path::Path;
-use crate::types::{BlockdevOptions, BlockdevOptionsBranch, BlockdevRef, SchemaInfo};
-use crate::{commands, introspection};
+use crate::rt::event::Timestamp;
+use crate::rt::{ErrorClass, Path, Value};
+use crate::types::{
+    BlockdevOptions, BlockdevOptionsBranch, BlockdevRef, BlockdevRefOrNull, QapiErrorClass,
+    SchemaInfo, ShutdownCause,
+};
+use crate::{Event, commands, events, introspection};
 
 #[test]
 fn the_schema_decodes_through_its_own_types() {
@@ -32,10 +38,7 @@ fn unions_take_common_members_then_those_of_the_branch() {
     let BlockdevOptionsBranch::Qcow2(qcow2) = options.driver else {
         panic!("another branch")
     };
-    assert!(matches!(
-        qcow2.backing,
-        Some(crate::types::BlockdevRefOrNull::Null)
-    ));
+    assert!(matches!(qcow2.backing, Some(BlockdevRefOrNull::Null)));
     let BlockdevRef::Definition(file) = qcow2.file else {
         panic!("another branch")
     };
@@ -102,4 +105,141 @@ fn elements_are_named_by_their_index() {
     assert_eq!(decode(json!([good, bad])), Err(text.to_owned()));
     let text = "Parameter 'actions[0].type' is missing";
     assert_eq!(decode(json!([{}])), Err(text.to_owned()));
+}
+
+#[test]
+fn null_is_a_branch_and_absence_is_none() {
+    let backing = |backing: Option<Value>| {
+        let mut arguments = json!({"driver": "qcow2", "file": "f"});
+        if let Some(backing) = backing {
+            arguments["backing"] = backing;
+        }
+        match add(arguments)?.driver {
+            BlockdevOptionsBranch::Qcow2(qcow2) => Ok(qcow2.backing),
+            _ => Err("another branch".to_owned()),
+        }
+    };
+    assert_eq!(backing(None), Ok(None));
+    assert_eq!(
+        backing(Some(Value::Null)),
+        Ok(Some(BlockdevRefOrNull::Null))
+    );
+    let name = BlockdevRefOrNull::Reference(String::new());
+    assert_eq!(backing(Some(json!(""))), Ok(Some(name)));
+    for wrong in [json!(1), json!(true), json!([])] {
+        let text = "Invalid parameter type for 'backing', expected: BlockdevRefOrNull";
+        assert_eq!(backing(Some(wrong)), Err(text.to_owned()));
+    }
+}
+
+#[test]
+fn what_is_decoded_is_encoded_the_same() {
+    for arguments in [
+        json!({"driver": "null-co", "size": 1, "latency-ns": u64::MAX}),
+        json!({"driver": "qcow2", "node-name": "n", "detect-zeroes": "unmap", "backing": null,
+               "file": {"driver": "file", "filename": "f", "aio": "io_uring"}}),
+        json!({"driver": "raw", "cache": {}, "file": "f", "offset": 512}),
+    ] {
+        let encoded = add(arguments.clone()).unwrap().into_value();
+        assert_eq!(encoded, arguments);
+    }
+}
+
+#[test]
+fn the_command_line_decodes_from_strings() {
+    let add = |options: Value| {
+        BlockdevOptions::decode(options, &Path::keyval())
+            .map(BlockdevOptions::into_value)
+            .map_err(|err| err.desc)
+    };
+    let options = json!({
+        "driver": "qcow2", "node-name": "n", "read-only": "on", "cache": {"direct": "off"},
+        "file": {"driver": "null-co", "size": "0x10000", "read-zeroes": "yes"},
+    });
+    let decoded = json!({
+        "driver": "qcow2", "node-name": "n", "cache": {"direct": false}, "read-only": true,
+        "file": {"driver": "null-co", "size": 65536, "read-zeroes": true},
+    });
+    assert_eq!(add(options), Ok(decoded));
+    // The sentences of qemu-storage-daemon 10.0 for the same options.
+    for (options, text) in [
+        (
+            json!({"driver": "null-co", "size": "1M"}),
+            "Parameter 'size' expects integer",
+        ),
+        (
+            json!({"driver": "null-co", "read-zeroes": "maybe"}),
+            "Parameter 'read-zeroes' expects 'on' or 'off'",
+        ),
+        (
+            json!({"driver": "file", "filename": {"x": "1"}}),
+            "Parameters 'filename.*' are unexpected",
+        ),
+        (
+            json!({"driver": "null-co", "cache": "7"}),
+            "Invalid parameter type for 'cache', expected: object",
+        ),
+        (
+            json!({"driver": "qcow2", "file": ["8"]}),
+            "Invalid parameter type for 'file', expected: BlockdevRef",
+        ),
+        (
+            json!({"driver": "qcow2", "file": {"driver": "file"}}),
+            "Parameter 'file.filename' is missing",
+        ),
+        (json!({"node-name": "x"}), "Parameter 'driver' is missing"),
+    ] {
+        assert_eq!(add(options), Err(text.to_owned()));
+    }
+}
+
+/// The deepest arguments that the reader of JSON lets through, on the stack of a worker thread.
+#[test]
+fn deep_arguments_do_not_exhaust_the_stack() {
+    const JSON_NESTING: usize = 1023;
+    let deep = (0..JSON_NESTING).fold(json!("f"), |file, _| {
+        let mut level = json!({"driver": "qcow2"});
+        level["file"] = file;
+        level
+    });
+    let worker = std::thread::Builder::new().stack_size(2 << 20);
+    let result = worker.spawn(move || add(deep)).unwrap().join().unwrap();
+    assert_eq!(
+        result,
+        Err("Parameters are nested more than 200 levels deep".to_owned())
+    );
+}
+
+#[test]
+fn error_classes_are_those_of_the_schema() {
+    let classes = [
+        ErrorClass::GenericError,
+        ErrorClass::CommandNotFound,
+        ErrorClass::DeviceNotActive,
+        ErrorClass::DeviceNotFound,
+        ErrorClass::KvmMissingCap,
+    ];
+    assert_eq!(
+        classes.map(ErrorClass::as_str),
+        QapiErrorClass::ALL.map(QapiErrorClass::as_str)
+    );
+}
+
+#[test]
+fn events_have_a_name_data_and_time() {
+    let at = Timestamp {
+        seconds: 7,
+        microseconds: 8,
+    };
+    let event = Event::from(events::Shutdown {
+        guest: false,
+        reason: ShutdownCause::HostSignal,
+    });
+    assert_eq!(event.name(), "SHUTDOWN");
+    let expected = json!({
+        "event": "SHUTDOWN",
+        "data": {"guest": false, "reason": "host-signal"},
+        "timestamp": {"seconds": 7, "microseconds": 8},
+    });
+    assert_eq!(event.into_value(at), expected);
 }

@@ -1,0 +1,250 @@
+//! The generated table and marshallers, with handlers that count how often they are run.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use serde_json::json;
+
+use crate::rt::dispatch::{Call, Entry, find};
+use crate::rt::{Object, QmpError, Value};
+use crate::{COMMAND_NAMES, commands as args, handlers, types};
+
+/// What the handlers act on.
+#[derive(Default)]
+struct Counter {
+    calls: AtomicUsize,
+}
+
+impl Counter {
+    /// A handler that does nothing but be counted.
+    fn count<T>(&self, answer: T) -> Result<T, QmpError> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
+        Ok(answer)
+    }
+}
+
+struct Fake;
+
+impl handlers::RunState<Counter> for Fake {
+    async fn query_status(cx: &Counter) -> Result<types::StatusInfo, QmpError> {
+        cx.count(types::StatusInfo {
+            running: true,
+            status: types::RunState::Running,
+        })
+    }
+}
+
+impl handlers::BlockCore<Counter> for Fake {
+    async fn query_block(cx: &Counter) -> Result<Vec<types::BlockInfo>, QmpError> {
+        cx.count(Vec::new())
+    }
+    async fn query_named_block_nodes(
+        cx: &Counter,
+        _: args::QueryNamedBlockNodes,
+    ) -> Result<Vec<types::BlockDeviceInfo>, QmpError> {
+        cx.count(Vec::new())
+    }
+    async fn blockdev_add(cx: &Counter, _: types::BlockdevOptions) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn blockdev_del(cx: &Counter, _: args::BlockdevDel) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_resize(cx: &Counter, _: args::BlockResize) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn blockdev_snapshot_internal_sync(
+        cx: &Counter,
+        _: args::BlockdevSnapshotInternalSync,
+    ) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn blockdev_snapshot_delete_internal_sync(
+        cx: &Counter,
+        args: args::BlockdevSnapshotDeleteInternalSync,
+    ) -> Result<types::SnapshotInfo, QmpError> {
+        cx.count(types::SnapshotInfo {
+            id: args.id.unwrap_or_default(),
+            name: args.name.unwrap_or_default(),
+            vm_state_size: 0,
+            date_sec: 1,
+            date_nsec: 2,
+            vm_clock_sec: 3,
+            vm_clock_nsec: 4,
+            icount: None,
+        })
+    }
+}
+
+impl handlers::BlockExport<Counter> for Fake {
+    async fn nbd_server_start(cx: &Counter, _: args::NbdServerStart) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn nbd_server_stop(_: &Counter) -> Result<(), QmpError> {
+        Err(QmpError::generic("NBD server not running"))
+    }
+    async fn nbd_server_add(cx: &Counter, _: types::NbdServerAddOptions) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn nbd_server_remove(cx: &Counter, _: args::NbdServerRemove) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_export_add(cx: &Counter, _: types::BlockExportOptions) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_export_del(cx: &Counter, _: args::BlockExportDel) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn query_block_exports(cx: &Counter) -> Result<Vec<types::BlockExportInfo>, QmpError> {
+        cx.count(Vec::new())
+    }
+}
+
+impl handlers::Transaction<Counter> for Fake {
+    async fn transaction(cx: &Counter, _: args::Transaction) -> Result<(), QmpError> {
+        cx.count(())
+    }
+}
+
+impl handlers::Control<Counter> for Fake {
+    async fn qmp_capabilities(cx: &Counter, _: args::QmpCapabilities) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn query_version(_: &Counter) -> Result<types::VersionInfo, QmpError> {
+        Err(QmpError::generic("no version"))
+    }
+    async fn query_commands(cx: &Counter) -> Result<Vec<types::CommandInfo>, QmpError> {
+        let names = COMMAND_NAMES.map(|name| types::CommandInfo {
+            name: name.to_owned(),
+        });
+        cx.count(names.to_vec())
+    }
+    async fn quit(cx: &Counter) -> Result<(), QmpError> {
+        cx.count(())
+    }
+}
+
+impl handlers::Introspect<Counter> for Fake {
+    async fn query_qmp_schema(cx: &Counter) -> Result<Vec<types::SchemaInfo>, QmpError> {
+        cx.count(crate::schema())
+    }
+}
+
+const TABLE: &[Entry<Counter>] = crate::commands::<Counter, Fake>();
+
+/// Runs a command, and says how often a handler was reached.
+fn run(name: &str, arguments: Value) -> (Result<Value, String>, usize) {
+    let cx = Counter::default();
+    let entry = find(TABLE, name).unwrap();
+    let Value::Object(arguments) = arguments else {
+        panic!("no object: {arguments}")
+    };
+    let answer = match entry.call {
+        Call::InBand(call) => call(&cx, arguments).and_then(finish),
+        Call::OutOfBand(call) => call(&cx, arguments),
+    };
+    (answer.map_err(|err| err.desc), cx.calls.into_inner())
+}
+
+/// The result of a future that does not wait.
+fn finish(future: impl Future<Output = Result<Value, QmpError>>) -> Result<Value, QmpError> {
+    match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+        Poll::Ready(answer) => answer,
+        Poll::Pending => panic!("the fake handlers do not wait"),
+    }
+}
+
+#[test]
+fn the_table_finds_every_command() {
+    for name in COMMAND_NAMES {
+        assert_eq!(find(TABLE, name).map(|entry| entry.name), Some(name));
+    }
+    for unknown in ["", "quit2", "QUIT", "block-resize"] {
+        assert!(find(TABLE, unknown).is_none());
+    }
+    assert_eq!(
+        find(TABLE, "nbd-server-add").unwrap().features,
+        ["deprecated"]
+    );
+    assert!(!find(TABLE, "transaction").unwrap().flags.allow_preconfig);
+    assert!(find(TABLE, "quit").unwrap().flags.allow_preconfig);
+}
+
+#[test]
+fn answers_are_encoded() {
+    assert_eq!(run("quit", json!({})), (Ok(json!({})), 1));
+    let snapshot = json!({"id": "", "name": "s", "vm-state-size": 0, "date-sec": 1, "date-nsec": 2,
+                          "vm-clock-sec": 3, "vm-clock-nsec": 4});
+    let arguments = json!({"device": "d", "name": "s"});
+    let (answer, calls) = run("blockdev-snapshot-delete-internal-sync", arguments);
+    assert_eq!((answer, calls), (Ok(snapshot), 1));
+    let (answer, _) = run("nbd-server-stop", json!({}));
+    assert_eq!(answer, Err("NBD server not running".to_owned()));
+}
+
+#[test]
+fn bad_arguments_reach_no_handler() {
+    // Every command, with a member that none has.
+    for name in COMMAND_NAMES {
+        let (answer, calls) = run(name, json!({"no such member": null}));
+        assert!(answer.is_err(), "{name}");
+        assert_eq!(calls, 0, "{name}");
+    }
+    let (answer, calls) = run("quit", json!({"now": true}));
+    assert_eq!(
+        (answer, calls),
+        (Err("Parameter 'now' is unexpected".to_owned()), 0)
+    );
+    // Every mandatory argument of every command, left out and of the wrong kind.
+    let good = [
+        ("blockdev-del", json!({"node-name": "n"})),
+        ("block_resize", json!({"size": 1})),
+        (
+            "blockdev-snapshot-internal-sync",
+            json!({"device": "d", "name": "n"}),
+        ),
+        (
+            "blockdev-snapshot-delete-internal-sync",
+            json!({"device": "d"}),
+        ),
+        ("transaction", json!({"actions": []})),
+        (
+            "nbd-server-start",
+            json!({"addr": {"type": "unix", "data": {"path": "p"}}}),
+        ),
+        ("nbd-server-add", json!({"device": "d"})),
+        ("nbd-server-remove", json!({"name": "n"})),
+        (
+            "block-export-add",
+            json!({"type": "nbd", "id": "e", "node-name": "n"}),
+        ),
+        ("block-export-del", json!({"id": "e"})),
+        ("blockdev-add", json!({"driver": "file", "filename": "f"})),
+    ];
+    for (name, good) in good {
+        assert_eq!(run(name, good.clone()).1, 1, "{name}");
+        let Value::Object(good) = good else {
+            panic!("no object")
+        };
+        for key in good.keys() {
+            let mut without: Object = good.clone();
+            without.shift_remove(key);
+            let (answer, calls) = run(name, Value::Object(without));
+            assert_eq!(
+                (answer, calls),
+                (Err(format!("Parameter '{key}' is missing")), 0)
+            );
+            let mut wrong: Object = good.clone();
+            wrong.insert(key.clone(), Value::Null);
+            let (answer, calls) = run(name, Value::Object(wrong));
+            let text = answer.unwrap_err();
+            assert!(
+                text.starts_with(&format!("Invalid parameter type for '{key}'")),
+                "{text}"
+            );
+            assert_eq!(calls, 0);
+        }
+    }
+}

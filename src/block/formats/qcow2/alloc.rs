@@ -125,7 +125,7 @@ pub(crate) struct Allocator {
     free: BTreeMap<u64, u64>,
     returned: Returned,
     /// The cluster that takes the next compressed stream, and the offset of its free part.
-    pub(super) partial: Option<(ClusterIndex, u64)>,
+    partial: Option<(ClusterIndex, u64)>,
 }
 
 impl Allocator {
@@ -197,6 +197,45 @@ impl Allocator {
         self.owners
             .claim(reserved.run.start, reserved.run.count, owner)?;
         Ok(reserved)
+    }
+
+    /// Takes `len` bytes, less than a cluster, for a compressed stream: behind the last stream where they fit, for one more
+    /// reference to its cluster, else at the start of a new cluster.
+    pub(crate) async fn allocate_stream(&mut self, len: u64) -> Result<(HostOffset, Reserved)> {
+        assert!(len < self.g.cluster_size());
+        self.reclaim().await?;
+        if let Some((cluster, used)) = self.partial
+            && used + len <= self.g.cluster_size()
+        {
+            let count = self.count(cluster).await?;
+            if count > 0 && count < self.g.refcount_max() {
+                let run = Run {
+                    start: cluster,
+                    count: 1,
+                };
+                self.change(run, 1).await?;
+                self.partial = Some((cluster, used + len));
+                let reserved = Reserved {
+                    run,
+                    fresh: false,
+                    returned: self.returned.clone(),
+                };
+                return Ok((self.g.host_offset(cluster) + used, reserved));
+            }
+        }
+        let reserved = self.allocate(1).await?;
+        self.partial = Some((reserved.run.start, len));
+        Ok((self.g.host_offset(reserved.run.start), reserved))
+    }
+
+    /// No compressed stream is added to these clusters any more.
+    pub(crate) fn seal(&mut self, run: Run) {
+        if let Some((partial, _)) = self.partial
+            && run.start <= partial
+            && partial.0 < run.end()
+        {
+            self.partial = None;
+        }
     }
 
     /// The free runs that this process knows: at least `least`, at most `want` clusters of one of them.

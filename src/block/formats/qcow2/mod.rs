@@ -12,13 +12,17 @@
 //! * `header_cell`: the open image's header, switched by one write
 //! * `alloc`: refcount blocks, free clusters, growth, reservations that give themselves back
 //! * `owners`: which host clusters hold metadata
-//! * `gate`, `range_lock`, `run_to_end`: who may do what at the same time, and what a dropped request does
+//! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
+//! * `open`, `read`, `write`, `zero`, `resize`, `compress`: the operations; `requests`: the driver made of them
+//! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
+//! * `gate`, `parallel`, `run_to_end`: what runs at the same time, and what a dropped request does
 
 // The parts land ahead of the operations that use them.
 #![allow(dead_code)]
 
 mod alloc;
 pub mod check;
+mod compress;
 mod counters;
 pub mod create;
 mod entry;
@@ -26,10 +30,34 @@ mod gate;
 mod geometry;
 mod header;
 mod header_cell;
+mod image;
+mod l1;
+mod l2;
+mod map;
+mod open;
 mod owners;
-mod range_lock;
+mod parallel;
+mod quarantine;
+mod read;
+mod requests;
+mod resize;
 mod run_to_end;
 mod runs;
 mod snapshot;
 #[cfg(test)]
 mod testing;
+#[cfg(test)]
+mod tests;
+mod write;
+mod write_back;
+mod zero;
+
+use std::sync::Arc;
+
+pub use open::{BackingReference, OpenOptions, Opening};
+
+/// An open image: the driver of a node.
+#[derive(Debug)]
+pub struct Qcow2 {
+    image: Arc<image::Image>,
+}

@@ -1,0 +1,226 @@
+//! The state of an open image, and how its tables are found and made ours.
+//!
+//! Locks, in the order in which they are taken:
+//!
+//! 1. `gate`: every request is inside, operations on the whole image are alone
+//! 2. `clusters`: ranges of guest clusters; allocating writes, discards and zero writes of the same cluster
+//!    follow each other, all others run in parallel
+//! 3. `tables`: L1 indices; who makes or copies an L2 table
+//! 4. `committing` (write-back), then `alloc` (refcounts and free clusters)
+//!
+//! The standard locks below them are never held across an await. Reads take none of 2 to 4.
+//!
+//! A write in place needs no range lock: whoever unlinks its cluster meanwhile does not give it away before
+//! the write has left the gate. A cluster gains the COPIED flag only under the closed gate or under its range lock.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use super::alloc::{Allocator, Run};
+use super::entry::{BadEntry, L1Entry, L2Entry, Mapping};
+use super::gate::Gate;
+use super::geometry::{Geometry, GuestCluster};
+use super::header_cell::HeaderCell;
+use super::l1::L1Table;
+use super::l2::{L2Cache, L2Table};
+use super::owners::{Owner, Owners};
+use super::quarantine::Quarantine;
+use super::write_back::Commits;
+use crate::driver::{Child, WriteFlags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Access, Data, RangeLock};
+use crate::units::{GuestOffset, HostOffset};
+
+/// An open image.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(super) g: Geometry,
+    pub(super) file: Child,
+    pub(super) backing: Option<Child>,
+    /// Unallocated clusters may show something other than zeroes, now or when the image is opened otherwise.
+    pub(super) may_have_backing: bool,
+    pub(super) read_only: bool,
+    /// Holes are punched where clusters are freed.
+    pub(super) pass_discard: bool,
+    /// Version 3: zeroes need no cluster.
+    pub(super) has_zero_flag: bool,
+    pub(super) header: Arc<HeaderCell>,
+    /// Disk size in bytes.
+    pub(super) size: AtomicU64,
+    /// The active L1 table. Replaced under the closed gate only.
+    pub(super) l1: RwLock<Arc<L1Table>>,
+    pub(super) l2: L2Cache,
+    pub(super) owners: Arc<Owners>,
+    pub(super) alloc: tokio::sync::Mutex<Allocator>,
+    pub(super) gate: Gate,
+    pub(super) clusters: RangeLock,
+    pub(super) tables: RangeLock,
+    pub(super) quarantine: Quarantine,
+    pub(super) commits: Commits,
+    /// The header has been made ready for changes.
+    pub(super) prepared: AtomicBool,
+    pub(super) closed: AtomicBool,
+}
+
+impl Image {
+    /// Disk size in bytes.
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// The active L1 table.
+    pub(super) fn l1(&self) -> Arc<L1Table> {
+        let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);
+        l1.clone()
+    }
+
+    fn l1_entry(&self, index: usize) -> L1Entry {
+        let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);
+        l1.get(index)
+    }
+
+    /// Refuses ranges beyond the end, and everything after `close`.
+    pub(super) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::InUse, "The image is closed"));
+        }
+        match offset.checked_add(len) {
+            Some(end) if end <= self.size() => Ok(()),
+            _ => Err(Error::new(
+                ErrorKind::OutOfRange,
+                format!("Request at {offset:#x} of {len} bytes is outside of the disk"),
+            )),
+        }
+    }
+
+    /// What each change of the image begins with: not read-only, not broken, and feature bits cleared that a writer
+    /// that does not keep them up must clear.
+    pub(super) async fn prepare_change(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::new(ErrorKind::ReadOnly, "The image is read-only"));
+        }
+        self.header.check()?;
+        if self.prepared.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        self.header.update(|header| header.autoclear.0 = 0).await?;
+        self.prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The L2 table of an L1 entry with the entry, if there is one.
+    pub(super) async fn table(&self, index: usize) -> Result<Option<(Arc<L2Table>, L1Entry)>> {
+        let entry = self.l1_entry(index);
+        match self.l2_offset(index, entry)? {
+            None => Ok(None),
+            Some(host) => Ok(Some((self.l2.get(host).await?, entry))),
+        }
+    }
+
+    fn l2_offset(&self, index: usize, entry: L1Entry) -> Result<Option<HostOffset>> {
+        entry.checked(self.g).map_err(|bad| {
+            let what = match bad {
+                BadEntry::Unaligned(host) => format!("L2 table offset {host} is unaligned"),
+                _ => format!("L1 entry {:#x} has reserved bits set", entry.0),
+            };
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("qcow2: Image is corrupt: {what} (L1 index: {index:#x})"),
+            )
+        })
+    }
+
+    /// What the entry of a guest cluster says.
+    pub(super) fn decode(&self, entry: L2Entry, cluster: GuestCluster) -> Result<Mapping> {
+        entry.decode(self.g, self.has_zero_flag).map_err(|bad| {
+            let what = match bad {
+                BadEntry::Unaligned(host) => format!("data cluster {host} is unaligned"),
+                BadEntry::Reserved(bits) => {
+                    format!("L2 entry {:#x} has reserved bits {bits:#x} set", entry.0)
+                }
+                BadEntry::ZeroInV2 => "zero cluster in a version 2 image".to_owned(),
+            };
+            let guest = self.g.guest_offset(cluster);
+            Error::new(
+                ErrorKind::Corrupt,
+                format!("qcow2: Image is corrupt: {what} (guest offset: {guest})"),
+            )
+        })
+    }
+
+    /// The L2 table of an L1 entry as one that may be changed: made when there is none, copied when it is shared.
+    ///
+    /// A new table is written to the file before the L1 entry points to it, so that its space exists, and the
+    /// write-back makes it durable before the entry. Cancellation: run to the end by the caller.
+    pub(super) async fn own_table(&self, index: usize) -> Result<Arc<L2Table>> {
+        if let Some((table, entry)) = self.table(index).await?
+            && entry.is_copied()
+        {
+            return Ok(table);
+        }
+        let lock = index as u64..index as u64 + 1;
+        let _making = self.tables.lock(lock, Access::Exclusive).await;
+        let old = match self.table(index).await? {
+            Some((table, entry)) if entry.is_copied() => return Ok(table),
+            Some((table, _)) => Some(table),
+            None => None,
+        };
+        let mut reserved = {
+            let mut alloc = self.alloc.lock().await;
+            alloc.allocate_metadata(1, Owner::L2Table).await?
+        };
+        let host = self.g.host_offset(reserved.run().start);
+        let entries = match &old {
+            Some(old) => old.entries(),
+            None => vec![0; self.g.l2_entries() as usize],
+        };
+        let table = L2Table::new(host, entries);
+        let bytes = Data::from(table.to_bytes());
+        self.file
+            .write(host.0, bytes, WriteFlags::default())
+            .await?;
+        self.l2.insert(table.clone());
+        reserved.publish(1);
+        self.l1().set(index, L1Entry::new(host, true));
+        if let Some(old) = old {
+            self.quarantine.unlinked([self.cluster_run(old.host())]);
+        }
+        self.commits.touch();
+        Ok(table)
+    }
+
+    /// The run of the one cluster at `host`.
+    pub(super) fn cluster_run(&self, host: HostOffset) -> Run {
+        Run {
+            start: self.g.host_cluster(host),
+            count: 1,
+        }
+    }
+
+    /// The references that go when an entry with this meaning is replaced: of each of these clusters one.
+    pub(super) fn references(&self, mapping: Mapping) -> Option<Run> {
+        match mapping {
+            Mapping::Unallocated | Mapping::ZeroPlain => None,
+            Mapping::Normal { host, .. } | Mapping::ZeroAllocated { host, .. } => {
+                Some(self.cluster_run(host))
+            }
+            Mapping::Compressed(stream) => {
+                let (first, last) = stream.clusters(self.g);
+                Some(Run {
+                    start: first,
+                    count: last.0 - first.0 + 1,
+                })
+            }
+        }
+    }
+
+    /// The part of `[offset, offset + len)` that one L2 table maps.
+    pub(super) fn within_table(&self, offset: u64, len: u64) -> u64 {
+        len.min(self.g.l2_span() - offset % self.g.l2_span())
+    }
+
+    /// The guest cluster at a byte offset.
+    pub(super) fn cluster_at(&self, offset: u64) -> GuestCluster {
+        self.g.guest_cluster(GuestOffset(offset))
+    }
+}

@@ -1,0 +1,321 @@
+//! L2 tables in memory: shared, with atomic entries, so that lookups take no exclusive lock.
+//!
+//! A table that is in use, or has changes that are not written yet, is never evicted: whoever holds it holds an `Arc`, and
+//! so does the list of dirty tables. So there is never a second copy of a table.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use super::alloc::{dirty_ranges, slice_mask};
+use super::entry::L2Entry;
+use super::geometry::{ENTRY_SIZE, Geometry};
+use crate::driver::{Child, WriteFlags};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Access, Data, RangeLock};
+use crate::units::HostOffset;
+
+const SHARDS: usize = 16;
+
+/// An L2 table.
+#[derive(Debug)]
+pub(crate) struct L2Table {
+    host: HostOffset,
+    entries: Box<[AtomicU64]>,
+    /// Which 64ths of the table differ from the disk.
+    dirty: AtomicU64,
+    /// Looked up since the last eviction came by.
+    used: AtomicBool,
+}
+
+impl L2Table {
+    /// A table as it lies, or will lie, at `host`.
+    pub(crate) fn new(host: HostOffset, entries: impl IntoIterator<Item = u64>) -> Arc<Self> {
+        Arc::new(L2Table {
+            host,
+            entries: entries.into_iter().map(AtomicU64::new).collect(),
+            dirty: AtomicU64::new(0),
+            used: AtomicBool::new(true),
+        })
+    }
+
+    /// Where it lies.
+    pub(crate) fn host(&self) -> HostOffset {
+        self.host
+    }
+
+    /// How many entries it has.
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// The entry at `index`.
+    pub(crate) fn get(&self, index: usize) -> L2Entry {
+        L2Entry(self.entries[index].load(Ordering::Acquire))
+    }
+
+    /// All entries.
+    pub(crate) fn entries(&self) -> Vec<u64> {
+        let load = |entry: &AtomicU64| entry.load(Ordering::Acquire);
+        self.entries.iter().map(load).collect()
+    }
+
+    /// The table as it goes to disk.
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
+        self.bytes(0, self.entries.len())
+    }
+
+    fn bytes(&self, first: usize, last: usize) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity((last - first) * 8);
+        for entry in &self.entries[first..last] {
+            bytes.extend(entry.load(Ordering::Acquire).to_be_bytes());
+        }
+        bytes
+    }
+}
+
+/// What a write-back has taken of a table.
+#[derive(Debug)]
+pub(crate) struct TakenTable {
+    table: Arc<L2Table>,
+    mask: u64,
+    parts: Vec<(HostOffset, Data)>,
+}
+
+/// The L2 tables in memory.
+#[derive(Debug)]
+pub(crate) struct L2Cache {
+    g: Geometry,
+    file: Child,
+    shards: [RwLock<Shard>; SHARDS],
+    /// Tables in memory and the number from which on tables are evicted.
+    count: AtomicUsize,
+    limit: usize,
+    dirty: Mutex<Vec<Arc<L2Table>>>,
+    dirty_count: AtomicUsize,
+    /// Loads of the same table wait for each other.
+    loading: RangeLock,
+}
+
+#[derive(Debug, Default)]
+struct Shard {
+    tables: HashMap<u64, Arc<L2Table>>,
+    order: VecDeque<u64>,
+}
+
+impl L2Cache {
+    /// An empty cache for up to `bytes` of tables that are neither in use nor dirty.
+    pub(crate) fn new(g: Geometry, file: Child, bytes: u64) -> Self {
+        L2Cache {
+            shards: Default::default(),
+            count: AtomicUsize::new(0),
+            limit: (bytes >> g.cluster_bits()).max(2 * SHARDS as u64) as usize,
+            dirty: Mutex::default(),
+            dirty_count: AtomicUsize::new(0),
+            loading: RangeLock::default(),
+            g,
+            file,
+        }
+    }
+
+    fn shard(&self, host: HostOffset) -> &RwLock<Shard> {
+        &self.shards[(self.g.host_cluster(host).0 % SHARDS as u64) as usize]
+    }
+
+    /// The table at `host`, if it is in memory.
+    pub(crate) fn lookup(&self, host: HostOffset) -> Option<Arc<L2Table>> {
+        let shard = self
+            .shard(host)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let table = shard.tables.get(&host.0)?;
+        if !table.used.load(Ordering::Relaxed) {
+            table.used.store(true, Ordering::Relaxed);
+        }
+        Some(table.clone())
+    }
+
+    /// The table at `host`, read from the file when it is not in memory.
+    pub(crate) async fn get(&self, host: HostOffset) -> Result<Arc<L2Table>> {
+        if let Some(table) = self.lookup(host) {
+            return Ok(table);
+        }
+        let cluster = self.g.host_cluster(host).0;
+        let _loading = self
+            .loading
+            .lock(cluster..cluster + 1, Access::Exclusive)
+            .await;
+        if let Some(table) = self.lookup(host) {
+            return Ok(table);
+        }
+        if host.0 >= self.file.size() {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "qcow2: Image is corrupt: L2 table at {host} lies behind the end of the file"
+                ),
+            ));
+        }
+        let data = self.file.read(host.0, self.g.cluster_size()).await?;
+        let table = L2Table::new(host, decode(&data));
+        self.insert(table.clone());
+        Ok(table)
+    }
+
+    /// Puts a table in, in place of another one that lay there.
+    pub(crate) fn insert(&self, table: Arc<L2Table>) {
+        let host = table.host;
+        let mut shard = self
+            .shard(host)
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if shard.tables.insert(host.0, table).is_none() {
+            shard.order.push_back(host.0);
+            self.count.fetch_add(1, Ordering::Relaxed);
+        }
+        if self.count.load(Ordering::Relaxed) > self.limit {
+            self.evict(&mut shard, host);
+        }
+    }
+
+    /// Evicts a table or two that nobody uses and nobody has looked up lately.
+    fn evict(&self, shard: &mut Shard, keep: HostOffset) {
+        let mut tries = shard.order.len().min(64);
+        let mut wanted = 2;
+        while tries > 0 && wanted > 0 {
+            tries -= 1;
+            let Some(host) = shard.order.pop_front() else {
+                return;
+            };
+            let Some(table) = shard.tables.get(&host) else {
+                continue;
+            };
+            // Lookups take the shard's lock, so a count of one cannot grow here. Dirty tables have a second owner.
+            let idle = Arc::strong_count(table) == 1 && host != keep.0;
+            if idle && !table.used.swap(false, Ordering::Relaxed) {
+                shard.tables.remove(&host);
+                self.count.fetch_sub(1, Ordering::Relaxed);
+                wanted -= 1;
+            } else {
+                shard.order.push_back(host);
+            }
+        }
+    }
+
+    /// Forgets the table at `host`: its cluster holds something else now, or nothing.
+    pub(crate) fn forget(&self, host: HostOffset) {
+        let mut shard = self
+            .shard(host)
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(table) = shard.tables.remove(&host.0) {
+            shard.order.retain(|other| *other != host.0);
+            self.count.fetch_sub(1, Ordering::Relaxed);
+            // It may be in the list of dirty tables: nothing of it is written any more.
+            table.dirty.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// Changes an entry if it is still `old`; answers whether it was. It is written by the next write-back.
+    pub(crate) fn replace(
+        &self,
+        table: &Arc<L2Table>,
+        index: usize,
+        old: L2Entry,
+        new: L2Entry,
+    ) -> bool {
+        let swapped = table.entries[index].compare_exchange(
+            old.0,
+            new.0,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        if swapped.is_ok() {
+            // Only now: a write-back that takes the mark before the entry would lose the entry.
+            self.mark(table, index, 1);
+        }
+        swapped.is_ok()
+    }
+
+    /// Marks entries as different from the disk.
+    pub(crate) fn mark(&self, table: &Arc<L2Table>, first: usize, count: usize) {
+        let entry = ENTRY_SIZE as usize;
+        let bytes = first * entry..(first + count) * entry;
+        self.mark_slices(table, slice_mask(bytes, self.g.cluster_size() as usize));
+    }
+
+    fn mark_slices(&self, table: &Arc<L2Table>, mask: u64) {
+        if table.dirty.fetch_or(mask, Ordering::SeqCst) == 0 && mask != 0 {
+            let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
+            dirty.push(table.clone());
+            self.dirty_count.store(dirty.len(), Ordering::Relaxed);
+        }
+    }
+
+    /// How many tables wait to be written.
+    pub(crate) fn dirty_count(&self) -> usize {
+        self.dirty_count.load(Ordering::Relaxed)
+    }
+
+    /// How many tables may wait before somebody should write them.
+    pub(crate) fn dirty_limit(&self) -> usize {
+        (self.limit / 2).max(1)
+    }
+
+    /// Takes what has changed, as it is now. What could not be written goes back with `put_back`.
+    pub(crate) fn take_dirty(&self) -> Vec<TakenTable> {
+        let tables = {
+            let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
+            self.dirty_count.store(0, Ordering::Relaxed);
+            std::mem::take(&mut *dirty)
+        };
+        let size = self.g.cluster_size() as usize;
+        let take = |table: Arc<L2Table>| {
+            // The mask first: what changes from here on is marked again.
+            let mask = table.dirty.swap(0, Ordering::SeqCst);
+            let part = |range: std::ops::Range<usize>| {
+                let bytes = table.bytes(range.start / 8, range.end / 8);
+                (table.host + range.start as u64, Data::from(bytes))
+            };
+            let parts = dirty_ranges(mask, size).into_iter().map(part).collect();
+            TakenTable { table, mask, parts }
+        };
+        let mut taken: Vec<_> = tables.into_iter().map(take).collect();
+        taken.sort_by_key(|taken| taken.table.host);
+        taken
+    }
+
+    /// Marks what was taken as dirty again.
+    pub(crate) fn put_back(&self, taken: &[TakenTable]) {
+        for taken in taken {
+            self.mark_slices(&taken.table, taken.mask);
+        }
+    }
+}
+
+impl TakenTable {
+    /// The table.
+    pub(crate) fn table(&self) -> &Arc<L2Table> {
+        &self.table
+    }
+
+    /// Writes what was taken. Not durable before the file's next flush.
+    pub(crate) async fn write(&self, file: &Child) -> Result<()> {
+        for (at, data) in &self.parts {
+            file.write(at.0, data.clone(), WriteFlags::default())
+                .await?;
+        }
+        Ok(())
+    }
+}
+
+/// The entries of a table as read.
+pub(crate) fn decode(data: &Data) -> Vec<u64> {
+    let bytes = data.to_bytes();
+    let entry = |chunk: &[u8]| {
+        let mut value = [0; 8];
+        value.copy_from_slice(chunk);
+        u64::from_be_bytes(value)
+    };
+    bytes.chunks_exact(8).map(entry).collect()
+}

@@ -1,0 +1,230 @@
+//! Opening an image, in two steps: the header first, which names the backing; then the rest.
+//!
+//! Everything that the header and the tables in memory say is checked before anything is used. An image opened for
+//! writing must also be sound in what it says about its metadata: clusters claimed twice refuse the open.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, RwLock};
+
+use super::alloc::Allocator;
+use super::entry::L1Entry;
+use super::gate::Gate;
+use super::geometry::{ENTRY_SIZE, Geometry};
+use super::header::{Header, Incompatible, Version};
+use super::header_cell::HeaderCell;
+use super::image::Image;
+use super::l1::L1Table;
+use super::l2::{L2Cache, decode};
+use super::owners::{Owner, Owners};
+use super::quarantine::Quarantine;
+use super::write_back::Commits;
+use super::{Qcow2, check};
+use crate::driver::Child;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::RangeLock;
+use crate::limits;
+use crate::units::{ClusterIndex, HostOffset};
+
+/// How an image is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Refuse writes, and change nothing in the file.
+    pub read_only: bool,
+    /// Punch holes into the file where clusters are freed.
+    pub pass_discard: bool,
+    /// Bytes of L2 tables kept in memory.
+    pub l2_cache_bytes: u64,
+    /// Bytes of refcount blocks kept in memory.
+    pub refcount_cache_bytes: u64,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        OpenOptions {
+            read_only: false,
+            pass_discard: true,
+            l2_cache_bytes: limits::QCOW2_L2_CACHE_BYTES,
+            refcount_cache_bytes: limits::QCOW2_REFCOUNT_CACHE_BYTES,
+        }
+    }
+}
+
+/// The backing file as the image names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackingReference {
+    /// Its name, relative to the image's folder unless it is absolute or has a protocol.
+    pub name: String,
+    /// Its format. Without one it would have to be guessed from bytes that the guest may have written.
+    pub format: Option<String>,
+}
+
+/// An image whose header has been read and found usable.
+#[derive(Debug)]
+pub struct Opening {
+    file: Child,
+    header: Header,
+    options: OpenOptions,
+}
+
+impl Qcow2 {
+    /// Reads and checks the header of the image in `file`. A dirty image is repaired first when it is opened for
+    /// writing. Errors: `InvalidInput` for what is not qcow2 or breaks a limit, `Unsupported` with the names of features,
+    /// `Corrupt` for an image that says so itself. Cancellation: safe, but for the repair, which begins anew next time.
+    pub async fn open(file: Child, options: OpenOptions) -> Result<Opening> {
+        let mut header = read_header(&file).await?;
+        if !options.read_only {
+            if header.incompatible.has(Incompatible::CORRUPT) {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    "qcow2: Image is corrupt; cannot be opened read/write",
+                ));
+            }
+            if header.incompatible.has(Incompatible::DIRTY) {
+                log::warn!("qcow2: the image was not closed; rebuilding its refcounts");
+                check::repair(&file).await?;
+                header = read_header(&file).await?;
+            }
+        }
+        Ok(Opening {
+            file,
+            header,
+            options,
+        })
+    }
+}
+
+async fn read_header(file: &Child) -> Result<Header> {
+    let size = file.size();
+    let start = file.read(0, size.min(512)).await?.to_bytes();
+    let needed = Header::bytes_needed(&start)?;
+    let cluster = file.read(0, size.min(needed)).await?.to_bytes();
+    let header = Header::parse(&cluster)?;
+    header.validate()?;
+    Ok(header)
+}
+
+impl Opening {
+    /// The backing that the image names; the caller decides whether and how to open it.
+    pub fn backing(&self) -> Option<BackingReference> {
+        Some(BackingReference {
+            name: self.header.backing_name.clone()?,
+            format: self.header.backing_format(),
+        })
+    }
+
+    /// Disk size in bytes.
+    pub fn size(&self) -> u64 {
+        self.header.size
+    }
+
+    /// Reads the tables and makes the node. `backing` is what unallocated clusters show; none means zeroes.
+    /// Cancellation: safe.
+    pub async fn finish(self, backing: Option<Child>) -> Result<Arc<Qcow2>> {
+        let Opening {
+            file,
+            header,
+            options,
+        } = self;
+        let g = header.geometry();
+        let l1 = read_table(&file, header.l1_table_offset, header.l1_size.into()).await?;
+        let mut reftable = Vec::new();
+        let owners = Arc::new(Owners::default());
+        if !options.read_only {
+            let entries =
+                u64::from(header.refcount_table_clusters) * (g.cluster_size() / ENTRY_SIZE);
+            reftable = read_table(&file, header.refcount_table_offset, entries).await?;
+            check_reftable(g, &file, &reftable)?;
+            claim_metadata(g, &owners, &header, &reftable, &l1)?;
+        }
+        let size = header.size;
+        let has_zero_flag = header.version == Version::V3;
+        let names_backing = header.backing_name.is_some();
+        let l1 = L1Table::new(header.l1_table_offset, l1);
+        let header = Arc::new(HeaderCell::new(file.clone(), header));
+        let alloc = Allocator::new(
+            g,
+            file.clone(),
+            header.clone(),
+            owners.clone(),
+            reftable,
+            options.refcount_cache_bytes,
+        );
+        let image = Image {
+            g,
+            l2: L2Cache::new(g, file.clone(), options.l2_cache_bytes),
+            file,
+            may_have_backing: backing.is_some() || names_backing,
+            backing,
+            read_only: options.read_only,
+            pass_discard: options.pass_discard,
+            has_zero_flag,
+            header,
+            size: size.into(),
+            l1: RwLock::new(Arc::new(l1)),
+            owners,
+            alloc: tokio::sync::Mutex::new(alloc),
+            gate: Gate::default(),
+            clusters: RangeLock::default(),
+            tables: RangeLock::default(),
+            quarantine: Quarantine::default(),
+            commits: Commits::default(),
+            prepared: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        };
+        Ok(Arc::new(Qcow2 {
+            image: Arc::new(image),
+        }))
+    }
+}
+
+async fn read_table(file: &Child, offset: HostOffset, entries: u64) -> Result<Vec<u64>> {
+    if entries == 0 {
+        return Ok(Vec::new());
+    }
+    Ok(decode(&file.read(offset.0, entries * ENTRY_SIZE).await?))
+}
+
+fn check_reftable(g: Geometry, file: &Child, table: &[u64]) -> Result<()> {
+    let end = file.size();
+    for (index, entry) in table.iter().enumerate() {
+        if *entry != 0 && (!g.is_aligned(*entry) || *entry >= end) {
+            return Err(Error::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "qcow2: Image is corrupt: refcount block offset {entry:#x} is not valid (table index {index})"
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Puts the image's metadata into the owner map; two kinds on one cluster are an error. L1 entries that are not valid
+/// are left to those who use them.
+fn claim_metadata(
+    g: Geometry,
+    owners: &Owners,
+    header: &Header,
+    reftable: &[u64],
+    l1: &[u64],
+) -> Result<()> {
+    owners.claim(ClusterIndex(0), 1, Owner::Header)?;
+    let start = g.host_cluster(header.refcount_table_offset);
+    let count = header.refcount_table_clusters.into();
+    owners.claim(start, count, Owner::RefcountTable)?;
+    if header.l1_size > 0 {
+        let start = g.host_cluster(header.l1_table_offset);
+        let count = g.clusters_for(l1.len() as u64 * ENTRY_SIZE);
+        owners.claim(start, count, Owner::L1Table)?;
+    }
+    for entry in reftable.iter().filter(|entry| **entry != 0) {
+        let cluster = g.host_cluster(HostOffset(*entry));
+        owners.claim(cluster, 1, Owner::RefcountBlock)?;
+    }
+    for entry in l1 {
+        if let Ok(Some(host)) = L1Entry(*entry).checked(g) {
+            owners.claim(g.host_cluster(host), 1, Owner::L2Table)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,178 @@
+//! The driver's contract, put together from the operations.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Qcow2;
+use super::header::{Compatible, Incompatible, Version};
+use super::image::Image;
+use super::run_to_end::RunToEnd;
+use crate::driver::{
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, FormatSpecific, Preallocation,
+    RequestLimits, Requests, WriteFlags, ZeroFlags,
+};
+use crate::error::Result;
+use crate::io::Data;
+
+impl Image {
+    async fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
+        let _inside = self.gate.enter().await;
+        self.check_range(offset, data.len())?;
+        self.prepare_change().await?;
+        self.write_range(offset, data).await?;
+        self.finish_change(flags.fua).await
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
+        let _inside = self.gate.enter().await;
+        self.check_range(offset, len)?;
+        self.prepare_change().await?;
+        if len > 0 {
+            self.zero_range(offset, len, flags).await?;
+        }
+        self.finish_change(flags.fua).await
+    }
+
+    async fn write_compressed(&self, offset: u64, data: Data) -> Result<()> {
+        let _inside = self.gate.enter().await;
+        self.check_range(offset, data.len())?;
+        self.prepare_change().await?;
+        self.write_compressed_cluster(offset, data).await?;
+        self.finish_change(false).await
+    }
+
+    async fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        let _inside = self.gate.enter().await;
+        self.check_range(offset, len)?;
+        self.prepare_change().await?;
+        if len > 0 {
+            self.discard_range(offset, len).await?;
+        }
+        self.finish_change(false).await
+    }
+
+    async fn finish_change(&self, fua: bool) -> Result<()> {
+        if !fua {
+            self.relieve().await;
+            return Ok(());
+        }
+        self.write_back().await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        let _inside = self.gate.enter().await;
+        if self.read_only {
+            return Ok(());
+        }
+        self.write_back().await
+    }
+
+    async fn close(&self) -> Result<()> {
+        let _alone = self.gate.close().await;
+        if !self.read_only && !self.closed.load(Ordering::Acquire) {
+            self.write_back_all().await?;
+        }
+        self.closed.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Qcow2 {
+    /// Starts an operation on the image that ends even when nobody waits for it any more.
+    pub(super) fn run<T, F>(&self, operation: impl FnOnce(Arc<Image>) -> F) -> RunToEnd<T>
+    where
+        T: Send + 'static,
+        F: Future<Output = T> + Send + 'static,
+    {
+        RunToEnd::new(operation(self.image.clone()))
+    }
+
+    /// Writes exactly one cluster compressed, or what there is of the disk's last one; as it is where that is not
+    /// smaller. Errors and durability as for `write`. Cancellation: runs to its end.
+    pub fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move { image.write_compressed(offset, data).await }))
+    }
+}
+
+impl Requests for Qcow2 {
+    fn size(&self) -> u64 {
+        self.image.size()
+    }
+
+    fn limits(&self) -> RequestLimits {
+        RequestLimits {
+            alignment: 1,
+            preferred: self.image.g.cluster_size() as u32,
+            growable: false,
+        }
+    }
+
+    fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
+        Box::pin(async move {
+            let _inside = self.image.gate.enter().await;
+            self.image.check_range(offset, len)?;
+            self.image.read_range(offset, len).await
+        })
+    }
+
+    fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move { image.write(offset, data, flags).await }))
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move { image.write_zeroes(offset, len, flags).await }))
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move { image.discard(offset, len).await }))
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(|image| async move { image.flush().await }))
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
+        Box::pin(async move {
+            let _inside = self.image.gate.enter().await;
+            self.image.check_range(offset, len)?;
+            self.image.status(offset, len).await
+        })
+    }
+
+    fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move { image.change_size(size, preallocation).await }))
+    }
+}
+
+impl Driver for Qcow2 {
+    fn info(&self) -> DriverInfo {
+        let header = self.image.header.get();
+        let v3 = header.version == Version::V3;
+        DriverInfo {
+            driver: "qcow2",
+            cluster_size: Some(self.image.g.cluster_size()),
+            backing_filename: header.backing_name.clone(),
+            backing_format: header.backing_format(),
+            specific: FormatSpecific::Qcow2 {
+                compat: if v3 { "1.1" } else { "0.10" },
+                lazy_refcounts: v3.then(|| header.compatible.has(Compatible::LAZY_REFCOUNTS)),
+                refcount_bits: self.image.g.refcount_bits(),
+                corrupt: v3.then(|| header.incompatible.has(Incompatible::CORRUPT)),
+                extended_l2: v3.then(|| header.incompatible.has(Incompatible::EXTENDED_L2)),
+                compression_type: "zlib",
+            },
+            dirty: header.incompatible.has(Incompatible::DIRTY),
+            ..DriverInfo::default()
+        }
+    }
+
+    fn children(&self) -> Vec<(&'static str, Child)> {
+        let mut children = vec![("file", self.image.file.clone())];
+        children.extend(self.image.backing.clone().map(|child| ("backing", child)));
+        children
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(|image| async move { image.close().await }))
+    }
+}

@@ -1,0 +1,283 @@
+//! Each operation by itself.
+
+use super::*;
+use crate::driver::Preallocation;
+use crate::error::ErrorKind;
+
+const MIB: u64 = 1 << 20;
+
+#[tokio::test]
+async fn an_empty_image_reads_as_zeroes_and_stays_clean() {
+    let disk = new_image(&CreateOptions::new(8 * MIB)).await;
+    let image = open(&disk).await;
+    assert_eq!(image.size(), 8 * MIB);
+    assert!(image.read(0, 8 * MIB).await.unwrap().is_known_zero());
+    verify(&disk, image, &vec![0; 8 << 20]).await;
+}
+
+#[tokio::test]
+async fn small_writes_keep_what_lies_around_them() {
+    let disk = new_image(&CreateOptions::new(4 * MIB)).await;
+    let image = open(&disk).await;
+    let mut model = vec![0; 4 << 20];
+    for (at, len, byte) in [
+        (100, 50, 1),
+        (65_500, 100, 2),
+        (200_000, 300_000, 3),
+        (120, 5, 4),
+    ] {
+        write(&image, at, vec![byte; len]).await.unwrap();
+        model[at as usize..at as usize + len].fill(byte);
+    }
+    assert_same(&read(&image, 0, 4 * MIB).await, &model);
+    verify(&disk, image, &model).await;
+    let again = open(&disk).await;
+    assert_same(&read(&again, 0, 4 * MIB).await, &model);
+}
+
+#[tokio::test]
+async fn zero_writes_and_discards_free_what_they_unmap() {
+    let disk = new_image(&CreateOptions::new(4 * MIB)).await;
+    let image = open(&disk).await;
+    let mut model = vec![7; 4 << 20];
+    write(&image, 0, model.clone()).await.unwrap();
+    image.flush().await.unwrap();
+    let full = disk.allocated();
+    image.write_zeroes(1000, MIB, unmap()).await.unwrap();
+    model[1000..1000 + (1 << 20)].fill(0);
+    let kept = ZeroFlags::default();
+    image.write_zeroes(2 * MIB, 65536, kept).await.unwrap();
+    model[2 << 20..(2 << 20) + 65536].fill(0);
+    image.discard(3 * MIB, MIB).await.unwrap();
+    model[3 << 20..].fill(0);
+    assert_same(&read(&image, 0, 4 * MIB).await, &model);
+    let status = image.block_status(2 * MIB, MIB).await.unwrap();
+    assert!(status.zero && status.allocated && status.len == 65536);
+    let status = image.block_status(3 * MIB, MIB).await.unwrap();
+    assert!(status.zero && !status.allocated && status.len == MIB);
+    image.flush().await.unwrap();
+    image.flush().await.unwrap();
+    assert!(disk.allocated() < full - MIB, "holes are punched");
+    // The freed clusters are used again.
+    let end = disk.size();
+    write(&image, 3 * MIB, vec![9; 1 << 20]).await.unwrap();
+    model[3 << 20..].fill(9);
+    assert_eq!(disk.size(), end);
+    // Kept clusters too, when written in part.
+    write(&image, 2 * MIB + 10, vec![8; 10]).await.unwrap();
+    model[(2 << 20) + 10..(2 << 20) + 20].fill(8);
+    verify(&disk, image, &model).await;
+}
+
+#[tokio::test]
+async fn a_backing_shows_until_it_is_written_over() {
+    let base_disk = Memory::with_content(&vec![5; 3 << 20]);
+    let mut options = CreateOptions::new(4 * MIB);
+    options.backing.name = Some("base.raw".into());
+    options.backing.format = Some("raw".into());
+    let disk = new_image(&options).await;
+    let opening = Qcow2::open(disk.child(), OpenOptions::default())
+        .await
+        .unwrap();
+    let named = opening.backing().unwrap();
+    assert_eq!(
+        (named.name.as_str(), named.format.as_deref()),
+        ("base.raw", Some("raw"))
+    );
+    let image = opening.finish(Some(base_disk.child())).await.unwrap();
+    let mut model = vec![5; 3 << 20];
+    model.resize(4 << 20, 0);
+    assert_same(&read(&image, 0, 4 * MIB).await, &model);
+    let (tail, zeroes, dropped) = (3 * MIB - 10, MIB + 5, 131_072);
+    write(&image, tail, vec![6; 20]).await.unwrap();
+    model[tail as usize..tail as usize + 20].fill(6);
+    image.write_zeroes(zeroes, 200_000, unmap()).await.unwrap();
+    model[zeroes as usize..zeroes as usize + 200_000].fill(0);
+    image.discard(dropped, 65536).await.unwrap();
+    model[dropped as usize..dropped as usize + 65536].fill(0);
+    assert_same(&read(&image, 0, 4 * MIB).await, &model);
+    image.close().await.unwrap();
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("base.raw"), base_disk.content()).unwrap();
+    let path = scratch.save("image.qcow2", &disk);
+    assert_qemu_clean(&path);
+    assert_same(&qemu_content(&scratch, &path), &model);
+}
+
+#[tokio::test]
+async fn full_cluster_writes_read_nothing_and_are_one_write() {
+    use crate::protocols::memory::OpKind;
+    let base_disk = Memory::with_content(&vec![5; 4 << 20]);
+    let disk = new_image(&CreateOptions::new(4 * MIB)).await;
+    let image = open_over(&disk, Some(base_disk.child())).await;
+    write(&image, 0, vec![1; 65536]).await.unwrap();
+    let before = (disk.count(OpKind::Write), disk.count(OpKind::Read));
+    write(&image, 65536, vec![2; 8 * 65536]).await.unwrap();
+    assert_eq!(disk.count(OpKind::Write), before.0 + 1);
+    assert_eq!(disk.count(OpKind::Read), before.1);
+    assert_eq!(base_disk.count(OpKind::Read), 0);
+}
+
+#[tokio::test]
+async fn a_fresh_cluster_takes_only_what_the_guest_wrote() {
+    let disk = new_image(&CreateOptions::new(64 * MIB)).await;
+    let image = open(&disk).await;
+    write(&image, 0, vec![1; 512]).await.unwrap();
+    let before = disk.allocated();
+    for index in 1..100 {
+        write(&image, index * 65536 + 8192, vec![1; 4096])
+            .await
+            .unwrap();
+    }
+    assert!(disk.allocated() - before <= 110 * 4096);
+    let mut model = vec![0; 64 << 20];
+    model[..512].fill(1);
+    for index in 1..100 {
+        model[index * 65536 + 8192..][..4096].fill(1);
+    }
+    verify(&disk, image, &model).await;
+}
+
+#[tokio::test]
+async fn resizes_show_zeroes_and_drop_the_tail() {
+    let base = Memory::with_content(&vec![5; 4 << 20]);
+    let mut options = CreateOptions::new(MIB + 512);
+    options.cluster_size = 4096;
+    let disk = new_image(&options).await;
+    let image = open_over(&disk, Some(base.child())).await;
+    write(&image, MIB, vec![1; 512]).await.unwrap();
+    image.resize(3 * MIB, Preallocation::Off).await.unwrap();
+    let mut model = vec![5; 1 << 20];
+    model.extend([1; 512]);
+    model.resize(3 << 20, 0);
+    assert_same(&read(&image, 0, 3 * MIB).await, &model);
+    // The L1 table must move for this.
+    image.resize(4096 * MIB, Preallocation::Off).await.unwrap();
+    write(&image, 4095 * MIB, vec![3; 512]).await.unwrap();
+    assert_same(&read(&image, 0, 3 * MIB).await, &model);
+    image.resize(2 * MIB, Preallocation::Off).await.unwrap();
+    image.resize(3 * MIB, Preallocation::Off).await.unwrap();
+    assert_eq!(
+        image.read(4 * MIB, 1).await.unwrap_err().kind(),
+        ErrorKind::OutOfRange
+    );
+    model.truncate(2 << 20);
+    model.resize(3 << 20, 0);
+    assert_same(&read(&image, 0, 3 * MIB).await, &model);
+    image.close().await.unwrap();
+    let scratch = Scratch::new();
+    let path = scratch.save("image.qcow2", &disk);
+    assert_qemu_clean(&path);
+}
+
+#[tokio::test]
+async fn compressed_clusters_share_host_clusters_and_are_copied_on_write() {
+    let disk = new_image(&CreateOptions::new(4 * MIB)).await;
+    let image = open(&disk).await;
+    let mut model = vec![0; 4 << 20];
+    for index in 0..20_u64 {
+        let cluster = vec![index as u8 + 1; 65536];
+        model[index as usize * 65536..][..65536].copy_from_slice(&cluster);
+        image
+            .write_compressed(index * 65536, Data::from(cluster))
+            .await
+            .unwrap();
+    }
+    let mut random = fastrand::Rng::with_seed(1);
+    let noise: Vec<u8> = (0..65536).map(|_| random.u8(..)).collect();
+    model[20 * 65536..][..65536].copy_from_slice(&noise);
+    image
+        .write_compressed(20 * 65536, Data::from(noise))
+        .await
+        .unwrap();
+    assert!(disk.allocated() < 12 * 65536, "20 clusters went into one");
+    let status = image.block_status(0, MIB).await.unwrap();
+    assert!(status.compressed && status.host_offset.is_none());
+    write(&image, 3 * 65536 + 77, vec![200; 1000])
+        .await
+        .unwrap();
+    model[3 * 65536 + 77..][..1000].fill(200);
+    image.discard(5 * 65536, 65536).await.unwrap();
+    model[5 * 65536..6 * 65536].fill(0);
+    assert_same(&read(&image, 0, 4 * MIB).await, &model);
+    verify(&disk, image, &model).await;
+}
+
+#[tokio::test]
+async fn a_read_only_image_is_not_touched() {
+    use crate::protocols::memory::OpKind;
+    let disk = new_image(&CreateOptions::new(MIB)).await;
+    let writes = disk.count(OpKind::Write);
+    let options = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    let opening = Qcow2::open(disk.child(), options).await.unwrap();
+    let image = opening.finish(None).await.unwrap();
+    let error = write(&image, 0, vec![1; 512]).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly);
+    assert!(image.discard(0, MIB).await.is_err());
+    assert!(image.resize(2 * MIB, Preallocation::Off).await.is_err());
+    image.flush().await.unwrap();
+    image.close().await.unwrap();
+    assert_eq!(disk.count(OpKind::Write), writes);
+}
+
+#[tokio::test]
+async fn a_corrupt_image_opens_only_for_reading() {
+    let disk = new_image(&CreateOptions::new(MIB)).await;
+    disk.write(79, Data::from(vec![2]), WriteFlags::default())
+        .await
+        .unwrap();
+    let error = Qcow2::open(disk.child(), OpenOptions::default())
+        .await
+        .unwrap_err();
+    assert_eq!(
+        error.message(),
+        "qcow2: Image is corrupt; cannot be opened read/write"
+    );
+    let options = OpenOptions {
+        read_only: true,
+        ..OpenOptions::default()
+    };
+    Qcow2::open(disk.child(), options).await.unwrap();
+}
+
+#[tokio::test]
+async fn damaged_tables_give_errors_and_take_no_data() {
+    let disk = new_image(&CreateOptions::new(8 * MIB)).await;
+    let image = open(&disk).await;
+    write(&image, 0, vec![1; 4 << 20]).await.unwrap();
+    image.close().await.unwrap();
+    let l1 = image.image.l1();
+    let l2 = l1.get(0).l2_offset().unwrap();
+    let entry = |value: u64| Data::from(value.to_be_bytes().to_vec());
+    let flags = WriteFlags::default();
+    // Cluster 0: onto the header; 1: onto the L2 table itself; 2: unaligned; 3: behind the end, compressed.
+    disk.write(l2.0, entry(1 << 63 | 0x200), flags)
+        .await
+        .unwrap();
+    disk.write(l2.0 + 8, entry(1 << 63 | l2.0), flags)
+        .await
+        .unwrap();
+    disk.write(l2.0 + 16, entry(0x0123_4567_89ab_cdef), flags)
+        .await
+        .unwrap();
+    disk.write(l2.0 + 24, entry(1 << 62 | 0x7000_0000_0000), flags)
+        .await
+        .unwrap();
+    let before = disk.content();
+    let image = open(&disk).await;
+    for cluster in [0, 1, 2] {
+        let error = write(&image, cluster * 65536, vec![9; 512])
+            .await
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+    }
+    assert!(image.read(2 * 65536, 512).await.is_err());
+    assert!(image.read(3 * 65536, 512).await.is_err());
+    image.flush().await.unwrap();
+    assert_same(&disk.content()[..65536], &before[..65536]);
+    let at = l2.0 as usize;
+    assert_same(&disk.content()[at..at + 64], &before[at..at + 64]);
+}

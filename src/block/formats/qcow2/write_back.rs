@@ -1,0 +1,202 @@
+//! Write-back: what is dirty in memory becomes durable, in an order that leaves a sound image at any crash.
+//!
+//! ```text
+//! copy L1 and L2 changes -> write refcounts -> fdatasync -> write the L2 and L1 copies -> fdatasync
+//! ```
+//!
+//! The copies are taken first. Whatever they point to was written before (guest data, new L2 tables) or is in the refcounts
+//! that are written next, so the first fdatasync makes all of it durable before anything on disk points to it. That holds for a
+//! power cut, and for a killed process, whose completed writes stay. What changes after the copy waits for the next write-back.
+//! Freed clusters were taken before the copies: the second fdatasync makes their unlinking durable, and they move on
+//! in the quarantine.
+//!
+//! On error everything that was taken is dirty again, and the next flush does it all over.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::alloc::Run;
+use super::image::Image;
+use super::l1::L1Table;
+use super::l2::TakenTable;
+use super::parallel::run_all;
+use super::quarantine::MAX_UNLINKED;
+use crate::driver::{BoxFuture, WriteFlags};
+use crate::error::Result;
+use crate::io::Data;
+use crate::units::HostOffset;
+
+/// Which changes are durable, and who writes back.
+#[derive(Debug, Default)]
+pub(crate) struct Commits {
+    /// Counts changes of metadata, after they are made.
+    changes: AtomicU64,
+    /// How many of them are durable.
+    durable: AtomicU64,
+    /// Write-backs started.
+    started: AtomicU64,
+    /// The last one that succeeded. Held over a write-back.
+    done: tokio::sync::Mutex<u64>,
+}
+
+impl Commits {
+    /// Metadata have changed in memory.
+    pub(crate) fn touch(&self) {
+        self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Whether all metadata in memory are on disk.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.durable.load(Ordering::SeqCst) == self.changes.load(Ordering::SeqCst)
+    }
+}
+
+/// What a write-back has taken.
+#[derive(Debug)]
+struct Taken {
+    frees: Vec<Run>,
+    tables: Vec<TakenTable>,
+    l1: Vec<(usize, HostOffset, Vec<u8>)>,
+}
+
+impl Image {
+    /// Makes every change that was made before this call durable: guest data and metadata.
+    ///
+    /// Calls at the same time share one write-back. Cancellation: run to the end by the caller.
+    pub(super) async fn write_back(&self) -> Result<()> {
+        let before = self.commits.started.load(Ordering::SeqCst);
+        let mut done = self.commits.done.lock().await;
+        if *done > before {
+            // One that began after this call has succeeded meanwhile.
+            return Ok(());
+        }
+        let number = self.commits.started.fetch_add(1, Ordering::SeqCst) + 1;
+        self.write_back_once().await?;
+        *done = number;
+        drop(done);
+        self.advance_quarantine().await;
+        Ok(())
+    }
+
+    async fn write_back_once(&self) -> Result<()> {
+        let changes = self.commits.changes.load(Ordering::SeqCst);
+        let l1 = self.l1();
+        // In this order: see the module's documentation.
+        let taken = Taken {
+            frees: self.quarantine.take_unlinked(),
+            l1: l1.take_dirty(),
+            tables: self.l2.take_dirty(),
+        };
+        if let Err(error) = self.write_taken(&taken).await {
+            self.put_back(&l1, taken);
+            return Err(error);
+        }
+        self.quarantine.durable(taken.frees);
+        self.commits.durable.fetch_max(changes, Ordering::SeqCst);
+        Ok(())
+    }
+
+    async fn write_taken(&self, taken: &Taken) -> Result<()> {
+        {
+            let mut alloc = self.alloc.lock().await;
+            alloc.reclaim().await?;
+            alloc.write_back().await?;
+        }
+        if !taken.tables.is_empty() || !taken.l1.is_empty() {
+            self.file.flush().await?;
+            for (_, at, bytes) in &taken.l1 {
+                let data = Data::from(bytes.clone());
+                self.file.write(at.0, data, WriteFlags::default()).await?;
+            }
+            let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
+            for table in &taken.tables {
+                writes.push(Box::pin(table.write(&self.file)));
+            }
+            run_all(writes).await?;
+        }
+        self.file.flush().await
+    }
+
+    fn put_back(&self, l1: &L1Table, taken: Taken) {
+        l1.mark(taken.l1.iter().map(|(sector, ..)| *sector));
+        self.l2.put_back(&taken.tables);
+        self.quarantine.unlinked(taken.frees);
+    }
+
+    /// Frees what has passed the quarantine. What cannot be freed now is tried again later.
+    pub(super) async fn advance_quarantine(&self) {
+        let drained = self.quarantine.advance(&self.gate);
+        if drained.is_empty() {
+            return;
+        }
+        if let Err(error) = self.punch(&drained).await {
+            log::warn!("qcow2: freed clusters keep their space: {error}");
+        }
+        let mut alloc = self.alloc.lock().await;
+        for (index, run) in drained.iter().enumerate() {
+            match alloc.subtract(*run, 1).await {
+                Ok(freed) => {
+                    for run in freed {
+                        for cluster in (0..run.count).map(|offset| run.start + offset) {
+                            if self.owners.get(cluster).is_some() {
+                                self.l2.forget(self.g.host_offset(cluster));
+                            }
+                        }
+                        self.owners.release(run.start, run.count);
+                        alloc.add_free(run);
+                    }
+                }
+                Err(error) => {
+                    log::warn!("qcow2: freeing clusters is postponed: {error}");
+                    self.quarantine.unlinked(drained[index..].iter().copied());
+                    break;
+                }
+            }
+        }
+        drop(alloc);
+        self.commits.touch();
+    }
+
+    /// Gives the host the space of clusters that nobody else refers to. Their refcount is still 1, so nobody gets them.
+    async fn punch(&self, runs: &[Run]) -> Result<()> {
+        if !self.pass_discard {
+            return Ok(());
+        }
+        for run in runs {
+            let single = {
+                let mut alloc = self.alloc.lock().await;
+                alloc.seal(*run);
+                alloc.greatest(*run).await? == 1
+            };
+            if single {
+                let at = self.g.host_offset(run.start);
+                let len = run.count << self.g.cluster_bits();
+                self.file.discard(at.0, len).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes back everything until nothing is left: refcounts of freed clusters too. The gate is closed.
+    pub(super) async fn write_back_all(&self) -> Result<()> {
+        self.write_back().await?;
+        // Each round moves freed clusters one station on; freeing an L2 table may free no more than itself.
+        for _ in 0..4 {
+            let dirty = self.alloc.lock().await.is_dirty();
+            if self.quarantine.is_empty() && !dirty && self.commits.is_clean() {
+                return Ok(());
+            }
+            self.write_back().await?;
+        }
+        Ok(())
+    }
+
+    /// Writes back early when much is dirty, so that neither memory nor unfreed space grow without bound. An error is left to the
+    /// next flush, which meets it again.
+    pub(super) async fn relieve(&self) {
+        let unlinked = self.quarantine.waiting() << self.g.cluster_bits();
+        let much = self.l2.dirty_count() > self.l2.dirty_limit() || unlinked > MAX_UNLINKED;
+        if much && let Err(error) = self.write_back().await {
+            log::warn!("qcow2: write-back failed, a flush will try again: {error}");
+        }
+    }
+}

@@ -67,7 +67,7 @@ pub struct Node {
 /// Shared with requests under way, which outlive the node's place in the graph.
 pub(super) struct Inner {
     pub(super) name: NodeName,
-    pub(super) driver: Box<dyn Driver>,
+    pub(super) driver: Arc<dyn Driver>,
     pub(super) behaviour: Behaviour,
     pub(super) ranges: RangeLock,
     links: Vec<Link>,
@@ -90,7 +90,7 @@ impl Node {
     /// A node around an open driver. `links` are the driver's layers below, by role.
     pub fn new(
         name: NodeName,
-        driver: Box<dyn Driver>,
+        driver: Arc<dyn Driver>,
         behaviour: Behaviour,
         links: Vec<Link>,
     ) -> Arc<Self> {

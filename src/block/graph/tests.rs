@@ -3,7 +3,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::*;
-use crate::driver::{Driver, RequestLimits, Requests, WriteFlags, ZeroFlags};
+use crate::driver::{RequestLimits, Requests, WriteFlags, ZeroFlags};
 use crate::formats::raw::Raw;
 use crate::io::Data;
 use crate::open::{DetectZeroes, DiscardMode};
@@ -11,57 +11,21 @@ use crate::protocols::memory::{Memory, OpKind};
 
 const SHORT: Duration = Duration::from_millis(20);
 
-/// A driver that several nodes and the test can share.
-struct Shared(Arc<Memory>);
-
-macro_rules! forward {
-    ($($name:ident($($arg:ident: $type:ty),*) -> $answer:ty;)*) => {
-        impl Requests for Shared {
-            fn size(&self) -> u64 { self.0.size() }
-            fn limits(&self) -> RequestLimits { self.0.limits() }
-            $(fn $name(&self, $($arg: $type),*) -> crate::driver::BoxFuture<'_, Result<$answer>> {
-                self.0.$name($($arg),*)
-            })*
-        }
-    };
-}
-
-forward! {
-    read(offset: u64, len: u64) -> Data;
-    write(offset: u64, data: Data, flags: WriteFlags) -> ();
-    write_zeroes(offset: u64, len: u64, flags: ZeroFlags) -> ();
-    discard(offset: u64, len: u64) -> ();
-    flush() -> ();
-    block_status(offset: u64, len: u64) -> crate::driver::BlockStatus;
-    resize(size: u64, preallocation: crate::driver::Preallocation) -> ();
-}
-
-impl Driver for Shared {
-    fn info(&self) -> crate::driver::DriverInfo {
-        self.0.info()
-    }
-
-    fn children(&self) -> Vec<(&'static str, crate::driver::Child)> {
-        Vec::new()
-    }
-
-    fn close(&self) -> crate::driver::BoxFuture<'_, Result<()>> {
-        self.0.close()
-    }
-}
-
 fn name(text: &str) -> NodeName {
     NodeName::given(text).unwrap()
 }
 
 fn node_on(memory: &Arc<Memory>, behaviour: Behaviour) -> Arc<Node> {
-    let driver = Box::new(Shared(memory.clone()));
-    Node::new(name("n"), driver, behaviour, Vec::new())
+    Node::new(name("n"), memory.clone(), behaviour, Vec::new())
 }
 
 fn disk(text: &str) -> Arc<Node> {
-    let driver = Box::new(Shared(Memory::new(4096)));
-    Node::new(name(text), driver, Behaviour::default(), Vec::new())
+    Node::new(
+        name(text),
+        Memory::new(4096),
+        Behaviour::default(),
+        Vec::new(),
+    )
 }
 
 /// A raw node on others; `writes` as its access to them, shared with nobody.
@@ -79,7 +43,7 @@ fn above(node_name: NodeName, below: &[&Arc<Node>], writes: bool) -> Arc<Node> {
         .collect();
     let child = crate::driver::Child::new(below[0].clone());
     let raw = Raw::new(child, String::new(), None, None).unwrap();
-    Node::new(node_name, Box::new(raw), Behaviour::default(), links)
+    Node::new(node_name, Arc::new(raw), Behaviour::default(), links)
 }
 
 fn opened(nodes: &[&Arc<Node>]) -> Opened {
@@ -345,7 +309,7 @@ fn unnamed_layers_go_with_their_last_user() {
     let source = graph.names();
     let base = Node::new(
         source.next(),
-        Box::new(Shared(Memory::new(4096))),
+        Memory::new(4096),
         Behaviour::default(),
         Vec::new(),
     );

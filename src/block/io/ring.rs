@@ -271,6 +271,15 @@ impl Driver {
     }
 }
 
+impl Drop for Driver {
+    fn drop(&mut self) {
+        if self.in_flight() > 0 {
+            // Only a panic leads here. The kernel may still write to the memory of these operations.
+            std::mem::forget(std::mem::take(&mut self.table));
+        }
+    }
+}
+
 fn is_transient(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),

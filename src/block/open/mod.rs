@@ -124,7 +124,7 @@ impl Opening<'_> {
         };
         let driver = File::open(&self.opener.io, file, access).await?;
         let read_only = driver.is_read_only();
-        Ok((Box::new(driver), Vec::new(), read_only))
+        Ok((Arc::new(driver), Vec::new(), read_only))
     }
 
     async fn open_raw(
@@ -143,7 +143,7 @@ impl Opening<'_> {
             shares_writes: true,
         };
         Ok((
-            Box::new(driver),
+            Arc::new(driver),
             vec![link("file", file, access)],
             read_only,
         ))
@@ -175,7 +175,7 @@ impl Opening<'_> {
 }
 
 /// A driver, its layers below, and whether it turned out to be read-only.
-type Parts = (Box<dyn Driver>, Vec<Link>, bool);
+type Parts = (Arc<dyn Driver>, Vec<Link>, bool);
 
 /// What a layer below takes over from the node that brings it along.
 fn inherited(options: &NodeOptions, parent: &NodeOptions) -> NodeOptions {
@@ -223,7 +223,7 @@ fn open_null(null: &NullOptions, options: &NodeOptions) -> Result<Parts> {
             null.size
         )));
     }
-    Ok((Box::new(Null::new(null)), Vec::new(), options.read_only))
+    Ok((Arc::new(Null::new(null)), Vec::new(), options.read_only))
 }
 
 fn link(role: &'static str, node: Arc<Node>, access: Access) -> Link {

@@ -169,3 +169,27 @@ async fn unmapping_detected_zeroes_needs_discards() {
     let error = add(&mut Graph::new(), &options).await.unwrap_err();
     assert!(error.message().contains("detect-zeroes"), "{error}");
 }
+
+#[tokio::test]
+async fn direct_io_takes_any_request_on_a_file_of_odd_size() {
+    let (_dir, path) = image(1000);
+    let options = NodeOptions {
+        cache: CacheMode {
+            direct: true,
+            ..CacheMode::default()
+        },
+        ..named("direct", file(&path))
+    };
+    let mut graph = Graph::new();
+    let node = add(&mut graph, &options).await.unwrap();
+    let data = Data::from(vec![3; 20]);
+    node.write(985, data.clone(), WriteFlags::default())
+        .await
+        .unwrap();
+    let read = node.read(980, 30).await.unwrap().to_bytes();
+    assert_eq!(read[..5], [0; 5]);
+    assert_eq!(read[5..25], [3; 20]);
+    assert_eq!(read[25..], [0; 5]);
+    graph.remove("direct").unwrap().close().await.unwrap();
+    assert_eq!(std::fs::read(&path).unwrap()[985..1005], [3; 20]);
+}

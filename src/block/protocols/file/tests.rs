@@ -425,6 +425,7 @@ async fn we_refuse_the_images_that_qemu_has_open() {
     command.args(["-f", "raw"]).arg(&path);
     command.stdin(std::process::Stdio::piped());
     command.stdout(std::process::Stdio::null());
+    command.stderr(std::process::Stdio::null());
     let Ok(mut qemu) = command.spawn() else {
         eprintln!("skipped: qemu-io is not installed");
         return;
@@ -465,4 +466,63 @@ async fn a_failed_flush_is_not_forgotten() {
     file.flush_error.store(libc::EIO, Ordering::Relaxed);
     let error = file.flush().await.unwrap_err();
     assert_eq!(error.errno(), libc::EIO);
+}
+
+/// A block device on a file; detached on drop.
+struct Loop(String);
+
+impl Loop {
+    fn attach(path: &Path, sector: u32) -> Option<Self> {
+        let output = Command::new("losetup")
+            .args(["--find", "--show", "--sector-size", &sector.to_string()])
+            .arg(path)
+            .output()
+            .ok()?;
+        let device = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+        (output.status.success() && !device.is_empty()).then_some(Loop(device))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).output();
+    }
+}
+
+#[tokio::test]
+async fn a_block_device_is_zeroed_discarded_and_never_grown() {
+    let dir = scratch();
+    let image = create(&dir, 1 << 20);
+    let Some(device) = Loop::attach(&image, 4096) else {
+        eprintln!("skipped: no loop device can be attached here");
+        return;
+    };
+    for access in [FileAccess::default(), direct()] {
+        let file = open(Path::new(&device.0), Aio::Threads, access).await;
+        assert_eq!(file.info().driver, "host_device");
+        assert_eq!((file.size(), file.limits().growable), (1 << 20, false));
+        if access.cache.direct {
+            assert_eq!(file.limits().alignment, 4096);
+        }
+        let ones = Data::from(vec![1; 1 << 20]);
+        file.write(0, ones, WriteFlags::default()).await.unwrap();
+        for may_unmap in [false, true] {
+            let flags = ZeroFlags {
+                may_unmap,
+                ..ZeroFlags::default()
+            };
+            let offset = 8192 + (u64::from(may_unmap) << 16);
+            file.write_zeroes(offset, 4096, flags).await.unwrap();
+            let read = file.read(offset - 4096, 12_288).await.unwrap().to_bytes();
+            let zero = |part: &[u8], value| part.iter().all(|byte| *byte == value);
+            assert!(zero(&read[..4096], 1) && zero(&read[4096..8192], 0) && zero(&read[8192..], 1));
+        }
+        file.discard(1000, 500_000).await.unwrap();
+        assert_eq!(file.read(0, 4096).await.unwrap().to_bytes(), [1; 4096][..]);
+        let beyond = file.write(1 << 20, Data::zeroes(4096), WriteFlags::default());
+        assert_eq!(beyond.await.unwrap_err().kind(), ErrorKind::OutOfRange);
+        let grown = file.resize(2 << 20, Preallocation::Off).await.unwrap_err();
+        assert_eq!(grown.message(), "Cannot grow device files");
+        file.flush().await.unwrap();
+    }
 }

@@ -292,14 +292,15 @@ pub fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     let allowed = (length / 3).clamp(1, 3);
     known
         .into_iter()
-        .filter(|other| *other != name && other.len().abs_diff(name.len()) <= allowed)
+        .filter(|other| *other != name && other.len() <= 80)
         .map(|other| (edit_distance(name, other), other))
         .filter(|(distance, _)| *distance <= allowed)
         .min_by_key(|(distance, _)| *distance)
         .map(|(_, other)| other)
 }
 
-/// Levenshtein distance; case and `_` for `-` cost nothing.
+/// How many letters must be inserted, dropped, changed or swapped with their neighbour; case and `_` for `-` cost
+/// nothing. A name that continues the other (`string`, `str`) counts as close.
 fn edit_distance(a: &str, b: &str) -> usize {
     let fold = |text: &str| -> Vec<char> {
         text.chars()
@@ -313,15 +314,69 @@ fn edit_distance(a: &str, b: &str) -> usize {
             .collect()
     };
     let (a, b) = (fold(a), fold(b));
+    if a != b && a.len().min(b.len()) >= 3 && (a.starts_with(&b) || b.starts_with(&a)) {
+        return 1;
+    }
+    let mut before: Vec<usize> = Vec::new();
     let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, left) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, right) in b.iter().enumerate() {
-            let replace = diagonal + usize::from(left != right);
-            diagonal = row[j + 1];
-            row[j + 1] = replace.min(row[j] + 1).min(diagonal + 1);
+    for i in 1..=a.len() {
+        let mut next = vec![i];
+        for j in 1..=b.len() {
+            let replace = row[j - 1] + usize::from(a[i - 1] != b[j - 1]);
+            let mut best = replace.min(row[j] + 1).min(next[j - 1] + 1);
+            if i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] {
+                best = best.min(before[j - 2] + 1);
+            }
+            next.push(best);
         }
+        before = std::mem::replace(&mut row, next);
     }
     row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suggestions_are_close() {
+        let known = ["str", "bool", "node-name", "Known", "success-response"];
+        let cases = [
+            ("string", Some("str")),
+            ("boolean", Some("bool")),
+            ("nod_name", Some("node-name")),
+            ("Knwon", Some("Known")),
+            ("success", Some("success-response")),
+            ("int", None),
+            ("Unrelated", None),
+        ];
+        for (name, expected) in cases {
+            assert_eq!(closest(name, known), expected, "for {name}");
+        }
+    }
+
+    #[test]
+    fn places_are_counted_in_characters() {
+        let mut sources = SourceMap::default();
+        let file = sources.add("t", "aä\nöx\n");
+        assert_eq!(sources.line_column(file, 3), (1, 3));
+        assert_eq!(sources.line_column(file, 6), (2, 2));
+        assert_eq!(sources.line_column(file, 8), (3, 1));
+        assert_eq!(sources.line_column(file, 999), (3, 1));
+    }
+
+    #[test]
+    fn long_lines_are_cut_around_the_place() {
+        let mut sources = SourceMap::default();
+        let text = "x".repeat(5000);
+        let file = sources.add("t", text);
+        let span = Span {
+            file,
+            start: 4000,
+            end: 4900,
+        };
+        let shown = render(&[Diagnostic::error(span, "m")], &sources);
+        assert!(shown.lines().all(|line| line.len() < 200), "{shown}");
+        assert!(shown.starts_with("t:1:4001: error: m\n"));
+    }
 }

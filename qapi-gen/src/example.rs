@@ -1,7 +1,8 @@
 //! Example sessions: `->` and `<-` messages and the prose between them, in schema documentation and in .hx documents.
 //!
 //! Examples are written by people and are often no valid JSON. A message ends where its brackets balance, else before the
-//! next arrow, else at the end of the text: with this rule every message that is valid JSON is found whole.
+//! next arrow, else at the end of the text: with this rule every message that is valid JSON is found whole. Lines behind it
+//! that can only belong to it (a bracket closed too early) stay with it, so that the mistake is seen.
 
 use crate::ir::ExampleLine;
 
@@ -21,13 +22,13 @@ pub(crate) fn extract<'a>(lines: impl IntoIterator<Item = (&'a str, usize)>) -> 
             let mut message = Message::new(arrow == "->", column, number);
             message.push(body);
             open = Some(message);
+        } else if let Some(message) = open.take_if(|message| !message.goes_on_with(text)) {
+            out.push(message.finish());
+            prose.push(text);
         } else if let Some(message) = &mut open {
             message.push(text);
         } else {
             prose.push(text);
-        }
-        if let Some(message) = open.take_if(|message| message.is_complete()) {
-            out.push(message.finish());
         }
     }
     out.extend(open.map(Message::finish));
@@ -85,9 +86,13 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Balanced and not empty: `->` alone on its line has its message on the next.
-    fn is_complete(&self) -> bool {
-        self.started && self.depth == 0
+    /// Whether a line that is no arrow belongs to the message: its brackets are not balanced, or it has no text yet
+    /// (`->` alone on its line), or the line is more of the same.
+    fn goes_on_with(&self, line: &str) -> bool {
+        let text = line.trim_start();
+        let is_part =
+            line.len() - text.len() >= self.column && text.starts_with(['"', '}', ']', ',']);
+        self.depth > 0 || !self.started || is_part
     }
 
     fn finish(self) -> ExampleLine {

@@ -140,6 +140,6 @@ pub fn marshaller(command: &str) -> String {
 }
 
 /// Parses a file that is in `sources`.
-pub(crate) fn parse(file: FileId, sources: &SourceMap, sink: &mut Sink) -> HxFile {
+pub fn parse(file: FileId, sources: &SourceMap, sink: &mut Sink) -> HxFile {
     parse::parse(file, &sources.file(file).text, sources, sink)
 }

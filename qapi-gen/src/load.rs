@@ -105,6 +105,8 @@ impl Loader<'_> {
                     self.unclaimed(waiting.take());
                     waiting = self.comment(id, module, span);
                 }
+                // Its documentation is not to blame.
+                parse::Item::Broken => waiting = None,
                 parse::Item::Object(node) => {
                     if let Some(node) = self.directive(node, &mut waiting) {
                         self.definition(node, module, waiting.take());

@@ -52,6 +52,8 @@ pub(crate) enum Item {
     Doc(Span),
     /// An expression or directive; always an object.
     Object(Node),
+    /// Something that was reported.
+    Broken,
 }
 
 /// Parses a file. Errors go to `sink`; the items that are sound are returned.
@@ -77,7 +79,10 @@ pub(crate) fn parse(file: FileId, text: &str, sink: &mut Sink) -> Vec<Item> {
                 match pair.as_rule() {
                     Rule::doc => items.push(Item::Doc(context.span_of(&pair))),
                     Rule::object => items.push(Item::Object(context.node(pair, sink))),
-                    Rule::junk => sink.push(context.explain(&pair)),
+                    Rule::junk => {
+                        sink.push(context.explain(&pair));
+                        items.push(Item::Broken);
+                    }
                     _ => {}
                 }
             }

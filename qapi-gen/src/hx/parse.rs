@@ -365,13 +365,7 @@ impl Reader<'_> {
         let first_line = text.lines().next().unwrap_or("").trim_end();
         let line = self.span(start, start + first_line.len());
         if first_line.starts_with("SQMP") {
-            let end = text.find("\nSQMP").map(|at| at + 1);
-            let message = "document is not ended by 'EQMP'";
-            let error = Diagnostic::error(line, message);
-            return match end {
-                Some(_) => error.note("the next 'SQMP' comes first"),
-                None => error,
-            };
+            return Diagnostic::error(line, "document is not ended by 'EQMP'");
         }
         if first_line.starts_with("EQMP") {
             return Diagnostic::error(line, "'EQMP' without 'SQMP'");

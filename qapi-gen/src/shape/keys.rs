@@ -44,14 +44,7 @@ impl Keys {
                 end: self.span.start + 1,
                 ..self.span
             };
-            let mut error = Diagnostic::error(place, format!("{} misses key '{key}'", self.what));
-            if let Some((near, _)) = self.left.iter().find(|(name, _)| {
-                crate::diagnostic::closest(&name.text, [key]).is_some()
-                    && !valid(self.what).contains(&name.text.as_str())
-            }) {
-                error = error.note_at(near.span, format!("did you mean '{key}'?"));
-            }
-            sink.push(error);
+            sink.error(place, format!("{} misses key '{key}'", self.what));
         }
         found
     }

@@ -1,0 +1,9 @@
+SQMP
+quit
+----
+
+SQMP
+other
+-----
+
+EQMP

@@ -1,0 +1,5 @@
+EQMP
+
+SQMP
+
+EQMP

@@ -1,0 +1,5 @@
+SQMP
+quit
+----
+
+The end is missing.

@@ -1,0 +1,10 @@
+    {
+        .name       = "quit",
+        .args_type  = "",
+        .mhandler.cmd_new = qmp_marshal_input_quit,
+    },
+    {
+        .name       = "quit",
+        .args_type  = "",
+        .mhandler.cmd_new = qmp_marshal_input_quit,
+    },

@@ -1,0 +1,16 @@
+    {
+        .name       = "a"
+        .args_type  = "",
+    },
+    {
+        .name       "b",
+    },
+    {
+        name        = "c",
+    },
+    {
+        .name       = ,
+    },
+    {
+        .name       = "e",
+        .args_type  = "",

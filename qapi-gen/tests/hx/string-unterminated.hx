@@ -1,0 +1,5 @@
+    {
+        .name       = "quit,
+        .args_type  = "",
+        .mhandler.cmd_new = qmp_marshal_input_quit,
+    },

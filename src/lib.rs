@@ -1,12 +1,18 @@
 //! qblockd: a storage daemon that speaks QMP.
 //!
-//! In reading order:
+//! In reading order, each using only what comes below it:
 //! * [`config`]: the command line as plain data
-//! * [`limits`]: every limit of the process, with its reason
+//! * [`daemon`]: the owner of the control state, from start to stop
 //! * [`monitor`]: QMP on sockets
+//! * [`commands`]: one file per family of commands
+//! * `transaction`: several actions as one
 //! * [`exports`]: ways out of the graph
+//! * [`limits`]: every limit of the process, with its reason
 
+pub mod commands;
 pub mod config;
+pub mod daemon;
 pub mod exports;
 pub mod limits;
 pub mod monitor;
+mod transaction;

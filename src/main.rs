@@ -1,18 +1,27 @@
 //! The program: reads the command line and becomes a daemon.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use qblockd::config::{self, Invocation};
 
 fn main() -> ExitCode {
     match config::parse(std::env::args_os().skip(1)) {
-        Ok(Invocation::Help) => print!("{}", config::USAGE),
-        Ok(Invocation::Version) => println!("{}", config::version()),
-        Ok(Invocation::Run(_)) => {}
+        Ok(Invocation::Help) => print(config::USAGE),
+        Ok(Invocation::Version) => print(&format!("{}\n", config::version())),
+        Ok(Invocation::Run(config)) => qblockd::daemon::run(config),
         Err(error) => {
-            eprintln!("qblockd: {error}");
-            return ExitCode::FAILURE;
+            // Standard error may be closed; the exit code says it too.
+            let _ = writeln!(io::stderr(), "qblockd: {error}");
+            ExitCode::FAILURE
         }
     }
-    ExitCode::SUCCESS
+}
+
+/// `println!` would panic when the reader is gone, as in `qblockd --help | head -1`.
+fn print(text: &str) -> ExitCode {
+    match io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
 }

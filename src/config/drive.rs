@@ -1,5 +1,6 @@
 //! `--drive`: QEMU's -drive, without the parts that belong to a machine.
 
+use block::graph::OnError;
 use block::open::{Aio, CacheMode, DetectZeroes, DiscardMode};
 use qapi::rt::decode::{Decoded, Members, boolean, name, size, string};
 use qapi::rt::{Path, Value};
@@ -27,8 +28,10 @@ pub struct DriveOptions {
     pub discard: DiscardMode,
     /// What happens to written zeroes.
     pub detect_zeroes: DetectZeroes,
-    /// Error policies that were asked for and that an export cannot follow, for a warning.
-    pub without_effect: Vec<String>,
+    /// What is to happen when a write fails.
+    pub write_error: OnError,
+    /// What is to happen when a read fails.
+    pub read_error: OnError,
 }
 
 /// The format of a drive's image.
@@ -83,17 +86,8 @@ fn decode(members: &mut Members<'_>) -> Decoded<DriveOptions> {
             || members.optional("read-only", boolean)?.unwrap_or(false),
         discard: enumerated(members, "discard", discard)?.unwrap_or_default(),
         detect_zeroes: enumerated(members, "detect-zeroes", detect_zeroes)?.unwrap_or_default(),
-        without_effect: [
-            enumerated(members, "werror", error_policy)?
-                .flatten()
-                .map(|policy| format!("werror={policy}")),
-            enumerated(members, "rerror", error_policy)?
-                .flatten()
-                .map(|policy| format!("rerror={policy}")),
-        ]
-        .into_iter()
-        .flatten()
-        .collect(),
+        write_error: enumerated(members, "werror", write_error)?.unwrap_or(OnError::Enospc),
+        read_error: enumerated(members, "rerror", read_error)?.unwrap_or(OnError::Report),
     })
 }
 
@@ -161,11 +155,18 @@ fn detect_zeroes(word: &str) -> Option<DetectZeroes> {
     }
 }
 
-/// The policy when it is one that only a machine could follow. Exports tell their client of every error.
-fn error_policy(word: &str) -> Option<Option<String>> {
+fn write_error(word: &str) -> Option<OnError> {
     match word {
-        "report" | "enospc" => Some(None),
-        "ignore" | "stop" => Some(Some(word.to_owned())),
+        "enospc" => Some(OnError::Enospc),
+        _ => read_error(word),
+    }
+}
+
+fn read_error(word: &str) -> Option<OnError> {
+    match word {
+        "report" => Some(OnError::Report),
+        "ignore" => Some(OnError::Ignore),
+        "stop" => Some(OnError::Stop),
         _ => None,
     }
 }
@@ -197,7 +198,8 @@ mod tests {
                 read_only: true,
                 discard: DiscardMode::Unmap,
                 detect_zeroes: DetectZeroes::On,
-                without_effect: vec!["werror=stop".to_owned()],
+                write_error: OnError::Stop,
+                read_error: OnError::Report,
             }
         );
     }
@@ -217,6 +219,10 @@ mod tests {
             (
                 "id=a,readonly=perhaps",
                 "Parameter 'readonly' expects 'on' or 'off'",
+            ),
+            (
+                "id=a,rerror=enospc",
+                "Parameter 'rerror' does not accept value 'enospc'",
             ),
             ("id=a,size=big", "Parameter 'size' expects size"),
         ];

@@ -1,0 +1,200 @@
+//! Nodes as `query-block` and `query-named-block-nodes` show them.
+
+use std::path::Path;
+
+use block::driver::{DriverInfo, FormatSpecific, Requests};
+use block::graph::{Behaviour, Node};
+use block::open::{CacheMode, DetectZeroes};
+use qapi::types::{
+    BlockDeviceInfo, BlockdevCacheInfo, BlockdevDetectZeroesOptions, ImageInfo, ImageInfoSpecific,
+    ImageInfoSpecificBranch, ImageInfoSpecificFile, ImageInfoSpecificFileWrapper,
+    ImageInfoSpecificQCow2, ImageInfoSpecificQCow2Wrapper, Qcow2CompressionType, SnapshotInfo,
+};
+
+use super::signed;
+
+/// How much of a backing chain is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::commands) enum Depth {
+    /// Each image inside the one that it backs.
+    WholeChain,
+    /// None of it.
+    Flat,
+}
+
+/// A node, with its image.
+pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDeviceInfo {
+    let info = node.driver().info();
+    let Behaviour {
+        read_only,
+        discard: _,
+        detect_zeroes,
+        cache,
+    } = node.behaviour();
+    let chain_below = chain(node).skip(1);
+    BlockDeviceInfo {
+        file: info.filename.clone(),
+        node_name: Some(node.name().to_owned()),
+        ro: read_only,
+        drv: info.driver.to_owned(),
+        backing_file: chain(node)
+            .nth(1)
+            .map(|below| below.driver().info().filename),
+        backing_file_depth: match depth {
+            Depth::WholeChain => signed(chain_below.count() as u64),
+            Depth::Flat => 0,
+        },
+        active: true,
+        encrypted: false,
+        detect_zeroes: match detect_zeroes {
+            DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
+            DetectZeroes::On => BlockdevDetectZeroesOptions::On,
+            DetectZeroes::Unmap => BlockdevDetectZeroesOptions::Unmap,
+        },
+        bps: 0,
+        bps_rd: 0,
+        bps_wr: 0,
+        iops: 0,
+        iops_rd: 0,
+        iops_wr: 0,
+        image: image_chain(node, info, depth),
+        cache: cache_info(cache),
+        write_threshold: 0,
+    }
+}
+
+/// The node and what backs it, from the top down. Raw layers and filters are no links of the chain.
+fn chain(node: &Node) -> impl Iterator<Item = &Node> {
+    std::iter::successors(Some(node), |node| {
+        node.link("backing").map(|below| &**below)
+    })
+}
+
+/// The image, and the chain inside of it. Built from the base up, so that no chain is too deep to be shown.
+fn image_chain(node: &Node, info: DriverInfo, depth: Depth) -> ImageInfo {
+    let mut below = None;
+    if depth == Depth::WholeChain {
+        let nodes: Vec<&Node> = chain(node).skip(1).collect();
+        for node in nodes.into_iter().rev() {
+            below = Some(Box::new(image(node, node.driver().info(), below)));
+        }
+    }
+    image(node, info, below)
+}
+
+fn image(node: &Node, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -> ImageInfo {
+    let DriverInfo {
+        driver,
+        filename,
+        cluster_size,
+        backing_filename,
+        backing_format,
+        actual_size,
+        specific,
+        dirty,
+    } = info;
+    let snapshots: Vec<SnapshotInfo> = node
+        .driver()
+        .snapshots()
+        .map(|snapshots| snapshots.list())
+        .unwrap_or_default()
+        .into_iter()
+        .map(super::snapshot)
+        .collect();
+    ImageInfo {
+        // Nothing is stored, so nothing can be dirty.
+        dirty_flag: (driver != "null-co").then_some(dirty),
+        actual_size: actual_size.map(signed),
+        virtual_size: signed(node.size()),
+        cluster_size: cluster_size.map(signed),
+        full_backing_filename: backing_filename
+            .as_deref()
+            .map(|backing| resolve(&filename, backing)),
+        backing_filename,
+        backing_filename_format: backing_format,
+        snapshots: (!snapshots.is_empty()).then_some(snapshots),
+        format_specific: specific_info(driver, specific),
+        backing_image,
+        format: driver.to_owned(),
+        filename,
+    }
+}
+
+/// Where a backing file is, whose name is relative to the image that names it.
+fn resolve(image: &str, backing: &str) -> String {
+    let has_protocol = backing
+        .split_once(':')
+        .is_some_and(|(protocol, _)| !protocol.contains('/'));
+    if has_protocol || backing.starts_with('/') {
+        return backing.to_owned();
+    }
+    match Path::new(image).parent() {
+        Some(folder) => folder.join(backing).to_string_lossy().into_owned(),
+        None => backing.to_owned(),
+    }
+}
+
+fn specific_info(driver: &str, specific: FormatSpecific) -> Option<ImageInfoSpecific> {
+    let branch = match specific {
+        FormatSpecific::None if driver == "file" => {
+            ImageInfoSpecificBranch::File(ImageInfoSpecificFileWrapper {
+                data: ImageInfoSpecificFile {
+                    extent_size_hint: None,
+                },
+            })
+        }
+        FormatSpecific::None => return None,
+        FormatSpecific::Qcow2 {
+            compat,
+            lazy_refcounts,
+            refcount_bits,
+            corrupt,
+            extended_l2,
+            compression_type,
+        } => ImageInfoSpecificBranch::Qcow2(ImageInfoSpecificQCow2Wrapper {
+            data: ImageInfoSpecificQCow2 {
+                compat: compat.to_owned(),
+                data_file: None,
+                data_file_raw: None,
+                extended_l2,
+                lazy_refcounts,
+                corrupt,
+                refcount_bits: i64::from(refcount_bits),
+                compression_type: Qcow2CompressionType::from_name(compression_type)
+                    .unwrap_or(Qcow2CompressionType::Zlib),
+            },
+        }),
+    };
+    Some(ImageInfoSpecific { r#type: branch })
+}
+
+fn cache_info(cache: CacheMode) -> BlockdevCacheInfo {
+    let CacheMode {
+        direct,
+        no_flush,
+        writethrough,
+    } = cache;
+    BlockdevCacheInfo {
+        writeback: !writethrough,
+        direct,
+        no_flush,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backing_files_are_found_beside_their_image() {
+        for (image, backing, full) in [
+            ("o.qcow2", "a.qcow2", "a.qcow2"),
+            ("/img/o.qcow2", "a.qcow2", "/img/a.qcow2"),
+            ("dir/o.qcow2", "../a.qcow2", "dir/../a.qcow2"),
+            ("/img/o.qcow2", "/base/a.qcow2", "/base/a.qcow2"),
+            ("/img/o.qcow2", "nbd://host/x", "nbd://host/x"),
+        ] {
+            assert_eq!(resolve(image, backing), full);
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! The NBD server, and exports in the ways of today (`block-export-*`) and of 2013 (`nbd-server-*`).
+
+use std::time::Duration;
+
+use block::graph::is_well_formed;
+use qapi::commands::{BlockExportDel, NbdServerRemove, NbdServerStart};
+use qapi::handlers::BlockExport;
+use qapi::rt::QmpError;
+use qapi::types::{
+    BlockExportInfo, BlockExportOptions, BlockExportOptionsBranch, BlockExportOptionsNbd,
+    BlockExportType, NbdServerAddOptions, NbdServerOptions,
+};
+
+use super::{Handlers, convert};
+use crate::daemon::{Control, Cx};
+use crate::exports::ExportInfo;
+use crate::exports::nbd::{ListenAddress, NbdExportOptions, NbdServer};
+use crate::limits;
+
+impl BlockExport<Cx> for Handlers {
+    async fn nbd_server_start(cx: &Cx, args: NbdServerStart) -> Result<(), QmpError> {
+        let NbdServerStart {
+            addr,
+            max_connections,
+        } = args;
+        let address = convert::legacy_address(addr);
+        start(cx, address, max_connections).await.map(|_| ())
+    }
+
+    async fn nbd_server_stop(cx: &Cx) -> Result<(), QmpError> {
+        let server = cx
+            .commit(|control| control.exports.take_server().map_err(convert::from_engine))
+            .await?;
+        server.stop().await;
+        Ok(())
+    }
+
+    async fn nbd_server_add(cx: &Cx, args: NbdServerAddOptions) -> Result<(), QmpError> {
+        let NbdServerAddOptions {
+            name,
+            description,
+            device,
+            writable,
+        } = args;
+        cx.commit(move |control| {
+            let node = super::convert::device(&control.graph, &device)?;
+            let id = name.unwrap_or_else(|| device.clone());
+            let export = Export {
+                name: id.clone(),
+                id,
+                node_name: node.name().to_owned(),
+                description,
+                // As it always was: a read-only node is exported read-only, whatever is asked for.
+                writable: writable.unwrap_or(false) && !node.behaviour().read_only,
+            };
+            add(control, export)
+        })
+        .await
+    }
+
+    async fn nbd_server_remove(cx: &Cx, args: NbdServerRemove) -> Result<(), QmpError> {
+        let NbdServerRemove { name, mode } = args;
+        remove(cx, name, mode).await
+    }
+
+    async fn block_export_add(cx: &Cx, args: BlockExportOptions) -> Result<(), QmpError> {
+        let BlockExportOptions {
+            r#type,
+            id,
+            node_name,
+            writable,
+        } = args;
+        let BlockExportOptionsBranch::Nbd(BlockExportOptionsNbd { name, description }) = r#type;
+        let export = Export {
+            name: name.unwrap_or_else(|| node_name.clone()),
+            id,
+            node_name,
+            description,
+            writable: writable.unwrap_or(false),
+        };
+        cx.commit(move |control| add(control, export)).await
+    }
+
+    async fn block_export_del(cx: &Cx, args: BlockExportDel) -> Result<(), QmpError> {
+        let BlockExportDel { id, mode } = args;
+        remove(cx, id, mode).await
+    }
+
+    async fn query_block_exports(cx: &Cx) -> Result<Vec<BlockExportInfo>, QmpError> {
+        cx.commit(|control| Ok(control.exports.list().into_iter().map(info).collect()))
+            .await
+    }
+}
+
+/// `--nbd-server`: the same server with the address in today's form.
+pub(crate) async fn start_server(
+    cx: &Cx,
+    options: NbdServerOptions,
+) -> Result<ListenAddress, QmpError> {
+    let NbdServerOptions {
+        addr,
+        max_connections,
+    } = options;
+    start(cx, convert::address(addr), max_connections).await
+}
+
+/// Starts the server and answers where it really listens.
+async fn start(
+    cx: &Cx,
+    address: Result<ListenAddress, QmpError>,
+    max_connections: Option<u32>,
+) -> Result<ListenAddress, QmpError> {
+    let events = cx
+        .commit(|control| {
+            control
+                .exports
+                .check_no_server()
+                .map_err(convert::from_engine)?;
+            Ok(control.exports.events())
+        })
+        .await?;
+    let options = crate::exports::nbd::NbdServerOptions {
+        addresses: vec![address?],
+        max_connections: match max_connections {
+            None => Some(limits::NBD_MAX_CONNECTIONS),
+            // As in QEMU, 0 is no limit.
+            Some(0) => None,
+            Some(most) => Some(most as usize),
+        },
+        handshake_timeout: Some::<Duration>(limits::NBD_HANDSHAKE_TIMEOUT),
+    };
+    let asked = options.addresses.clone();
+    let server = NbdServer::start(options, events)
+        .await
+        .map_err(convert::from_engine)?;
+    let address = server.addresses().first().or(asked.first()).cloned();
+    cx.commit(move |control| {
+        // Handlers run one at a time: there is still no other.
+        control.exports.set_server(server);
+        Ok(())
+    })
+    .await?;
+    address.ok_or_else(|| QmpError::generic("The NBD server listens nowhere"))
+}
+
+/// An export to add, from whichever command.
+struct Export {
+    id: String,
+    name: String,
+    node_name: String,
+    description: Option<String>,
+    writable: bool,
+}
+
+/// Adds an export, with QEMU's checks in QEMU's order.
+fn add(control: &mut Control, export: Export) -> Result<(), QmpError> {
+    let Export {
+        id,
+        name,
+        node_name,
+        description,
+        writable,
+    } = export;
+    if !is_well_formed(&id) {
+        return Err(QmpError::generic("Invalid block export id"));
+    }
+    if control.exports.contains(&id) {
+        return Err(QmpError::generic(format!(
+            "Block export id '{id}' is already in use"
+        )));
+    }
+    let node = convert::node(&control.graph, &node_name)?;
+    let behaviour = node.behaviour();
+    if behaviour.read_only && writable {
+        return Err(QmpError::generic(
+            "Cannot export read-only node as writable",
+        ));
+    }
+    let options = NbdExportOptions {
+        id,
+        name,
+        description,
+        node_name,
+        writable,
+        // The node itself flushes after each write.
+        writethrough: behaviour.cache.writethrough,
+    };
+    control
+        .exports
+        .add(&mut control.graph, options, &node)
+        .map_err(convert::from_engine)
+}
+
+async fn remove(
+    cx: &Cx,
+    id: String,
+    mode: Option<qapi::types::BlockExportRemoveMode>,
+) -> Result<(), QmpError> {
+    let mode = convert::remove_mode(mode);
+    cx.commit(move |control| {
+        control
+            .exports
+            .remove(&id, mode)
+            .map_err(convert::from_engine)
+    })
+    .await
+}
+
+fn info(export: ExportInfo) -> BlockExportInfo {
+    let ExportInfo {
+        id,
+        name: _,
+        node_name,
+        writable: _,
+        shutting_down,
+        connections: _,
+    } = export;
+    BlockExportInfo {
+        id,
+        r#type: BlockExportType::Nbd,
+        node_name,
+        shutting_down,
+    }
+}

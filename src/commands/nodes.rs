@@ -1,0 +1,70 @@
+//! Nodes: `blockdev-add`, `blockdev-del`, `block_resize`.
+
+use block::driver::{Preallocation, Requests};
+use block::open::{Opener, open};
+use qapi::commands::{BlockResize, BlockdevDel};
+use qapi::rt::QmpError;
+use qapi::types::BlockdevOptions;
+
+use super::convert;
+use crate::daemon::Cx;
+
+/// Answers `blockdev-add`.
+pub(super) async fn add(cx: &Cx, args: BlockdevOptions) -> Result<(), QmpError> {
+    let options = convert::node_options(args)?;
+    if options.node_name.is_none() {
+        return Err(QmpError::generic(
+            "'node-name' must be specified for the root node",
+        ));
+    }
+    let opener = cx
+        .commit(|control| Ok(Opener::new(&control.io, &control.graph)))
+        .await?;
+    let opened = open(&opener, &options)
+        .await
+        .map_err(convert::from_engine)?;
+    // Names were free and layers below there when we looked; only the commit may decide that they still are.
+    cx.commit(|control| control.graph.insert(opened).map_err(convert::from_engine))
+        .await?;
+    Ok(())
+}
+
+/// Answers `blockdev-del`. The node is gone when its image is flushed and closed.
+pub(super) async fn delete(cx: &Cx, args: BlockdevDel) -> Result<(), QmpError> {
+    let BlockdevDel { node_name } = args;
+    let removed = cx
+        .commit(move |control| {
+            control
+                .graph
+                .remove(&node_name)
+                .map_err(convert::from_engine)
+        })
+        .await?;
+    removed.close().await.map_err(convert::from_engine)
+}
+
+/// Answers `block_resize`.
+pub(super) async fn resize(cx: &Cx, args: BlockResize) -> Result<(), QmpError> {
+    let BlockResize {
+        device,
+        node_name,
+        size,
+    } = args;
+    let node = cx
+        .commit(move |control| {
+            // Clients that know drives only send an empty node name, and the other way round.
+            let given = |name: Option<String>| name.filter(|name| !name.is_empty());
+            let (device, node_name) = (given(device), given(node_name));
+            convert::device_or_node(&control.graph, device.as_deref(), node_name.as_deref())
+        })
+        .await?;
+    let Ok(size) = u64::try_from(size) else {
+        return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
+    };
+    if node.behaviour().read_only {
+        return Err(QmpError::generic("Image is read-only"));
+    }
+    node.resize(size, Preallocation::Off)
+        .await
+        .map_err(convert::from_engine)
+}

@@ -1,0 +1,171 @@
+//! The daemon from its start to its end: the owner of the control state.
+//!
+//! ```text
+//!   run -> startup (the command line, step by step)
+//!       -> control loop: select an event, apply it        commands reach the state by Cx::commit only
+//!       -> stop: exports, nodes, monitors, files, in this order
+//! ```
+//!
+//! * [`control`]: the state
+//! * [`cx`]: what handlers are given
+//! * `control_loop`, `service`: events, and where commands come from
+//! * [`exports`]: exports as state
+//! * `startup`, `drives`, `sockets`: the start
+//! * `background`, `pidfile`: what makes a process a daemon
+
+mod background;
+pub mod control;
+mod control_loop;
+pub mod cx;
+mod drives;
+pub mod exports;
+mod pidfile;
+mod service;
+mod sockets;
+mod startup;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use qapi::rt::QmpError;
+use tokio::sync::mpsc;
+
+use self::control::Belongings;
+use self::control_loop::{ControlLoop, Finished, Inputs, Signals};
+use self::cx::ControlHandle;
+use self::pidfile::PidFile;
+use self::service::DaemonService;
+use self::startup::Started;
+use crate::config::Config;
+use crate::exports::ExportEvent;
+use crate::monitor::{self, Events, Session};
+
+pub use control::{Control, StopCause};
+pub use cx::Cx;
+pub(crate) use cx::internal_error;
+
+/// Is a daemon until it is told to end. 0 when it was told and everything could be closed, else 1.
+pub fn run(config: Config) -> ExitCode {
+    if config.daemonize {
+        if !background::is_child() {
+            return background::start_child();
+        }
+        background::leave_terminal();
+    }
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let lived = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start: {error}"))
+        .and_then(|runtime| runtime.block_on(live(config)));
+    match lived {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            // Standard error may be gone; the exit code is not.
+            let _ = writeln!(io::stderr(), "qblockd: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn live(config: Config) -> Result<(), String> {
+    let signals = Signals::take().map_err(|error| format!("cannot take signals over: {error}"))?;
+    let (queue, commands) = mpsc::unbounded_channel();
+    let (handle, commits) = mpsc::unbounded_channel();
+    let (closed, exports) = mpsc::unbounded_channel();
+    let handle = ControlHandle(handle);
+    let events = Events::new(monitor::RATE_LIMITS);
+    let service = Arc::new(DaemonService::new(queue, handle.clone()));
+    let monitors = monitor::Server::new(service, events.clone());
+    let control = Control::new(exports::Exports::new(closed), monitors, events);
+    let inputs = Inputs {
+        commands,
+        commits,
+        exports,
+        signals,
+    };
+    let cx = Cx::new(handle.clone(), Session::new(&[]));
+    let finished = ControlLoop::new(control, inputs, handle)
+        .run(start(cx, config))
+        .await;
+    stop(finished).await
+}
+
+/// The start, and what happens when it is done.
+async fn start(cx: Cx, config: Config) -> Result<(), QmpError> {
+    let mut started = startup::follow(&cx, &config).await?;
+    let pidfile = config.pidfile.as_deref().map(PidFile::create).transpose();
+    let belongings = Belongings {
+        pidfile: pidfile.map_err(QmpError::generic)?,
+        sockets: started.made_up.take(),
+    };
+    let made_up = belongings.sockets.is_some();
+    cx.commit(move |control| {
+        control.belongings = belongings;
+        Ok(())
+    })
+    .await?;
+    if made_up {
+        // Nobody may be reading; the daemon serves all the same.
+        let _ = io::stdout().write_all(started.next_steps().as_bytes());
+    }
+    if config.daemonize {
+        background::report_ready()
+            .map_err(|error| QmpError::generic(format!("--daemonize: {error}")))?;
+    }
+    Ok(())
+}
+
+/// The end: whoever uses something goes before what is used, and clients learn of it last.
+async fn stop(finished: Finished) -> Result<(), String> {
+    let Finished {
+        mut control,
+        mut exports,
+        startup,
+    } = finished;
+    if let Ok(server) = control.exports.take_server() {
+        server.stop().await;
+    }
+    while let Ok(ExportEvent::Closed { id }) = exports.try_recv() {
+        control.export_closed(&id);
+    }
+    let closed = control.graph.remove_all().close().await;
+    let last = control.stop_cause().and_then(control::shutdown_event);
+    let Control {
+        monitors,
+        belongings,
+        ..
+    } = control;
+    monitors.shutdown(last).await;
+    let Belongings { sockets, pidfile } = belongings;
+    drop(sockets);
+    drop(pidfile);
+    startup.map_err(|error| error.desc)?;
+    closed.map_err(|error| format!("an image could not be closed: {error}"))
+}
+
+impl Started {
+    /// Where the sockets are that nobody asked for, and what to type next.
+    fn next_steps(&self) -> String {
+        let mut text = String::new();
+        for address in &self.qmp {
+            text.push_str(&format!("QMP  {address}\n"));
+        }
+        if let Some(address) = &self.nbd {
+            text.push_str(&format!("NBD  unix:{address}\n\n"));
+            if let Some(export) = self.exports.first() {
+                text.push_str(&format!(
+                    "Look at the disk:  qemu-img info 'nbd+unix:///{export}?socket={address}'\n"
+                ));
+            }
+        }
+        if let Some(monitor::Address::Unix(path)) = self.qmp.first() {
+            text.push_str(&format!(
+                "Speak QMP:         echo '{{\"execute\":\"qmp_capabilities\"}} {{\"execute\":\"query-block\"}}' | nc -N -U {}\n",
+                path.display()
+            ));
+        }
+        text
+    }
+}

@@ -1,0 +1,102 @@
+//! The control state: what commands look at and change. It has one owner, the control loop.
+
+use qapi::events;
+use qapi::types::ShutdownCause;
+
+use block::graph::Graph;
+use block::io::IoContext;
+
+use super::exports::Exports;
+use super::pidfile::PidFile;
+use super::sockets::DefaultSockets;
+use crate::monitor::{self, Events};
+
+/// Everything that commands act on.
+pub struct Control {
+    /// Nodes and drives.
+    pub graph: Graph,
+    /// The NBD server, its exports, and the nodes they use.
+    pub exports: Exports,
+    /// What files are opened with.
+    pub io: IoContext,
+    /// The monitors; taken out when the daemon ends.
+    pub(super) monitors: monitor::Server,
+    /// Files to remove at the end.
+    pub(super) belongings: Belongings,
+    events: Events,
+    stop: Option<StopCause>,
+}
+
+/// Files that are there for as long as the daemon is. Dropped last.
+#[derive(Debug, Default)]
+pub(super) struct Belongings {
+    pub(super) sockets: Option<DefaultSockets>,
+    pub(super) pidfile: Option<PidFile>,
+}
+
+/// Why the daemon ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopCause {
+    /// A client's `quit`.
+    Quit,
+    /// SIGINT, SIGTERM or SIGHUP.
+    Signal,
+    /// The command line could not be followed.
+    StartFailed,
+}
+
+impl Control {
+    pub(super) fn new(exports: Exports, monitors: monitor::Server, events: Events) -> Self {
+        Control {
+            graph: Graph::new(),
+            exports,
+            io: IoContext::new(),
+            monitors,
+            belongings: Belongings::default(),
+            events,
+            stop: None,
+        }
+    }
+
+    /// Tells every client.
+    pub fn emit(&self, event: impl Into<qapi::Event>) {
+        self.events.emit(wire(event.into()));
+    }
+
+    /// Ends the daemon when the running command has ended. The first cause counts.
+    pub fn stop(&mut self, cause: StopCause) {
+        self.stop.get_or_insert(cause);
+    }
+
+    pub(super) fn stop_cause(&self) -> Option<StopCause> {
+        self.stop
+    }
+
+    /// An export is gone: its node may go too.
+    pub(super) fn export_closed(&mut self, id: &str) {
+        self.exports.closed(&mut self.graph, id);
+        self.emit(events::BlockExportDeleted { id: id.to_owned() });
+    }
+}
+
+/// An event as monitors take it.
+fn wire(event: qapi::Event) -> monitor::Event {
+    monitor::Event {
+        name: event.name(),
+        data: event.into_data(),
+    }
+}
+
+/// The last event of a daemon.
+pub(super) fn shutdown_event(cause: StopCause) -> Option<monitor::Event> {
+    let reason = match cause {
+        StopCause::Quit => ShutdownCause::HostQmpQuit,
+        StopCause::Signal => ShutdownCause::HostSignal,
+        StopCause::StartFailed => return None,
+    };
+    let event = events::Shutdown {
+        guest: false,
+        reason,
+    };
+    Some(wire(event.into()))
+}

@@ -1,0 +1,195 @@
+//! `--drive`: an image with a name that clients call `device`, created if it is not there yet.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::sync::Arc;
+
+use block::driver::{Child, Driver};
+use block::error::{Error, Result};
+use block::formats::qcow2::create::{CreateOptions, create};
+use block::graph::{Drive, OnError};
+use block::io::IoContext;
+use block::open::{
+    BackingOption, CacheMode, DriverOptions, FileOptions, Locking, NodeOptions, NodeRef, Opener,
+    Qcow2Options, RawOptions, open,
+};
+use block::protocols::file::{File, FileAccess};
+use qapi::rt::QmpError;
+use qapi::types::{BlockExportOptions, BlockExportOptionsBranch, BlockExportOptionsNbd};
+
+use super::cx::Cx;
+use crate::commands::from_engine;
+use crate::config::{DriveFormat, DriveOptions};
+
+/// A drive of the command line.
+#[derive(Debug)]
+pub(super) struct Added {
+    pub(super) id: String,
+    /// The root's name; `None` without medium.
+    node_name: Option<String>,
+    writable: bool,
+}
+
+impl Added {
+    /// The export that makes it reachable; there is none of a drive without medium.
+    pub(super) fn export(&self) -> Option<BlockExportOptions> {
+        Some(BlockExportOptions {
+            r#type: BlockExportOptionsBranch::Nbd(BlockExportOptionsNbd {
+                name: Some(self.id.clone()),
+                description: None,
+            }),
+            id: self.id.clone(),
+            node_name: self.node_name.clone()?,
+            writable: Some(self.writable),
+        })
+    }
+}
+
+/// Adds a drive. `number` counts those before it, for a name if it has none.
+pub(super) async fn add(
+    cx: &Cx,
+    options: DriveOptions,
+    number: usize,
+) -> std::result::Result<Added, QmpError> {
+    let id = options
+        .id
+        .clone()
+        .unwrap_or_else(|| format!("drive{number}"));
+    for (name, policy) in [
+        ("werror", options.write_error),
+        ("rerror", options.read_error),
+    ] {
+        if matches!(policy, OnError::Stop | OnError::Ignore) {
+            log::warn!(
+                "drive '{id}': {name} has no effect, exports report every error to their client"
+            );
+        }
+    }
+    let mut opened = None;
+    if let Some(file) = &options.file {
+        let opener = cx
+            .commit(|control| Ok((control.io.clone(), Opener::new(&control.io, &control.graph))))
+            .await?;
+        let (io, opener) = opener;
+        if let Some(size) = options.size
+            && !options.read_only
+        {
+            make_missing(&io, file, options.format, size)
+                .await
+                .map_err(from_engine)?;
+        }
+        let node = node_options(&options, file);
+        opened = Some(open(&opener, &node).await.map_err(from_engine)?);
+    } else if options.size.is_some() {
+        return Err(QmpError::generic("size= needs file="));
+    }
+    cx.commit(move |control| {
+        let root = opened
+            .map(|opened| control.graph.insert(opened))
+            .transpose();
+        let root = root.map_err(from_engine)?;
+        let added = Added {
+            node_name: root.as_ref().map(|root| root.name().to_owned()),
+            writable: root
+                .as_ref()
+                .is_some_and(|root| !root.behaviour().read_only),
+            id: id.clone(),
+        };
+        let drive = Drive {
+            write_error: options.write_error,
+            read_error: options.read_error,
+            ..Drive::new(id, root)
+        };
+        // If the name is refused the start has failed, and the end closes the node.
+        control.graph.add_drive(drive).map_err(from_engine)?;
+        Ok(added)
+    })
+    .await
+}
+
+/// The nodes of a drive: a format on a file.
+fn node_options(options: &DriveOptions, filename: &str) -> NodeOptions {
+    let file = NodeOptions {
+        read_only: options.read_only,
+        // The format flushes after each write; the file below it must not do so for every piece of metadata.
+        cache: CacheMode {
+            writethrough: false,
+            ..options.cache
+        },
+        ..NodeOptions::new(DriverOptions::File(FileOptions {
+            filename: filename.to_owned(),
+            aio: options.aio,
+            locking: Locking::Auto,
+        }))
+    };
+    let file = NodeRef::Inline(Box::new(file));
+    let format = match options.format {
+        DriveFormat::Qcow2 => DriverOptions::Qcow2(Qcow2Options {
+            file,
+            backing: BackingOption::FromImage,
+            lazy_refcounts: None,
+            pass_discard_request: None,
+            l2_cache_size: None,
+            refcount_cache_size: None,
+        }),
+        DriveFormat::Raw => DriverOptions::Raw(RawOptions {
+            file,
+            offset: None,
+            size: None,
+        }),
+    };
+    NodeOptions {
+        read_only: options.read_only,
+        discard: options.discard,
+        detect_zeroes: options.detect_zeroes,
+        cache: options.cache,
+        ..NodeOptions::new(format)
+    }
+}
+
+/// Creates an image unless there is something of that name. What cannot be finished is removed again.
+async fn make_missing(
+    io: &IoContext,
+    filename: &str,
+    format: DriveFormat,
+    size: u64,
+) -> Result<()> {
+    let failed = |error: &io::Error| Error::io(format!("Could not create '{filename}'"), error);
+    let host = match OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .open(filename)
+    {
+        Ok(host) => host,
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+        Err(error) => return Err(failed(&error)),
+    };
+    let made = match format {
+        DriveFormat::Raw => host.set_len(size).map_err(|error| failed(&error)),
+        DriveFormat::Qcow2 => make_qcow2(io, filename, size)
+            .await
+            .map_err(|error| error.context(format!("Could not create '{filename}'"))),
+    };
+    if made.is_err()
+        && let Err(error) = fs::remove_file(filename)
+    {
+        log::warn!("Could not remove '{filename}', which is no usable image: {error}");
+    }
+    made
+}
+
+async fn make_qcow2(io: &IoContext, filename: &str, size: u64) -> Result<()> {
+    let options = FileOptions {
+        filename: filename.to_owned(),
+        aio: block::open::Aio::default(),
+        locking: Locking::Auto,
+    };
+    let access = FileAccess {
+        read_only: false,
+        auto_read_only: false,
+        cache: CacheMode::default(),
+    };
+    let file = Arc::new(File::open(io, &options, access).await?);
+    create(&Child::new(file.clone()), &CreateOptions::new(size)).await?;
+    file.close().await
+}

@@ -71,7 +71,7 @@ Example:
 
 -> { "execute": "query-version" }
 <- { "return": { "qemu": { "major": 10, "minor": 0, "micro": 2 },
-                 "package": "qblockd 0.1.0" } }
+                 "package": "qblockd-0.1.0" } }
 
 EQMP
 

@@ -1,6 +1,7 @@
 //! The generated code of our own schema.
 
 mod dispatch;
+mod examples;
 mod peer;
 
 use serde_json::json;

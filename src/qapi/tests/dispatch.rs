@@ -82,7 +82,8 @@ impl handlers::BlockExport<Counter> for Fake {
     async fn nbd_server_start(cx: &Counter, _: args::NbdServerStart) -> Result<(), QmpError> {
         cx.count(())
     }
-    async fn nbd_server_stop(_: &Counter) -> Result<(), QmpError> {
+    async fn nbd_server_stop(cx: &Counter) -> Result<(), QmpError> {
+        cx.count(())?;
         Err(QmpError::generic("NBD server not running"))
     }
     async fn nbd_server_add(cx: &Counter, _: types::NbdServerAddOptions) -> Result<(), QmpError> {
@@ -112,8 +113,16 @@ impl handlers::Control<Counter> for Fake {
     async fn qmp_capabilities(cx: &Counter, _: args::QmpCapabilities) -> Result<(), QmpError> {
         cx.count(())
     }
-    async fn query_version(_: &Counter) -> Result<types::VersionInfo, QmpError> {
-        Err(QmpError::generic("no version"))
+    async fn query_version(cx: &Counter) -> Result<types::VersionInfo, QmpError> {
+        let qemu = types::VersionTriple {
+            major: 10,
+            minor: 0,
+            micro: 2,
+        };
+        cx.count(types::VersionInfo {
+            qemu,
+            package: String::new(),
+        })
     }
     async fn query_commands(cx: &Counter) -> Result<Vec<types::CommandInfo>, QmpError> {
         let names = COMMAND_NAMES.map(|name| types::CommandInfo {
@@ -135,7 +144,7 @@ impl handlers::Introspect<Counter> for Fake {
 const TABLE: &[Entry<Counter>] = crate::commands::<Counter, Fake>();
 
 /// Runs a command, and says how often a handler was reached.
-fn run(name: &str, arguments: Value) -> (Result<Value, String>, usize) {
+pub(super) fn run(name: &str, arguments: Value) -> (Result<Value, String>, usize) {
     let cx = Counter::default();
     let entry = find(TABLE, name).unwrap();
     let Value::Object(arguments) = arguments else {

@@ -59,14 +59,16 @@ impl<T: Send + 'static> Drop for RunToEnd<T> {
         let Some(request) = self.request.take() else {
             return;
         };
-        // Without a runtime the process is on its way out, and nothing is sent any more.
-        if self.begun
-            && !std::thread::panicking()
-            && let Ok(runtime) = Handle::try_current()
-        {
-            runtime.spawn(async move {
+        if !self.begun || std::thread::panicking() {
+            return;
+        }
+        match Handle::try_current() {
+            // The task ends by itself; the gate that it has entered counts it until then.
+            Ok(runtime) => drop(runtime.spawn(async move {
                 request.await;
-            });
+            })),
+            // Nobody can wait for its I/O any more: what it holds must never be used by others.
+            Err(_) => std::mem::forget(request),
         }
     }
 }

@@ -66,7 +66,7 @@ pub(super) fn options(
 }
 
 /// The path of the backing file: relative names start at the image's folder.
-fn resolve(reference: Reference<'_>) -> Result<String> {
+pub(super) fn resolve(reference: Reference<'_>) -> Result<String> {
     let Reference {
         image, filename, ..
     } = reference;

@@ -6,16 +6,16 @@
 //! Opening does I/O and may take long, so it works on an [`Opener`], which knows the nodes that exist, and not on the
 //! graph. The graph is touched by `Graph::insert` only, which decides again whether names are free.
 
-// Lands ahead of the qcow2 driver that has headers to follow.
-#[allow(dead_code)]
 mod backing;
 mod options;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::driver::{BoxFuture, Child, Driver};
 use crate::error::{Error, ErrorKind, Result};
+use crate::formats::qcow2::{self, Qcow2};
 use crate::formats::raw::Raw;
 use crate::graph::{Access, Behaviour, Graph, Link, NameSource, Node, NodeName, Opened};
 use crate::io::IoContext;
@@ -57,6 +57,7 @@ pub async fn open(opener: &Opener, options: &NodeOptions) -> Result<Opened> {
     let mut opening = Opening {
         opener,
         nodes: Vec::new(),
+        images: Vec::new(),
     };
     opening.open(options, 0).await?;
     Ok(Opened {
@@ -68,6 +69,8 @@ pub async fn open(opener: &Opener, options: &NodeOptions) -> Result<Opened> {
 struct Opening<'a> {
     opener: &'a Opener,
     nodes: Vec<Arc<Node>>,
+    /// The images above the one being opened, in the chain that their headers describe.
+    images: Vec<PathBuf>,
 }
 
 impl Opening<'_> {
@@ -87,12 +90,7 @@ impl Opening<'_> {
                 DriverOptions::File(file) => self.open_file(file, options).await?,
                 DriverOptions::Null(null) => open_null(null, options)?,
                 DriverOptions::Raw(raw) => self.open_raw(raw, options, depth).await?,
-                DriverOptions::Qcow2(_) => {
-                    return Err(Error::new(
-                        ErrorKind::Unsupported,
-                        "Driver 'qcow2' is not available",
-                    ));
-                }
+                DriverOptions::Qcow2(qcow2) => self.open_qcow2(qcow2, options, depth).await?,
             };
             let node = Node::new(name, driver, behaviour(options, read_only)?, links);
             self.nodes.push(node.clone());
@@ -147,6 +145,96 @@ impl Opening<'_> {
             vec![link("file", file, access)],
             read_only,
         ))
+    }
+
+    async fn open_qcow2(
+        &mut self,
+        qcow2: &Qcow2Options,
+        options: &NodeOptions,
+        depth: usize,
+    ) -> Result<Parts> {
+        let file = self.child(&qcow2.file, options, depth).await?;
+        let read_only = effective_read_only(options, &file)?;
+        let defaults = qcow2::OpenOptions::default();
+        let open_options = qcow2::OpenOptions {
+            read_only,
+            pass_discard: qcow2
+                .pass_discard_request
+                .unwrap_or(options.discard == DiscardMode::Unmap),
+            l2_cache_bytes: qcow2.l2_cache_size.unwrap_or(defaults.l2_cache_bytes),
+            refcount_cache_bytes: qcow2
+                .refcount_cache_size
+                .unwrap_or(defaults.refcount_cache_bytes),
+        };
+        let opening = Qcow2::open(Child::new(file.clone()), open_options).await?;
+        let backing = match &qcow2.backing {
+            BackingOption::Detached => None,
+            BackingOption::Node(below) => Some(self.named_backing(below, options, depth).await?),
+            BackingOption::FromImage => match opening.backing() {
+                None => None,
+                Some(reference) => {
+                    let image = file.driver().info().filename;
+                    let reference = backing::Reference {
+                        image: &image,
+                        filename: &reference.name,
+                        format: reference.format.as_deref(),
+                    };
+                    let aio = aio_of(&qcow2.file);
+                    let backing = self.image_backing(reference, options, aio, depth).await;
+                    Some(backing.map_err(|error| error.context("Could not open backing file"))?)
+                }
+            },
+        };
+        let below = backing.clone().map(|node| Child::new(node));
+        let driver = opening.finish(below).await?;
+        let mut links = vec![link("file", file, access_of_format(!read_only))];
+        links.extend(backing.map(|node| link("backing", node, access_of_format(false))));
+        Ok((driver, links, read_only))
+    }
+
+    /// The backing node that the user chose.
+    async fn named_backing(
+        &mut self,
+        below: &NodeRef,
+        parent: &NodeOptions,
+        depth: usize,
+    ) -> Result<Arc<Node>> {
+        let read_only = NodeOptions {
+            read_only: true,
+            auto_read_only: false,
+            ..parent.clone()
+        };
+        self.child(below, &read_only, depth).await
+    }
+
+    /// The backing node that the header of an image names.
+    async fn image_backing(
+        &mut self,
+        reference: backing::Reference<'_>,
+        parent: &NodeOptions,
+        aio: Aio,
+        depth: usize,
+    ) -> Result<Arc<Node>> {
+        let options = backing::options(reference, parent, aio)?;
+        let target = self.canonical(backing::resolve(reference)?).await;
+        let image = self.canonical(reference.image.to_owned()).await;
+        self.images.push(image);
+        if self.images.contains(&target) {
+            return Err(invalid(format!(
+                "'{}' is its own backing file, by way of '{}'",
+                reference.filename, reference.image
+            )));
+        }
+        let node = self.open(&options, depth + 1).await?;
+        self.images.pop();
+        Ok(node)
+    }
+
+    /// The path without links and detours; as it is where it leads nowhere, which opening it will say.
+    async fn canonical(&self, path: String) -> PathBuf {
+        let given = PathBuf::from(&path);
+        let canonical = self.opener.io.call(move || std::fs::canonicalize(path));
+        canonical.await.unwrap_or(given)
     }
 
     /// The `file` child of a format: a node that exists, or one opened with what it inherits.
@@ -224,6 +312,26 @@ fn open_null(null: &NullOptions, options: &NodeOptions) -> Result<Parts> {
         )));
     }
     Ok((Arc::new(Null::new(null)), Vec::new(), options.read_only))
+}
+
+/// What a format does to its layers: it has metadata there that nobody else may touch, and needs a backing to stay as it is.
+fn access_of_format(writes: bool) -> Access {
+    Access {
+        writes,
+        shares_writes: false,
+    }
+}
+
+/// How the files of a backing chain are read: as that of the image above.
+fn aio_of(file: &NodeRef) -> Aio {
+    match file {
+        NodeRef::Inline(options) => match &options.driver {
+            DriverOptions::File(file) => file.aio,
+            DriverOptions::Raw(raw) => aio_of(&raw.file),
+            DriverOptions::Null(_) | DriverOptions::Qcow2(_) => Aio::default(),
+        },
+        NodeRef::Name(_) => Aio::default(),
+    }
 }
 
 fn link(role: &'static str, node: Arc<Node>, access: Access) -> Link {

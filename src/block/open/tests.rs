@@ -193,3 +193,132 @@ async fn direct_io_takes_any_request_on_a_file_of_odd_size() {
     graph.remove("direct").unwrap().close().await.unwrap();
     assert_eq!(std::fs::read(&path).unwrap()[985..1005], [3; 20]);
 }
+
+fn qcow2(below: NodeRef, backing: BackingOption) -> NodeOptions {
+    NodeOptions::new(DriverOptions::Qcow2(Qcow2Options {
+        file: below,
+        backing,
+        lazy_refcounts: None,
+        pass_discard_request: None,
+        l2_cache_size: None,
+        refcount_cache_size: None,
+    }))
+}
+
+/// Runs qemu-img in a folder; `None` where it is not installed.
+fn qemu_img(folder: &std::path::Path, line: &str) -> Option<()> {
+    let mut command = std::process::Command::new("qemu-img");
+    command.args(line.split(' ')).current_dir(folder);
+    let output = command.output().ok()?;
+    assert!(output.status.success(), "{line}: {output:?}");
+    Some(())
+}
+
+/// base.qcow2 <- middle.qcow2 <- top.qcow2, 1 MiB each, relative names.
+fn chain(folder: &std::path::Path) -> Option<()> {
+    qemu_img(folder, "create -q -f qcow2 base.qcow2 1M")?;
+    qemu_img(
+        folder,
+        "create -q -f qcow2 -b base.qcow2 -F qcow2 middle.qcow2",
+    )?;
+    qemu_img(
+        folder,
+        "create -q -f qcow2 -b middle.qcow2 -F qcow2 top.qcow2",
+    )
+}
+
+fn path_in(folder: &tempfile::TempDir, name: &str) -> String {
+    folder.path().join(name).to_str().unwrap().to_owned()
+}
+
+fn image_of(folder: &tempfile::TempDir, name: &str) -> NodeOptions {
+    let below = inline(file(&path_in(folder, name)));
+    named("image", qcow2(below, BackingOption::FromImage))
+}
+
+#[tokio::test]
+async fn a_chain_is_opened_as_the_headers_say_and_read_through() {
+    let dir = tempfile::tempdir().unwrap();
+    if chain(dir.path()).is_none() {
+        eprintln!("skipped: qemu-img is not installed");
+        return;
+    }
+    let mut graph = Graph::new();
+    let base = image_of(&dir, "base.qcow2");
+    let base = add(&mut graph, &base).await.unwrap();
+    let data = Data::from(vec![9; 4096]);
+    base.write(70_000, data, WriteFlags::default())
+        .await
+        .unwrap();
+    graph.remove("image").unwrap().close().await.unwrap();
+    let top = add(&mut graph, &image_of(&dir, "top.qcow2")).await.unwrap();
+    assert_eq!(graph.nodes().count(), 6);
+    let middle = top.link("backing").unwrap();
+    let base = middle.link("backing").unwrap();
+    assert!(middle.behaviour().read_only && base.behaviour().read_only);
+    assert_eq!(
+        top.read(70_000, 4096).await.unwrap().to_bytes(),
+        [9; 4096][..]
+    );
+    top.write(70_000, Data::from(vec![1; 10]), WriteFlags::default())
+        .await
+        .unwrap();
+    assert_eq!(base.read(70_000, 10).await.unwrap().to_bytes(), [9; 10][..]);
+    graph.remove("image").unwrap().close().await.unwrap();
+    assert_eq!(graph.nodes().count(), 0);
+    qemu_img(dir.path(), "check -q top.qcow2").unwrap();
+}
+
+#[tokio::test]
+async fn two_formats_never_write_to_one_node() {
+    let dir = tempfile::tempdir().unwrap();
+    if chain(dir.path()).is_none() {
+        eprintln!("skipped: qemu-img is not installed");
+        return;
+    }
+    let mut graph = Graph::new();
+    let below = named("f", file(&path_in(&dir, "base.qcow2")));
+    add(&mut graph, &below).await.unwrap();
+    let on_it = |name| {
+        let below = NodeRef::Name("f".to_owned());
+        named(name, qcow2(below, BackingOption::Detached))
+    };
+    add(&mut graph, &on_it("first")).await.unwrap();
+    let error = add(&mut graph, &on_it("second")).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+    assert!(
+        error
+            .message()
+            .starts_with("Permission conflict on node 'f'")
+    );
+}
+
+#[tokio::test]
+async fn a_backing_that_cannot_be_trusted_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    if chain(dir.path()).is_none() {
+        eprintln!("skipped: qemu-img is not installed");
+        return;
+    }
+    let rebase = |line: &str| qemu_img(dir.path(), &format!("rebase -u {line}")).unwrap();
+    let refuse = async |reason: &str| {
+        let error = add(&mut Graph::new(), &image_of(&dir, "top.qcow2"))
+            .await
+            .unwrap_err();
+        assert!(error.message().contains(reason), "{error}");
+        assert!(error.message().starts_with("Could not open backing file: "));
+    };
+    rebase("-b missing.qcow2 -F qcow2 top.qcow2");
+    refuse("No such file or directory").await;
+    rebase("-b top.qcow2 -F qcow2 top.qcow2");
+    refuse("its own backing file").await;
+    rebase("-b middle.qcow2 -F qcow2 top.qcow2");
+    rebase("-b top.qcow2 -F qcow2 middle.qcow2");
+    refuse("its own backing file").await;
+    rebase("-b nbd://localhost/x -F raw top.qcow2");
+    refuse("only plain files").await;
+    // Whatever the header says: the user's word counts.
+    let below = inline(file(&path_in(&dir, "top.qcow2")));
+    let detached = qcow2(below, BackingOption::Detached);
+    add(&mut Graph::new(), &detached).await.unwrap();
+}

@@ -15,7 +15,7 @@
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
 //! * `open`, `read`, `write`, `zero`, `resize`, `compress`: the operations; `requests`: the driver made of them
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
-//! * `gate`, `parallel`, `run_to_end`: what runs at the same time, and what a dropped request does
+//! * `gate`, `parallel`: what runs at the same time
 
 // The parts land ahead of the operations that use them.
 #![allow(dead_code)]
@@ -41,7 +41,6 @@ mod quarantine;
 mod read;
 mod requests;
 mod resize;
-mod run_to_end;
 mod runs;
 mod snapshot;
 #[cfg(test)]

@@ -6,13 +6,12 @@ use std::sync::atomic::Ordering;
 use super::Qcow2;
 use super::header::{Compatible, Incompatible, Version};
 use super::image::Image;
-use super::run_to_end::RunToEnd;
 use crate::driver::{
     BlockStatus, BoxFuture, Child, Driver, DriverInfo, FormatSpecific, Preallocation,
     RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
-use crate::io::Data;
+use crate::io::{Data, RunToEnd};
 
 impl Image {
     async fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {

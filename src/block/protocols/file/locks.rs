@@ -83,10 +83,11 @@ fn take(host: &HostFile, writable: bool) -> std::io::Result<Option<String>> {
     Ok(None)
 }
 
-fn release(host: &HostFile) {
+/// Gives all locks up. Nothing is sent to the file any more.
+pub(super) fn release(host: &HostFile) {
     for bit in 0..NAMES.len() as u64 {
         for base in [PERMISSION_BASE, REFUSAL_BASE] {
-            // The file is closed next, which releases whatever this did not.
+            // What this cannot release goes with the file.
             let _ = host.lock_byte(base + bit, LockKind::Unlock);
         }
     }

@@ -340,10 +340,14 @@ impl Driver for File {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            if self.read_only {
-                return Ok(());
-            }
-            self.do_flush().await
+            let flushed = if self.read_only {
+                Ok(())
+            } else {
+                self.do_flush().await
+            };
+            // Now, and not with the last handle: the next to open the image need not wait for that.
+            locks::release(&self.host);
+            flushed
         })
     }
 }

@@ -138,12 +138,12 @@ SQMP
 query-status
 ------------
 
-Tell whether the daemon is starting, running or ending.
+Tell whether the daemon is up.
 
 Return a json-object with:
 
-- "running": true if it is running (json-bool)
-- "status": the state: "prelaunch", "running" or "shutdown" (json-string)
+- "running": true (json-bool)
+- "status": the state, "running" (json-string)
 
 Example:
 
@@ -469,8 +469,8 @@ EQMP
 
     {
         .name       = "nbd-server-start",
-        .args_type  = "addr:q,max-connections:i?",
-        .params     = "addr [max-connections]",
+        .args_type  = "addr:q,handshake-max-seconds:i?,max-connections:i?",
+        .params     = "addr [handshake-max-seconds] [max-connections]",
         .help       = "start the NBD server",
         .mhandler.cmd_new = qmp_marshal_input_nbd_server_start,
     },
@@ -486,8 +486,10 @@ Arguments:
 - "addr": where it listens (json-object)
   - "type": "inet" or "unix" (json-string)
   - "data": "host" and "port", or "path" (json-object)
+- "handshake-max-seconds": how long a client may take to ask for an export, 0
+  for no limit (json-int, optional, default: 10)
 - "max-connections": how many clients at a time, 0 for no limit
-  (json-int, optional)
+  (json-int, optional, default: 100)
 
 Example:
 
@@ -580,7 +582,7 @@ EQMP
     {
         .name       = "block-export-add",
         .args_type  = "options:O",
-        .params     = "type id node-name [writable] [options]",
+        .params     = "type id node-name [writable] [writethrough] [options]",
         .help       = "export a node",
         .mhandler.cmd_new = qmp_marshal_input_block_export_add,
     },
@@ -597,6 +599,8 @@ Arguments:
 - "id": id of the export (json-string)
 - "node-name": the node (json-string)
 - "writable": whether clients may write (json-bool, optional, default: false)
+- "writethrough": whether each write is on stable storage before it is answered
+  (json-bool, optional, default: false)
 - "name": what NBD clients ask for (json-string, optional, default: the node's
   name)
 - "description": a text for people (json-string, optional)

@@ -1,7 +1,7 @@
 //! Sessions, versions, introspection, and the end of the daemon.
 
 use qapi::handlers::{Control, Introspect, RunState};
-use qapi::rt::{Path, QmpError, Value, decode};
+use qapi::rt::QmpError;
 use qapi::types::{
     CommandInfo, RunState as State, SchemaInfo, StatusInfo, VersionInfo, VersionTriple,
 };
@@ -64,9 +64,7 @@ impl RunState<Cx> for Handlers {
 
 impl Introspect<Cx> for Handlers {
     async fn query_qmp_schema(_cx: &Cx) -> Result<Vec<SchemaInfo>, QmpError> {
-        let schema: Value = serde_json::from_str(qapi::introspection::SCHEMA)
-            .map_err(|error| QmpError::generic(format!("The schema cannot be read: {error}")))?;
-        decode::list(schema, &Path::json(), SchemaInfo::decode)
+        Ok(qapi::schema())
     }
 }
 
@@ -77,8 +75,7 @@ mod tests {
 
     #[test]
     fn the_schema_describes_every_command() {
-        let schema: Value = serde_json::from_str(qapi::introspection::SCHEMA).unwrap();
-        let schema = decode::list(schema, &Path::json(), SchemaInfo::decode).unwrap();
+        let schema = qapi::schema();
         for command in qapi::COMMAND_NAMES {
             assert!(schema.iter().any(|info| info.name == command), "{command}");
         }

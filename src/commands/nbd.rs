@@ -15,16 +15,22 @@ use super::{Handlers, convert};
 use crate::daemon::{Control, Cx};
 use crate::exports::ExportInfo;
 use crate::exports::nbd::{ListenAddress, NbdExportOptions, NbdServer};
-use crate::limits;
+use crate::limits::{NBD_HANDSHAKE_TIMEOUT, NBD_MAX_CONNECTIONS};
 
 impl BlockExport<Cx> for Handlers {
     async fn nbd_server_start(cx: &Cx, args: NbdServerStart) -> Result<(), QmpError> {
         let NbdServerStart {
             addr,
+            handshake_max_seconds,
             max_connections,
         } = args;
-        let address = convert::legacy_address(addr);
-        start(cx, address, max_connections).await.map(|_| ())
+        let limits = ServerLimits {
+            handshake_max_seconds,
+            max_connections,
+        };
+        start(cx, convert::legacy_address(addr), limits)
+            .await
+            .map(|_| ())
     }
 
     async fn nbd_server_stop(cx: &Cx) -> Result<(), QmpError> {
@@ -52,6 +58,7 @@ impl BlockExport<Cx> for Handlers {
                 description,
                 // As it always was: a read-only node is exported read-only, whatever is asked for.
                 writable: writable.unwrap_or(false) && !node.behaviour().read_only,
+                writethrough: false,
             };
             add(control, export)
         })
@@ -69,6 +76,7 @@ impl BlockExport<Cx> for Handlers {
             id,
             node_name,
             writable,
+            writethrough,
         } = args;
         let BlockExportOptionsBranch::Nbd(BlockExportOptionsNbd { name, description }) = r#type;
         let export = Export {
@@ -77,6 +85,7 @@ impl BlockExport<Cx> for Handlers {
             node_name,
             description,
             writable: writable.unwrap_or(false),
+            writethrough: writethrough.unwrap_or(false),
         };
         cx.commit(move |control| add(control, export)).await
     }
@@ -99,16 +108,27 @@ pub(crate) async fn start_server(
 ) -> Result<ListenAddress, QmpError> {
     let NbdServerOptions {
         addr,
+        handshake_max_seconds,
         max_connections,
     } = options;
-    start(cx, convert::address(addr), max_connections).await
+    let limits = ServerLimits {
+        handshake_max_seconds,
+        max_connections,
+    };
+    start(cx, convert::address(addr), limits).await
+}
+
+/// What the user says of the server besides its address.
+struct ServerLimits {
+    handshake_max_seconds: Option<u32>,
+    max_connections: Option<u32>,
 }
 
 /// Starts the server and answers where it really listens.
 async fn start(
     cx: &Cx,
     address: Result<ListenAddress, QmpError>,
-    max_connections: Option<u32>,
+    limits: ServerLimits,
 ) -> Result<ListenAddress, QmpError> {
     let events = cx
         .commit(|control| {
@@ -121,13 +141,17 @@ async fn start(
         .await?;
     let options = crate::exports::nbd::NbdServerOptions {
         addresses: vec![address?],
-        max_connections: match max_connections {
-            None => Some(limits::NBD_MAX_CONNECTIONS),
+        max_connections: match limits.max_connections {
+            None => Some(NBD_MAX_CONNECTIONS),
             // As in QEMU, 0 is no limit.
             Some(0) => None,
             Some(most) => Some(most as usize),
         },
-        handshake_timeout: Some::<Duration>(limits::NBD_HANDSHAKE_TIMEOUT),
+        handshake_timeout: match limits.handshake_max_seconds {
+            None => Some(NBD_HANDSHAKE_TIMEOUT),
+            Some(0) => None,
+            Some(seconds) => Some(Duration::from_secs(seconds.into())),
+        },
     };
     let asked = options.addresses.clone();
     let server = NbdServer::start(options, events)
@@ -150,6 +174,7 @@ struct Export {
     node_name: String,
     description: Option<String>,
     writable: bool,
+    writethrough: bool,
 }
 
 /// Adds an export, with QEMU's checks in QEMU's order.
@@ -160,6 +185,7 @@ fn add(control: &mut Control, export: Export) -> Result<(), QmpError> {
         node_name,
         description,
         writable,
+        writethrough,
     } = export;
     if !is_well_formed(&id) {
         return Err(QmpError::generic("Invalid block export id"));
@@ -182,8 +208,7 @@ fn add(control: &mut Control, export: Export) -> Result<(), QmpError> {
         description,
         node_name,
         writable,
-        // The node itself flushes after each write.
-        writethrough: behaviour.cache.writethrough,
+        writethrough: writethrough || behaviour.cache.writethrough,
     };
     control
         .exports

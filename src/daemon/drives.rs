@@ -41,6 +41,7 @@ impl Added {
             id: self.id.clone(),
             node_name: self.node_name.clone()?,
             writable: Some(self.writable),
+            writethrough: None,
         })
     }
 }

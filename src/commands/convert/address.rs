@@ -34,17 +34,7 @@ fn unix(address: UnixSocketAddress) -> ListenAddress {
 }
 
 fn inet(address: InetSocketAddress) -> Result<ListenAddress, QmpError> {
-    let InetSocketAddress {
-        host,
-        port,
-        ipv4,
-        ipv6,
-    } = address;
-    if ipv4 == Some(false) || ipv6 == Some(false) {
-        return Err(QmpError::generic(
-            "ipv4=off and ipv6=off are not supported: name an address of the wanted kind as host",
-        ));
-    }
+    let InetSocketAddress { host, port } = address;
     let port = port.parse().map_err(|_| {
         QmpError::generic(format!(
             "address resolution failed for {host}:{port}: Servname not supported for ai_socktype"

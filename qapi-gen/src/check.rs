@@ -9,10 +9,10 @@ mod lints;
 mod names;
 mod types;
 
-use crate::Options;
 use crate::ast::{Ast, Base, Data, Definition, Kind, Member, Union};
 use crate::diagnostic::Sink;
 use crate::resolve::{Referent, Symbols};
+use crate::{Dialect, Options};
 use derivation::Derivation;
 
 /// Checks everything. Lints run only over a schema without errors.
@@ -20,16 +20,21 @@ pub(crate) fn check(ast: &Ast, symbols: &Symbols<'_>, options: &Options, sink: &
     let derivation = Derivation::new(ast, symbols, sink);
     types::feature_count(ast, sink);
     for (index, definition) in ast.definitions.iter().enumerate() {
-        docs::check(definition, ast, symbols, sink);
+        let is_modern = options.dialect == Dialect::Modern;
+        if is_modern {
+            docs::check(definition, ast, symbols, sink);
+        }
         if definition.broken {
             continue;
         }
-        names::check(definition, &ast.pragma, sink);
-        types::check(definition, ast, symbols, sink);
+        if is_modern {
+            names::check(definition, &ast.pragma, sink);
+        }
+        types::check(definition, ast, symbols, options.dialect, sink);
         derivation.clashes(index, definition, sink);
         conditions::check(definition, symbols, sink);
     }
-    if sink.error_count() == 0 {
+    if sink.error_count() == 0 && options.dialect == Dialect::Modern {
         lints::check(ast, symbols, options, sink);
     }
 }

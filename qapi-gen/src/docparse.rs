@@ -105,6 +105,28 @@ pub(crate) fn parse(
     }
 }
 
+/// Takes what it can from a comment of the legacy dialect, which follows customs and not rules: a title (`@name:`, `@name`,
+/// `name:`), descriptions, sections. Nothing in it is an error.
+pub(crate) fn parse_legacy(source: &SourceFile, span: Span) -> DefinitionDoc {
+    let mut sink = Sink::default();
+    let mut context = Context {
+        file: span.file,
+        sink: &mut sink,
+    };
+    let mut lines = context.legacy_lines(source, span);
+    let title = lines.iter().position(|line| !line.is_blank()).unwrap_or(0);
+    let symbol = lines
+        .get(title)
+        .map_or("", |line| line.text)
+        .trim_matches(['@', ':']);
+    let symbol = Name {
+        text: symbol.to_owned(),
+        span,
+    };
+    lines.drain(..lines.len().min(title + 1));
+    context.definition(symbol, &lines)
+}
+
 struct Context<'a> {
     file: FileId,
     sink: &'a mut Sink,
@@ -171,6 +193,27 @@ impl Context<'_> {
             return None;
         }
         Some(lines)
+    }
+
+    /// As `frame`, without rules.
+    fn legacy_lines<'s>(&self, source: &'s SourceFile, span: Span) -> Vec<Line<'s>> {
+        let text = source.text.get(span.start..span.end).unwrap_or("");
+        let number = source.line_of(span.start);
+        let mut at = span.start;
+        let mut lines = Vec::new();
+        for (index, raw) in text.split('\n').enumerate() {
+            let body = raw.trim_end().trim_start_matches('#');
+            let start = at + raw.trim_end().len() - body.len();
+            at += raw.len() + 1;
+            let dropped = usize::from(body.starts_with(' '));
+            let line = Line {
+                text: &body[dropped..],
+                at: start + dropped,
+                number: number + index,
+            };
+            lines.push(line);
+        }
+        lines
     }
 
     fn free(&mut self, lines: &[Line<'_>]) -> FreeDoc {

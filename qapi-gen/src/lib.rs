@@ -23,6 +23,7 @@ pub mod emit;
 mod example;
 pub mod hx;
 pub mod ir;
+mod legacy;
 pub mod limits;
 pub mod load;
 mod lower;
@@ -38,9 +39,22 @@ use diagnostic::{Diagnostic, Sink, SourceMap};
 use hx::HxFile;
 use load::Reader;
 
+/// The form of the schema language.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Dialect {
+    /// That of QEMU 6.2 and later.
+    #[default]
+    Modern,
+    /// That of 2012 to 2014: `type`, simple and anonymous unions, nested objects, `gen: 'no'`, comments without rules. Only
+    /// what QEMU 2.0 checks is checked, and that all names resolve.
+    Legacy,
+}
+
 /// What the caller decides.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
+    /// The form of the schema language.
+    pub dialect: Dialect,
     /// The identifiers that hold in `if` conditions.
     pub defines: BTreeSet<String>,
     /// Warn about types that no command and no event leads to. Schemas also describe configuration and errors, so
@@ -104,7 +118,7 @@ pub fn load_schema(
             }));
         }
     };
-    let ast = load::load(top, text, reader, &mut sources, &mut sink);
+    let ast = load::load(top, text, reader, options.dialect, &mut sources, &mut sink);
     let symbols = resolve::Symbols::declare(&ast, &mut sink);
     symbols.check_uses(&mut sink);
     check::check(&ast, &symbols, options, &mut sink);

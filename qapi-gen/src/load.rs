@@ -6,10 +6,12 @@ use std::collections::BTreeSet;
 use std::io::{self, Read as _};
 use std::path::{Component, Path, PathBuf};
 
-use crate::ast::{Ast, Item, Module, Name};
+use crate::Dialect;
+use crate::ast::{Ast, Definition, Item, Module, Name};
 use crate::diagnostic::{Diagnostic, Sink, SourceMap};
 use crate::docparse::{self, Comment, DefinitionDoc};
 use crate::ir::{FileId, Span};
+use crate::legacy;
 use crate::limits::{MAX_FILE_BYTES, MAX_FILES, MAX_INCLUDE_DEPTH};
 use crate::parse::{self, Node};
 use crate::shape::{self, Directive};
@@ -56,11 +58,13 @@ pub(crate) fn load(
     top: &Path,
     text: String,
     reader: &dyn Reader,
+    dialect: Dialect,
     sources: &mut SourceMap,
     sink: &mut Sink,
 ) -> Ast {
     let mut loader = Loader {
         reader,
+        dialect,
         sources,
         sink,
         ast: Ast::default(),
@@ -74,6 +78,7 @@ pub(crate) fn load(
 
 struct Loader<'a> {
     reader: &'a dyn Reader,
+    dialect: Dialect,
     sources: &'a mut SourceMap,
     sink: &'a mut Sink,
     ast: Ast,
@@ -97,7 +102,11 @@ impl Loader<'_> {
         });
         self.known.insert(path.clone());
         self.stack.push(path);
-        let items = parse::parse(id, &self.sources.file(id).text, self.sink);
+        let text = &self.sources.file(id).text;
+        let items = match self.dialect {
+            Dialect::Modern => parse::parse(id, text, self.sink),
+            Dialect::Legacy => parse::parse(id, &legacy::plain_comments(text), self.sink),
+        };
         let mut waiting: Option<DefinitionDoc> = None;
         for item in items {
             match item {
@@ -108,8 +117,12 @@ impl Loader<'_> {
                 // Its documentation is not to blame.
                 parse::Item::Broken => waiting = None,
                 parse::Item::Object(node) => {
-                    if let Some(node) = self.directive(node, &mut waiting) {
-                        self.definition(node, module, waiting.take());
+                    let Some(node) = self.directive(node, &mut waiting) else {
+                        continue;
+                    };
+                    match self.dialect {
+                        Dialect::Modern => self.definition(node, module, waiting.take()),
+                        Dialect::Legacy => self.legacy_definition(id, node, module),
                     }
                 }
             }
@@ -165,10 +178,39 @@ impl Loader<'_> {
             definition.broken = true;
         }
         definition.doc = doc;
+        self.declare(definition, module);
+    }
+
+    fn declare(&mut self, mut definition: Definition, module: usize) {
         definition.module = module;
         let index = self.ast.definitions.len();
         self.ast.definitions.push(definition);
         self.ast.modules[module].items.push(Item::Definition(index));
+    }
+
+    /// The definition itself comes last of those that it implies.
+    fn legacy_definition(&mut self, id: FileId, node: Node, module: usize) {
+        let source = self.sources.file(id);
+        let doc = legacy::comment_above(&source.text, node.span.start).map(|(start, end)| {
+            docparse::parse_legacy(
+                source,
+                Span {
+                    file: id,
+                    start,
+                    end,
+                },
+            )
+        });
+        let mut nodes = legacy::modernise(node);
+        let last = nodes.pop();
+        for implied in nodes {
+            self.definition(implied, module, None);
+        }
+        let Some(mut definition) = last.and_then(|node| shape::definition(node, self.sink)) else {
+            return;
+        };
+        definition.doc = doc;
+        self.declare(definition, module);
     }
 
     fn include(&mut self, name: &Name) {

@@ -8,7 +8,7 @@ use qapi_gen::diagnostic::{self, Sink};
 use qapi_gen::emit::{self, OutputFile, RustOptions};
 use qapi_gen::hx::{self, HxFile};
 use qapi_gen::load::Disk;
-use qapi_gen::{Failure, Loaded, Options, load_hx, load_schema, output};
+use qapi_gen::{Dialect, Failure, Loaded, Options, load_hx, load_schema, output};
 
 const USAGE: &str = "\
 usage: qapi-gen check SCHEMA [--hx FILE]   check a schema, and a command table against it
@@ -18,6 +18,7 @@ usage: qapi-gen check SCHEMA [--hx FILE]   check a schema, and a command table a
 
 options:
   --define COND   let COND hold in 'if' conditions (may be repeated)
+  --legacy        the schema is in the dialect of 2012 to 2014
   --unused        warn about types that no command and no event leads to
   --documents     with hx-lint: warn about missing documents and invalid examples
   --help          show this text
@@ -55,6 +56,7 @@ fn parse_arguments() -> Result<Option<Arguments>, lexopt::Error> {
             Long("hx") => arguments.table = Some(parser.value()?.into()),
             Long("output") | Short('o') => arguments.output = Some(parser.value()?.into()),
             Long("define") => drop(arguments.options.defines.insert(parser.value()?.string()?)),
+            Long("legacy") => arguments.options.dialect = Dialect::Legacy,
             Long("unused") => arguments.options.warn_unused = true,
             Long("documents") => arguments.documents = true,
             Value(word) => arguments.words.push(word.into()),

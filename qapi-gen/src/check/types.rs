@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use crate::Dialect;
 use crate::ast::{
     Ast, Base, Branch, Command, Data, Definition, EnumValue, Feature, Kind, Member, Name, Union,
 };
@@ -15,7 +16,13 @@ use crate::limits::MAX_FEATURES;
 use crate::resolve::{Referent, Symbols};
 
 /// Checks a definition whose shape is sound.
-pub(super) fn check(definition: &Definition, ast: &Ast, symbols: &Symbols<'_>, sink: &mut Sink) {
+pub(super) fn check(
+    definition: &Definition,
+    ast: &Ast,
+    symbols: &Symbols<'_>,
+    dialect: Dialect,
+    sink: &mut Sink,
+) {
     let is_type = data_of(&definition.kind).is_none();
     unique_features(&definition.features, sink);
     for feature in &definition.features {
@@ -38,7 +45,9 @@ pub(super) fn check(definition: &Definition, ast: &Ast, symbols: &Symbols<'_>, s
         Kind::Alternate(branches) => alternate(branches, symbols, sink),
         Kind::Command(command) => {
             arguments("command", &command.data, command.boxed, symbols, sink);
-            returns(definition, command, ast, symbols, sink);
+            if dialect == Dialect::Modern {
+                returns(definition, command, ast, symbols, sink);
+            }
         }
         Kind::Event(event) => arguments("event", &event.data, event.boxed, symbols, sink),
     }

@@ -8,7 +8,7 @@ use qapi_gen::diagnostic::{Sink, SourceMap};
 use qapi_gen::hx;
 use qapi_gen::ir::{DocBlock, ExampleLine, Kind, ModuleItem, Schema};
 use qapi_gen::load::Disk;
-use qapi_gen::{Options, load_hx, load_schema};
+use qapi_gen::{Dialect, Options, load_hx, load_schema};
 
 /// A file of QEMU's, which are not part of the project. Says so when it is not there.
 fn upstream(path: &str) -> Option<PathBuf> {
@@ -195,4 +195,49 @@ fn the_table_of_qemu_2_0_is_read_whole() {
             .render()
             .contains("command 'blockdev-del' has no entry in the table")
     );
+}
+
+#[test]
+fn the_drift_of_qemu_2_0_is_found() {
+    let (Some(top), Some(path)) = (
+        upstream("qemu-2.0/qapi-schema.json"),
+        upstream("qemu-2.0/qmp-commands.hx"),
+    ) else {
+        return;
+    };
+    let options = Options {
+        dialect: Dialect::Legacy,
+        ..Options::default()
+    };
+    let mut loaded =
+        load_schema(&top, &Disk, &options).unwrap_or_else(|failure| panic!("{}", failure.render()));
+    assert_eq!(loaded.warnings, []);
+    // Eight simple unions, one flat one, and an anonymous one, which is an alternate now.
+    assert_eq!(count(&loaded.schema)["command"], 102);
+    assert_eq!(count(&loaded.schema)["union"], 9);
+    assert_eq!(count(&loaded.schema)["alternate"], 1);
+
+    let failure = load_hx(&path, &Disk, &mut loaded).unwrap_err();
+    let found: Vec<&str> = failure
+        .diagnostics
+        .iter()
+        .map(|one| one.message.as_str())
+        .collect();
+    let expected = [
+        "arguments of 'eject' are in another order than in the schema",
+        "command 'device_add' is not in the schema",
+        "argument 'keys' is mandatory, but 'O' does not demand it",
+        "argument 'cpu-index' of 'memsave' is not in 'args_type'",
+        "argument 'cpu' of 'memsave' is not in the schema",
+        "arguments of 'migrate' are in another order than in the schema",
+        "command 'client_migrate_info' is not in the schema",
+        "argument 'length' of 'dump-guest-memory' is not in 'args_type'",
+        "argument 'end' of 'dump-guest-memory' is not in the schema",
+        "argument 'netdev' of 'netdev_add' is not in the schema",
+        "arguments of 'drive-backup' are in another order than in the schema",
+        "arguments of 'drive-mirror' are in another order than in the schema",
+        "command 'qmp_capabilities' is not in the schema",
+        "argument 'capabilities' is mandatory, but 'O' does not demand it",
+    ];
+    assert_eq!(found, expected);
 }

@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use qapi_gen::{Options, load_hx, load_schema};
+use qapi_gen::{Dialect, Options, load_hx, load_schema};
 
-use crate::{Memory, load, rendered};
+use crate::{Memory, load, load_with, rendered};
 
-/// Loads a text as schema and as table, and renders what comes of it.
+/// Loads a text as schema of both dialects and as table, and renders what comes of it.
 fn survive(text: &str) {
     let start = Instant::now();
     let shown = rendered(&load(text));
@@ -16,6 +16,11 @@ fn survive(text: &str) {
         "{} bytes of diagnostics",
         shown.len()
     );
+    let legacy = Options {
+        dialect: Dialect::Legacy,
+        ..Options::default()
+    };
+    drop(rendered(&load_with(text, &legacy)));
     let reader = Memory::default()
         .with("t.json", "{ 'command': 'a' }")
         .with("t.hx", text);
@@ -141,6 +146,9 @@ fn thousands_of_mistakes() {
 fn damaged_text() {
     let schema = std::fs::read_to_string("tests/schemas/doc-duplicates.json").unwrap()
         + &std::fs::read_to_string("tests/schemas/condition-leak.json").unwrap();
+    let legacy = "##\n# @A\n#\n# @b: c\n##\n{ 'type': 'A', 'data': { 'b': { 'c': 'int' } } }\n\
+                  { 'union': 'U', 'base': 'A', 'data': { 'x': 'A', 'y': [ 'int' ] } }\n";
+    let schema = schema + legacy;
     let table = std::fs::read_to_string("tests/hx/good.hx").unwrap();
     for text in [&schema, &table] {
         for end in (0..text.len())

@@ -4,7 +4,9 @@ use qapi_gen::ir::{
     Args, DocBlock, ExampleLine, Feature, Kind, Member, ModuleItem, Schema, Type, UnionBase,
 };
 
-use crate::load;
+use qapi_gen::{Dialect, Options};
+
+use crate::{load, load_with};
 
 /// A schema as short text, one definition per line.
 pub(crate) fn describe(schema: &Schema) -> String {
@@ -288,4 +290,80 @@ fn arguments_of_a_named_type_may_be_described_at_the_command() {
         *arguments,
         [("a".to_owned(), vec![paragraph("what it means here")])]
     );
+}
+
+#[test]
+fn the_legacy_dialect_becomes_the_modern_one() {
+    let text = "
+########################################
+# a banner
+########################################
+
+##
+# @Outer
+#
+# What it is.
+#
+# @plain: #optional a member
+#         over two lines
+#
+# Notes: kept by nobody
+#
+# Since: 0.14.0
+##
+{ 'type': 'Outer', 'data': { '*plain': 'int',
+  'nested': { 'deep': { 'x': 'bool' }, '*dict2': [ 'int' ] } } }
+{ 'enum': 'Event', 'data': [ 'l1_grow.alloc_table', 'UP' ] }
+{ 'union': 'Simple', 'data': { 'number': 'int', 'a-list': [ 'str' ], 'outer': 'Outer' } }
+{ 'union': 'WithBase', 'base': 'Outer', 'data': { 'number': 'size' } }
+{ 'type': 'FlatBase', 'data': { 'event': 'Event' } }
+{ 'union': 'Flat', 'base': 'FlatBase', 'discriminator': 'event', 'data': { 'UP': 'Empty' } }
+{ 'type': 'Empty', 'data': {} }
+{ 'union': 'Anonymous', 'discriminator': {}, 'data': { 'definition': 'Flat', 'reference': 'str' } }
+{ 'command': 'netdev_add', 'data': { 'type': 'str', '*props': '**' }, 'gen': 'no' }
+{ 'command': 'qom-get', 'returns': 'visitor', 'gen': 'no' }
+{ 'command': 'guest-shutdown', 'success-response': 'no' }
+{ 'command': 'get-strings', 'returns': [ 'str' ] }
+";
+    let options = Options {
+        dialect: Dialect::Legacy,
+        ..Options::default()
+    };
+    let loaded = load_with(text, &options).unwrap_or_else(|failure| panic!("{}", failure.render()));
+    let expected = "\
+struct OuterNestedDeep: x: bool
+struct OuterNested: deep: OuterNestedDeep, dict2?: [int]
+struct Outer: plain?: int, nested: OuterNested
+enum Event: l1_grow.alloc_table UP
+struct SimpleNumberWrapper: data: int
+struct SimpleAListWrapper: data: [str]
+struct SimpleOuterWrapper: data: Outer
+enum SimpleKind: number a-list outer
+union Simple: type: SimpleKind | type number=SimpleNumberWrapper a-list=SimpleAListWrapper \
+outer=SimpleOuterWrapper
+struct WithBaseNumberWrapper: data: size
+enum WithBaseKind: number
+struct WithBaseBase < Outer: type: WithBaseKind
+union WithBase: < WithBaseBase | type number=WithBaseNumberWrapper
+struct FlatBase: event: Event
+union Flat: < FlatBase | event l1_grow.alloc_table=- UP=Empty
+struct Empty:
+alternate Anonymous: Flat str
+command netdev_add(type: str, props?: any) raw
+command qom-get() -> any raw
+command guest-shutdown() silent
+command get-strings() -> [str]";
+    assert_eq!(describe(&loaded.schema), expected);
+    let outer = &loaded.schema.definitions[2];
+    assert_eq!(outer.doc.body, [paragraph("What it is.")]);
+    assert_eq!(outer.doc.since.as_deref(), Some("0.14.0"));
+    let Kind::Struct(def) = &outer.kind else {
+        panic!("it is a struct");
+    };
+    assert_eq!(
+        def.members[0].doc,
+        [paragraph("#optional a member\nover two lines")]
+    );
+    // The modern dialect knows nothing of this.
+    assert!(load(text).is_err());
 }

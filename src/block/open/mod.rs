@@ -157,6 +157,7 @@ impl Opening<'_> {
         let read_only = effective_read_only(options, &file)?;
         let defaults = qcow2::OpenOptions::default();
         let open_options = qcow2::OpenOptions {
+            filename: file.driver().info().filename,
             read_only,
             pass_discard: qcow2
                 .pass_discard_request

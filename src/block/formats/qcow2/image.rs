@@ -35,6 +35,8 @@ use crate::units::{GuestOffset, HostOffset};
 #[derive(Debug)]
 pub(crate) struct Image {
     pub(super) g: Geometry,
+    /// The file as the user named it.
+    pub(super) filename: String,
     pub(super) file: Child,
     pub(super) backing: Option<Child>,
     /// Unallocated clusters may show something other than zeroes, now or when the image is opened otherwise.

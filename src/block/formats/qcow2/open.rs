@@ -26,8 +26,10 @@ use crate::limits;
 use crate::units::{ClusterIndex, HostOffset};
 
 /// How an image is opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct OpenOptions {
+    /// The file at the bottom as the user named it, for queries.
+    pub filename: String,
     /// Refuse writes, and change nothing in the file.
     pub read_only: bool,
     /// Punch holes into the file where clusters are freed.
@@ -41,6 +43,7 @@ pub struct OpenOptions {
 impl Default for OpenOptions {
     fn default() -> Self {
         OpenOptions {
+            filename: String::new(),
             read_only: false,
             pass_discard: true,
             l2_cache_bytes: limits::QCOW2_L2_CACHE_BYTES,
@@ -153,6 +156,7 @@ impl Opening {
             g,
             l2: L2Cache::new(g, file.clone(), options.l2_cache_bytes),
             file,
+            filename: options.filename,
             may_have_backing: backing.is_some() || names_backing,
             backing,
             read_only: options.read_only,

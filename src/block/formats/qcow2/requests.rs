@@ -149,6 +149,7 @@ impl Driver for Qcow2 {
         let v3 = header.version == Version::V3;
         DriverInfo {
             driver: "qcow2",
+            filename: self.image.filename.clone(),
             cluster_size: Some(self.image.g.cluster_size()),
             backing_filename: header.backing_name.clone(),
             backing_format: header.backing_format(),

@@ -11,6 +11,9 @@ use crate::error::Result;
 use crate::io::Data;
 use crate::protocols::memory::Memory;
 
+mod concurrency;
+mod crashes;
+mod faults;
 mod geometries;
 mod operations;
 

@@ -51,6 +51,10 @@ pub const QCOW2_MAX_CHECK_BYTES: u64 = 1 << 30;
 /// sixteen times over.
 pub const QCOW2_MAX_CHECK_L2_TABLES: usize = 16 << 20;
 
+/// qcow2: memory for refcount blocks while a snapshot is taken or deleted: 16 TiB of mapped clusters at 64 KiB and
+/// 16 bits, before and after the change.
+pub const QCOW2_MAX_BULK_REFCOUNT_BYTES: u64 = 1 << 30;
+
 /// qcow2: longest backing file name in bytes. The specification's bound.
 pub const QCOW2_MAX_BACKING_NAME: u32 = 1023;
 

@@ -143,6 +143,20 @@ impl CounterWidth {
         range.all(|index| self.get(block, index) == value)
     }
 
+    /// The first counter of `range` that is `value`.
+    ///
+    /// # Panics
+    /// When the range is not inside: a caller's error.
+    pub(crate) fn find(self, block: &[u8], mut range: Range<usize>, value: u64) -> Option<usize> {
+        if self.order == 4 && value <= self.max() {
+            let wanted = (value as u16).to_be_bytes();
+            let bytes = &block[2 * range.start..2 * range.end];
+            let found = bytes.chunks_exact(2).position(|counter| counter == wanted);
+            return found.map(|index| range.start + index);
+        }
+        range.find(|&index| self.get(block, index) == value)
+    }
+
     fn sub_byte(self, index: usize) -> (usize, usize) {
         let bit = index << self.order;
         (bit / 8, bit % 8)
@@ -225,7 +239,7 @@ mod tests {
                     let wanted = u64::from(range.contains(&index));
                     assert_eq!(width.get(&block, index), wanted, "order {order}, {range:?}");
                 }
-                assert!(width.all_are(&block, range.clone(), 1));
+                assert_eq!(width.find(&block, 0..count, 1).is_some(), !range.is_empty());
                 if order > 0 {
                     assert_eq!(width.increment(&mut block, range.clone()), Ok(()));
                     assert!(width.all_are(&block, range.clone(), 2));

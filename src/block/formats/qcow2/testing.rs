@@ -73,6 +73,20 @@ pub(super) fn qemu_img(args: &[&str]) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// Runs commands of qemu-io on a qcow2 image; all must succeed.
+#[track_caller]
+pub(super) fn qemu_io(path: &str, commands: &[&str]) {
+    let mut args = vec!["-f", "qcow2"];
+    for command in commands {
+        args.extend(["-c", command]);
+    }
+    args.push(path);
+    let output = run("qemu-io", &args);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let wrong = !output.status.success() || text.contains("verification failed");
+    assert!(!wrong, "qemu-io {commands:?}: {text}");
+}
+
 /// What `qemu-img check` finds, as JSON, whatever its exit code; the texts of its findings with it.
 pub(super) fn qemu_check(path: &Path) -> (Value, String) {
     let output = run(

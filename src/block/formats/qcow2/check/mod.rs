@@ -109,6 +109,8 @@ struct Scan<'a> {
     /// Clusters of the file; the last may be there in part.
     file_clusters: u64,
     refblocks: Vec<refcounts::Refblock>,
+    /// Clusters whose stored refcounts cannot be read; none in nearly every image.
+    unknown: Vec<std::ops::Range<u64>>,
     /// Clusters whose stored refcount is 1.
     stored_ones: Bitmap,
     /// Clusters of metadata, of which each has one user (L2 tables may have many L1 tables).
@@ -144,6 +146,7 @@ impl<'a> Scan<'a> {
             snapshots,
             file_clusters: g.clusters_for(file.size()),
             refblocks: Vec::new(),
+            unknown: Vec::new(),
             stored_ones: Bitmap::default(),
             metadata: Bitmap::default(),
             counts: Counts::new(g.refcount_max()),
@@ -245,7 +248,7 @@ impl<'a> Scan<'a> {
 }
 
 /// Reads the header of the image in `file`. Not validated.
-async fn read_header(file: &Child) -> Result<Header> {
+pub(super) async fn read_header(file: &Child) -> Result<Header> {
     let size = file.size();
     let start = file.read(0, HEADER_START.min(size)).await?.to_bytes();
     let needed = Header::bytes_needed(&start)?.min(size);

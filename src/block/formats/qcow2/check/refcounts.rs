@@ -26,16 +26,24 @@ enum BlockState {
     Good,
     /// Its table entry has reserved bits: read, but not counted.
     Reserved,
-    /// Not at the start of a cluster.
+    /// Not at the start of a cluster: its counts are unknown.
     Unaligned,
-    /// Not in the file.
+    /// Not in the file: its counts are 0.
     Outside,
+    /// Behind everything that a file can have: its counts are unknown.
+    Impossible,
 }
 
 impl Refblock {
     /// Where it lies, when it lies in the file.
     pub(super) fn offset_in_file(&self) -> Option<HostOffset> {
-        (self.state != BlockState::Outside).then_some(self.offset)
+        let inside = !matches!(self.state, BlockState::Outside | BlockState::Impossible);
+        inside.then_some(self.offset)
+    }
+
+    /// Whether nobody can say what the block counts.
+    fn is_unknown(&self) -> bool {
+        matches!(self.state, BlockState::Unaligned | BlockState::Impossible)
     }
 }
 
@@ -53,6 +61,13 @@ impl Scan<'_> {
                 self.refblocks.push(self.refblock(index as u64, entry));
             }
         }
+        let per_block = self.g.refcounts_per_block();
+        self.unknown = self
+            .refblocks
+            .iter()
+            .filter(|block| block.is_unknown())
+            .map(|block| block.index * per_block..(block.index + 1) * per_block)
+            .collect();
         let width = CounterWidth::new(self.g.refcount_order());
         self.each_block(|scan, clusters, counters| {
             for (nth, cluster) in clusters.enumerate() {
@@ -71,6 +86,8 @@ impl Scan<'_> {
             BlockState::Reserved
         } else if !self.g.is_aligned(offset.0) {
             BlockState::Unaligned
+        } else if offset.0 > i64::MAX as u64 {
+            BlockState::Impossible
         } else if self.g.host_cluster(offset).0 >= self.file_clusters {
             BlockState::Outside
         } else {
@@ -93,7 +110,9 @@ impl Scan<'_> {
             let wrong = match block.state {
                 BlockState::Reserved => Some("refcount table entry has reserved bits set"),
                 BlockState::Unaligned => Some("refcount block is not cluster aligned"),
-                BlockState::Outside => Some("refcount block is outside image"),
+                BlockState::Outside | BlockState::Impossible => {
+                    Some("refcount block is outside image")
+                }
                 BlockState::Good => {
                     self.use_metadata("refcount block", offset.0, self.g.cluster_size())?;
                     let alone = self.counts.get(self.g.host_cluster(offset).0) == 1;
@@ -128,17 +147,10 @@ impl Scan<'_> {
         .await?;
         highest = highest.max(self.compare_uncounted(done..self.counts.end()));
         self.report.image_end_offset = (highest + 1) << self.g.cluster_bits();
-        let unreadable = self
-            .refblocks
-            .iter()
-            .filter(|block| block.state == BlockState::Unaligned);
-        let per_block = self.g.refcounts_per_block();
-        self.report.check_errors += unreadable
-            .map(|block| {
-                let first = block.index.saturating_mul(per_block);
-                self.file_clusters.saturating_sub(first).min(per_block)
-            })
-            .sum::<u64>();
+        let unknown = self.unknown.iter();
+        let unknown = unknown
+            .map(|range| range.end.min(self.file_clusters) - range.start.min(self.file_clusters));
+        self.report.check_errors += unknown.sum::<u64>();
         Ok(())
     }
 
@@ -147,10 +159,17 @@ impl Scan<'_> {
         let mut at = clusters.start;
         let mut highest = 0;
         while let Some(cluster) = self.counts.next_counted(at..clusters.end) {
-            highest = self.compare_cluster(cluster, 0);
+            if !self.is_unknown(cluster) {
+                highest = self.compare_cluster(cluster, 0);
+            }
             at = cluster + 1;
         }
         highest
+    }
+
+    /// Whether the cluster's stored count cannot be read.
+    pub(super) fn is_unknown(&self, cluster: u64) -> bool {
+        self.unknown.iter().any(|range| range.contains(&cluster))
     }
 
     /// Compares one cluster; answers its number when it is in use, else 0.
@@ -188,7 +207,8 @@ impl Scan<'_> {
             .iter()
             .copied()
             .filter(|block| matches!(block.state, BlockState::Good | BlockState::Reserved))
-            .filter(|block| g.is_aligned(block.offset.0) && self.is_readable(block.offset))
+            .filter(|block| g.is_aligned(block.offset.0) && block.offset.0 != 0)
+            .filter(|block| self.is_readable(block.offset))
             .collect();
         let per_block = g.refcounts_per_block();
         // In the table's order; blocks usually ascend in the file as well, and then many are read at once.

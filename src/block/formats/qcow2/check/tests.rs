@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::super::testing::{Scratch, assert_qemu_clean, block_on, qemu_check, qemu_img, run};
+use super::super::testing::{Scratch, assert_qemu_clean, block_on, qemu_check, qemu_img, qemu_io};
 use super::*;
 use crate::driver::Requests;
 use crate::protocols::memory::{Change, Memory};
@@ -13,15 +13,7 @@ fn sample(scratch: &Scratch, options: &str) -> Arc<Memory> {
     let path = scratch.path("sample.qcow2");
     let path = path.to_str().unwrap();
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, "4M"]);
-    let io = |commands: &[&str]| {
-        let mut args = vec!["-f", "qcow2"];
-        for command in commands {
-            args.extend(["-c", command]);
-        }
-        args.push(path);
-        let output = run("qemu-io", &args);
-        assert!(output.status.success(), "{options}: {output:?}");
-    };
+    let io = |commands: &[&str]| qemu_io(path, commands);
     io(&[
         "write -P 1 0 1M",
         "write -c -P 2 1M 128k",

@@ -258,7 +258,9 @@ impl Scan<'_> {
         host: HostOffset,
         times: u64,
     ) {
-        if host.0 == 0 || copied == self.stored_ones.get(self.g.host_cluster(host).0) {
+        let cluster = self.g.host_cluster(host).0;
+        let right = copied == self.stored_ones.get(cluster);
+        if host.0 == 0 || right || self.is_unknown(cluster) {
             return;
         }
         self.report.corruptions += times;

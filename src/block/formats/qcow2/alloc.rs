@@ -28,6 +28,7 @@ use block::Block;
 
 mod block;
 mod blocks;
+mod bulk;
 mod grow;
 
 /// Refcount blocks that one allocation searches before it takes clusters at the end of the image.

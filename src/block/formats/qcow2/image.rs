@@ -25,6 +25,7 @@ use super::l1::L1Table;
 use super::l2::{L2Cache, L2Table};
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
+use super::snapshot::SnapshotList;
 use super::write_back::Commits;
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
@@ -58,6 +59,7 @@ pub(crate) struct Image {
     pub(super) clusters: RangeLock,
     pub(super) tables: RangeLock,
     pub(super) quarantine: Quarantine,
+    pub(super) snapshots: SnapshotList,
     pub(super) commits: Commits,
     /// The header has been made ready for changes.
     pub(super) prepared: AtomicBool,

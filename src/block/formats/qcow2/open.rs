@@ -17,6 +17,7 @@ use super::l1::L1Table;
 use super::l2::{L2Cache, decode};
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
+use super::snapshot::SnapshotList;
 use super::write_back::Commits;
 use super::{Qcow2, check};
 use crate::driver::Child;
@@ -130,6 +131,7 @@ impl Opening {
         } = self;
         let g = header.geometry();
         let l1 = read_table(&file, header.l1_table_offset, header.l1_size.into()).await?;
+        let snapshots = SnapshotList::load(&file, &header).await?;
         let mut reftable = Vec::new();
         let owners = Arc::new(Owners::default());
         if !options.read_only {
@@ -138,6 +140,7 @@ impl Opening {
             reftable = read_table(&file, header.refcount_table_offset, entries).await?;
             check_reftable(g, &file, &reftable)?;
             claim_metadata(g, &owners, &header, &reftable, &l1)?;
+            snapshots.claim(&header, &owners)?;
         }
         let size = header.size;
         let has_zero_flag = header.version == Version::V3;
@@ -171,6 +174,7 @@ impl Opening {
             clusters: RangeLock::default(),
             tables: RangeLock::default(),
             quarantine: Quarantine::default(),
+            snapshots,
             commits: Commits::default(),
             prepared: AtomicBool::new(false),
             closed: AtomicBool::new(false),

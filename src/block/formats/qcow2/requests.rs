@@ -8,7 +8,7 @@ use super::header::{Compatible, Incompatible, Version};
 use super::image::Image;
 use crate::driver::{
     BlockStatus, BoxFuture, Child, Driver, DriverInfo, FormatSpecific, Preallocation,
-    RequestLimits, Requests, WriteFlags, ZeroFlags,
+    RequestLimits, Requests, Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
 use crate::io::{Data, RunToEnd};
@@ -170,6 +170,10 @@ impl Driver for Qcow2 {
         let mut children = vec![("file", self.image.file.clone())];
         children.extend(self.image.backing.clone().map(|child| ("backing", child)));
         children
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {

@@ -15,6 +15,7 @@ mod concurrency;
 mod crashes;
 mod faults;
 mod geometries;
+mod model;
 mod operations;
 
 /// A new image of `size` bytes on a disk in memory.

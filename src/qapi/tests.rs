@@ -1,5 +1,6 @@
 //! The generated code of our own schema.
 
+mod complaints;
 mod dispatch;
 mod examples;
 mod peer;

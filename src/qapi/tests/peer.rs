@@ -178,16 +178,17 @@ impl Comparison<'_> {
     }
 }
 
-/// The schema that QSD answers with; `None` where it is not installed.
-fn schema_of_qsd() -> Option<Value> {
+/// The answers of QSD to a session, without the greeting; `None` where it is not installed.
+pub(super) fn session_with_qsd(requests: &[Value]) -> Option<Vec<Value>> {
     let mut qsd = Command::new("qemu-storage-daemon")
         .args(["--chardev", "stdio,id=m", "--monitor", "chardev=m"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
         .ok()?;
-    let session =
-        "{'execute':'qmp_capabilities'} {'execute':'query-qmp-schema'} {'execute':'quit'}";
+    let mut session = String::from("{'execute':'qmp_capabilities'}");
+    session.extend(requests.iter().map(Value::to_string));
+    session.push_str("{'execute':'quit'}");
     qsd.stdin
         .as_mut()
         .unwrap()
@@ -195,21 +196,22 @@ fn schema_of_qsd() -> Option<Value> {
         .unwrap();
     let output = qsd.wait_with_output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
-    let replies = text
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap());
-    let schema = replies
-        .map(|mut reply| reply["return"].take())
-        .find(Value::is_array);
-    Some(schema.expect("an answer"))
+    let replies = text.lines().skip(2).take(requests.len());
+    Some(
+        replies
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect(),
+    )
 }
 
 #[test]
 fn our_schema_is_a_part_of_qsds() {
-    let Some(theirs) = schema_of_qsd() else {
+    let query = serde_json::json!({"execute": "query-qmp-schema"});
+    let Some(mut answers) = session_with_qsd(&[query]) else {
         eprintln!("skipped: qemu-storage-daemon is not installed");
         return;
     };
+    let theirs = answers.remove(0)["return"].take();
     let ours = Schema::new(serde_json::from_str(crate::introspection::SCHEMA).unwrap());
     let theirs = Schema::new(theirs);
     let mut comparison = Comparison {

@@ -1,12 +1,17 @@
 //! The reference as Markdown: a page for each schema file, and an index.
 
+mod text;
+
 use std::collections::BTreeMap;
 
 use super::OutputFile;
-use super::rustdoc::{blocks, escape};
+use super::rustdoc::escape;
 use crate::ir::{
-    Args, Builtin, CommandDef, DefId, Definition, DocBlock, EnumValue, Feature, Kind, Member,
-    ModuleItem, Schema, StructDef, Type, UnionBase, UnionDef,
+    Args, Builtin, CommandDef, DefId, Definition, DocBlock, Kind, Member, ModuleItem, Schema,
+    StructDef, Type, UnionBase, UnionDef,
+};
+use text::{
+    cell, ended, examples, feature_list, feature_words, prose, push, value_table, with_headings,
 };
 
 /// All pages, the index first.
@@ -338,105 +343,6 @@ fn mentions(def: &Definition) -> Vec<DefId> {
 fn page_path(module: &str) -> String {
     let name = module.trim_start_matches("../").replace('/', "-");
     format!("{name}.md")
-}
-
-fn value_table(values: &[EnumValue]) -> String {
-    let rows: Vec<String> = values
-        .iter()
-        .map(|value| {
-            let features = feature_words(&value.features);
-            format!("| `{}` | {}{features} |", value.name, cell(&value.doc))
-        })
-        .collect();
-    format!("| Value | |\n|---|---|\n{}", rows.join("\n"))
-}
-
-/// The features of a member or value, behind its description.
-fn feature_words(features: &[Feature]) -> String {
-    features
-        .iter()
-        .map(|feature| {
-            let doc = cell(&feature.doc);
-            if doc.is_empty() {
-                format!(" *{}*", feature.name)
-            } else {
-                format!(" *{}*: {doc}", feature.name)
-            }
-        })
-        .collect()
-}
-
-fn feature_list(features: &[Feature]) -> String {
-    let items: Vec<String> = features
-        .iter()
-        .map(|feature| format!("- *{}*: {}", feature.name, cell(&feature.doc)))
-        .collect();
-    items.join("\n")
-}
-
-/// Text blocks with their headings as the page's.
-fn with_headings(doc: &[DocBlock]) -> String {
-    let mut text = String::new();
-    for block in doc {
-        match block {
-            DocBlock::Heading(level, title) => {
-                let marks = "#".repeat(usize::from(*level));
-                push(&mut text, &format!("{marks} {}", escape(title)));
-            }
-            other => push(&mut text, &blocks(std::slice::from_ref(other))),
-        }
-    }
-    text
-}
-
-/// Everything but the examples, which come last.
-fn prose(doc: &[DocBlock]) -> String {
-    let prose: Vec<DocBlock> = doc
-        .iter()
-        .filter(|block| !matches!(block, DocBlock::Example(_)))
-        .cloned()
-        .collect();
-    blocks(&prose)
-}
-
-fn examples(doc: &[DocBlock]) -> String {
-    let mut text = String::new();
-    for block in doc {
-        if let DocBlock::Example(example) = block {
-            let title = example
-                .title
-                .as_deref()
-                .map(|title| format!(": {}", escape(title)));
-            push(
-                &mut text,
-                &format!("**Example**{}", title.unwrap_or_default()),
-            );
-            push(&mut text, &blocks(std::slice::from_ref(block)));
-        }
-    }
-    text
-}
-
-/// Blocks in one line, for a table.
-fn cell(doc: &[DocBlock]) -> String {
-    let text = prose(doc).replace("\n\n", "<br>").replace("\n- ", "<br>- ");
-    text.replace('\n', " ").replace('|', "\\|")
-}
-
-/// Appends a block and an empty line; nothing for an empty block.
-fn push(text: &mut String, block: &str) {
-    let block = block.trim_end();
-    if !block.is_empty() {
-        text.push_str(block);
-        text.push_str("\n\n");
-    }
-}
-
-/// The text with one end of line at its end.
-fn ended(mut text: String) -> String {
-    text.truncate(text.trim_end().len());
-    text.push('\n');
-    text
 }
 
 fn kind_name(kind: &Kind) -> &'static str {

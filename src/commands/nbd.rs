@@ -15,7 +15,6 @@ use super::{Handlers, convert};
 use crate::daemon::{Control, Cx};
 use crate::exports::ExportInfo;
 use crate::exports::nbd::{ListenAddress, NbdExportOptions, NbdServer};
-use crate::limits::{NBD_HANDSHAKE_TIMEOUT, NBD_MAX_CONNECTIONS};
 
 impl BlockExport<Cx> for Handlers {
     async fn nbd_server_start(cx: &Cx, args: NbdServerStart) -> Result<(), QmpError> {
@@ -139,20 +138,15 @@ async fn start(
             Ok(control.exports.events())
         })
         .await?;
-    let options = crate::exports::nbd::NbdServerOptions {
-        addresses: vec![address?],
-        max_connections: match limits.max_connections {
-            None => Some(NBD_MAX_CONNECTIONS),
-            // As in QEMU, 0 is no limit.
-            Some(0) => None,
-            Some(most) => Some(most as usize),
-        },
-        handshake_timeout: match limits.handshake_max_seconds {
-            None => Some(NBD_HANDSHAKE_TIMEOUT),
-            Some(0) => None,
-            Some(seconds) => Some(Duration::from_secs(seconds.into())),
-        },
-    };
+    let mut options = crate::exports::nbd::NbdServerOptions::new(vec![address?]);
+    // As in QEMU, 0 is no limit.
+    if let Some(most) = limits.max_connections {
+        options.max_connections = (most > 0).then_some(most as usize);
+    }
+    if let Some(seconds) = limits.handshake_max_seconds {
+        let limit = Duration::from_secs(seconds.into());
+        options.handshake_timeout = (seconds > 0).then_some(limit);
+    }
     let asked = options.addresses.clone();
     let server = NbdServer::start(options, events)
         .await

@@ -1,7 +1,7 @@
 //! The server: listeners, connections and exports.
 //!
-//! One task accepts; it owns a task per connection, which does the handshake and then the transmission. `stop` ends
-//! the first, which ends the others when they have answered what is in flight. Nothing else is spawned.
+//! One task accepts; it owns a task per connection, which does the handshake and then the transmission, on a thread for
+//! I/O. `stop` ends the first, which ends the others when they have answered what is in flight. Nothing else is spawned.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -13,6 +13,7 @@ use std::time::Duration;
 use block::driver::Requests;
 use block::error::{Error, ErrorKind, Result};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
@@ -20,11 +21,12 @@ use super::listen::{ListenAddress, Listener, Stream};
 use super::negotiate::{Negotiated, Offer, negotiate};
 use super::registry::{NbdExportOptions, Registry};
 use super::session::serve;
+use crate::exports::threads::{IoThreads, Seat};
 use crate::exports::{ExportEvent, ExportInfo, RemoveMode};
 use crate::limits;
 
 /// How a server is set up.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone)]
 pub struct NbdServerOptions {
     /// Where it listens; at least one.
     pub addresses: Vec<ListenAddress>,
@@ -32,6 +34,8 @@ pub struct NbdServerOptions {
     pub max_connections: Option<usize>,
     /// How long a client may take to choose an export. `None` for no limit.
     pub handshake_timeout: Option<Duration>,
+    /// Where connections run.
+    pub threads: IoThreads,
 }
 
 impl NbdServerOptions {
@@ -41,6 +45,7 @@ impl NbdServerOptions {
             addresses,
             max_connections: Some(limits::NBD_MAX_CONNECTIONS),
             handshake_timeout: Some(limits::NBD_HANDSHAKE_TIMEOUT),
+            threads: IoThreads::for_this_machine(),
         }
     }
 }
@@ -55,7 +60,8 @@ pub struct NbdServer {
 }
 
 impl NbdServer {
-    /// Listens and begins to accept, on the runtime that it is called in. `events` is told of exports that are gone.
+    /// Listens and begins to accept, on the runtime that it is called in; connections run on `options.threads`. `events`
+    /// is told of exports that are gone.
     ///
     /// Fails when an address cannot be listened at; nothing is left behind then.
     pub async fn start(
@@ -90,6 +96,7 @@ impl NbdServer {
                 },
                 half_open: Mutex::default(),
             }),
+            threads: options.threads,
             most: options.max_connections.unwrap_or(usize::MAX).max(1),
             connections: JoinSet::new(),
             stop: stop.subscribe(),
@@ -168,6 +175,14 @@ struct HalfOpen {
     connections: VecDeque<(u64, AbortHandle)>,
 }
 
+impl HalfOpen {
+    /// Whether it was there.
+    fn remove(&mut self, id: u64) -> bool {
+        let at = self.connections.iter().position(|(each, _)| *each == id);
+        at.is_some_and(|at| self.connections.remove(at).is_some())
+    }
+}
+
 impl Shared {
     fn half_open(&self) -> MutexGuard<'_, HalfOpen> {
         self.half_open
@@ -182,6 +197,8 @@ struct Acceptor {
     /// The listener to ask first, so that none starves the others.
     next: usize,
     shared: Arc<Shared>,
+    /// Not among what connections share: they must not be the ones to end their own threads.
+    threads: IoThreads,
     most: usize,
     connections: JoinSet<()>,
     stop: watch::Receiver<bool>,
@@ -209,7 +226,11 @@ impl Acceptor {
 
     async fn accepted(&mut self, accepted: io::Result<Stream>) {
         match accepted {
-            Ok(stream) => self.spawn(stream),
+            Ok(stream) => {
+                if let Err(error) = self.spawn(stream) {
+                    log::warn!("NBD: could not serve a connection: {error}");
+                }
+            }
             Err(error) => {
                 // Most likely too many open files. Trying again at once would only burn a core.
                 log::warn!("NBD: could not accept a connection: {error}");
@@ -218,19 +239,31 @@ impl Acceptor {
         }
     }
 
-    fn spawn(&mut self, stream: Stream) {
-        let shared = self.shared.clone();
+    fn spawn(&mut self, stream: Stream) -> io::Result<()> {
+        let seat = self.threads.seat()?;
+        let thread = seat.handle().clone();
         let mut half_open = self.shared.half_open();
-        let id = half_open.next;
-        half_open.next += 1;
-        let stop = self.stop.clone();
+        let new = NewConnection {
+            id: half_open.next,
+            shared: self.shared.clone(),
+            stop: self.stop.clone(),
+            _seat: seat,
+        };
+        // The thread's own scheduler has to watch the socket, not the one that accepted it.
+        let _context = thread.enter();
         let task = match stream {
-            Stream::Unix(socket) => self.connections.spawn(connection(socket, id, shared, stop)),
+            Stream::Unix(socket) => {
+                let socket = UnixStream::from_std(socket.into_std()?)?;
+                self.connections.spawn_on(new.run(socket), &thread)
+            }
             Stream::Tcp(socket) => {
                 prepare_tcp(&socket);
-                self.connections.spawn(connection(socket, id, shared, stop))
+                let socket = TcpStream::from_std(socket.into_std()?)?;
+                self.connections.spawn_on(new.run(socket), &thread)
             }
         };
+        let id = half_open.next;
+        half_open.next += 1;
         half_open.connections.push_back((id, task));
         // Whoever opens connections without using them pushes out their own first.
         if half_open.connections.len() > limits::NBD_MAX_HALF_OPEN
@@ -239,6 +272,7 @@ impl Acceptor {
             log::warn!("NBD: too many connections in their handshake, dropping the oldest");
             oldest.abort();
         }
+        Ok(())
     }
 }
 
@@ -259,7 +293,7 @@ fn poll_accept(
 
 /// Requests and replies are small and answers to each other: they must not wait for more to send. A peer that is gone
 /// without a word is noticed in the end.
-fn prepare_tcp(socket: &tokio::net::TcpStream) {
+fn prepare_tcp(socket: &TcpStream) {
     let prepared = socket
         .set_nodelay(true)
         .and_then(|()| Ok(rustix::net::sockopt::set_socket_keepalive(socket, true)?));
@@ -273,46 +307,48 @@ async fn raised(flag: &mut watch::Receiver<bool>) {
     let _ = flag.wait_for(|raised| *raised).await;
 }
 
-/// One connection from its greeting to its end.
-async fn connection<S>(mut socket: S, id: u64, shared: Arc<Shared>, mut stop: watch::Receiver<bool>)
+/// What a connection's task begins with.
+struct NewConnection {
+    /// Its number among the half-open ones.
+    id: u64,
+    shared: Arc<Shared>,
+    stop: watch::Receiver<bool>,
+    _seat: Seat,
+}
+
+impl NewConnection {
+    /// One connection from its greeting to its end.
+    async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut self, mut socket: S) {
+        let negotiated = tokio::select! {
+            () = raised(&mut self.stop) => return,
+            negotiated = negotiate_in_time(&mut socket, &self.shared) => negotiated,
+        };
+        if !self.shared.half_open().remove(self.id) {
+            // Pushed out at this very moment.
+            return;
+        }
+        match negotiated {
+            Ok(Some(negotiated)) => transmission(socket, negotiated).await,
+            Ok(None) => {}
+            Err(error) => log::debug!("NBD: handshake failed: {error}"),
+        }
+    }
+}
+
+async fn transmission<S>(socket: S, negotiated: Negotiated)
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let negotiated = tokio::select! {
-        () = raised(&mut stop) => return,
-        negotiated = negotiate_in_time(&mut socket, &shared) => negotiated,
-    };
-    {
-        let mut half_open = shared.half_open();
-        let Some(at) = half_open
-            .connections
-            .iter()
-            .position(|(each, _)| *each == id)
-        else {
-            // Pushed out at this very moment.
-            return;
-        };
-        half_open.connections.remove(at);
-    }
     let Negotiated {
         export,
         terms,
         early,
-    } = match negotiated {
-        Ok(Some(negotiated)) => negotiated,
-        Ok(None) => return,
-        Err(error) => {
-            log::debug!("NBD: handshake failed: {error}");
-            return;
-        }
-    };
+    } = negotiated;
     let node = export.node();
     let mut closing = export.closing();
     if let Err(error) = serve(socket, early, terms, &*node, raised(&mut closing)).await {
-        log::debug!(
-            "NBD: connection to '{}' closed: {error}",
-            export.options().name
-        );
+        let name = &export.options().name;
+        log::debug!("NBD: connection to '{name}' closed: {error}");
     }
     // The export's event may be sent by what follows, and no reference may be left then.
     drop(node);

@@ -294,11 +294,6 @@ impl L2Cache {
 }
 
 impl TakenTable {
-    /// The table.
-    pub(crate) fn table(&self) -> &Arc<L2Table> {
-        &self.table
-    }
-
     /// Writes what was taken. Not durable before the file's next flush.
     pub(crate) async fn write(&self, file: &Child) -> Result<()> {
         for (at, data) in &self.parts {

@@ -17,7 +17,7 @@
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
 //! * `gate`, `parallel`: what runs at the same time
 
-// The parts land ahead of the operations that use them.
+// Parts of the snapshots land ahead of the operations that use them.
 #![allow(dead_code)]
 
 mod alloc;

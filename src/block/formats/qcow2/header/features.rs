@@ -45,8 +45,6 @@ impl Compatible {
 impl Autoclear {
     /// The bitmaps extension agrees with the data.
     pub(crate) const BITMAPS: u64 = 1;
-    /// An external data file is a raw image by itself.
-    pub(crate) const RAW_DATA: u64 = 1 << 1;
 
     /// Whether all of `bits` are set.
     pub(crate) fn has(self, bits: u64) -> bool {

@@ -17,6 +17,7 @@ mod faults;
 mod geometries;
 mod model;
 mod operations;
+mod sharing;
 
 /// A new image of `size` bytes on a disk in memory.
 async fn new_image(options: &CreateOptions) -> Arc<Memory> {

@@ -68,6 +68,9 @@ impl Default for RustOptions {
 ///
 /// # Errors
 /// Names that are different on the wire and the same in Rust.
+///
+/// # Panics
+/// If `options.runtime` is no Rust path.
 pub fn rust(
     schema: &Schema,
     sources: &SourceMap,

@@ -5,7 +5,7 @@
 //! | module | what |
 //! |---|---|
 //! | [`types`] | the types of the schema, each with `decode` and `into_value` |
-//! | [`commands`] | the arguments of each command |
+//! | [`mod@commands`] | the arguments of each command |
 //! | [`handlers`] | a trait for each schema file: what the daemon must implement |
 //! | [`events`] | the data of each event; [`Event`] is any of them |
 //! | [`commands()`] | the dispatch table for an implementation of the traits |

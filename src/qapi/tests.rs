@@ -25,6 +25,16 @@ fn the_schema_decodes_through_its_own_types() {
     assert_eq!(Value::Array(again), schema);
 }
 
+/// What clients see of the interface: a change of it shows in review.
+#[test]
+fn the_schema_on_the_wire_is_this() {
+    insta::with_settings!({
+        snapshot_path => "../../snapshots",
+        prepend_module_to_snapshot => false,
+        omit_expression => true,
+    }, { insta::assert_snapshot!("introspection", introspection::SCHEMA) });
+}
+
 fn add(arguments: Value) -> Result<BlockdevOptions, String> {
     BlockdevOptions::decode(arguments, &Path::json()).map_err(|err| err.desc)
 }

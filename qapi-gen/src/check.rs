@@ -5,6 +5,7 @@
 mod conditions;
 mod derivation;
 mod docs;
+pub(crate) mod examples;
 mod lints;
 mod names;
 mod types;

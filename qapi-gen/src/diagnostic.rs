@@ -60,6 +60,19 @@ impl SourceMap {
         &self.files
     }
 
+    /// A 1-based line without the blanks around it.
+    pub fn line_span(&self, file: FileId, line: usize) -> Span {
+        let source = self.file(file);
+        let text = source.line_text(line);
+        let start = source.line_starts.get(line - 1).copied().unwrap_or(0);
+        let start = start + text.len() - text.trim_start().len();
+        Span {
+            file,
+            start,
+            end: start + text.trim().len(),
+        }
+    }
+
     /// Line and column of a byte offset, both 1-based; columns count characters.
     pub fn line_column(&self, file: FileId, offset: usize) -> (usize, usize) {
         let file = self.file(file);

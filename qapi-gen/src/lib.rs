@@ -129,6 +129,9 @@ pub fn load_schema(
         }));
     }
     let schema = lower::lower(&ast, &symbols, options);
+    if options.dialect == Dialect::Modern {
+        check::examples::check(&schema, &sources, &mut sink);
+    }
     Ok(Loaded {
         schema,
         sources,
@@ -168,6 +171,7 @@ pub fn load_hx(
     let hx = hx::parse(file, &loaded.sources, &mut sink);
     if sink.error_count() == 0 {
         hx::check(&hx, &loaded.schema, &mut sink);
+        hx::check_documents(&hx, &loaded.schema, &loaded.sources, &mut sink);
     }
     if sink.error_count() > 0 {
         return Err(fail(loaded, sink));

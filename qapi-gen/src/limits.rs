@@ -9,6 +9,9 @@ pub const MAX_NESTING: usize = 64;
 /// Bytes of one source file. The largest real one has 250 KB.
 pub const MAX_FILE_BYTES: u64 = 16 << 20;
 
+/// Bytes of one string in a schema. Names are repeated in messages and in what is derived from them.
+pub const MAX_STRING_BYTES: usize = 4096;
+
 /// Files included from each other, one inside the other: the loader recurses once per level.
 pub const MAX_INCLUDE_DEPTH: usize = 64;
 

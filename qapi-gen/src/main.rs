@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use lexopt::prelude::{Long, Short, Value, ValueExt as _};
-use qapi_gen::diagnostic::{self, Sink};
+use qapi_gen::diagnostic;
 use qapi_gen::emit::{self, OutputFile, RustOptions};
-use qapi_gen::hx::{self, HxFile};
 use qapi_gen::load::Disk;
 use qapi_gen::{Dialect, Failure, Loaded, Options, load_hx, load_schema, output};
 
@@ -20,7 +19,6 @@ options:
   --define COND   let COND hold in 'if' conditions (may be repeated)
   --legacy        the schema is in the dialect of 2012 to 2014
   --unused        warn about types that no command and no event leads to
-  --documents     with hx-lint: warn about missing documents and invalid examples
   --help          show this text
 
 Findings go to standard error; the exit status is 1 if there is an error among them.
@@ -43,7 +41,6 @@ struct Arguments {
     words: Vec<PathBuf>,
     table: Option<PathBuf>,
     output: Option<PathBuf>,
-    documents: bool,
     options: Options,
 }
 
@@ -58,7 +55,6 @@ fn parse_arguments() -> Result<Option<Arguments>, lexopt::Error> {
             Long("define") => drop(arguments.options.defines.insert(parser.value()?.string()?)),
             Long("legacy") => arguments.options.dialect = Dialect::Legacy,
             Long("unused") => arguments.options.warn_unused = true,
-            Long("documents") => arguments.documents = true,
             Value(word) => arguments.words.push(word.into()),
             other => return Err(other.unexpected()),
         }
@@ -120,8 +116,7 @@ impl From<Box<Failure>> for Stop {
 fn check(schema: &Path, arguments: &Arguments) -> Result<(), Stop> {
     let mut loaded = load_schema(schema, &Disk, &arguments.options)?;
     if let Some(table) = &arguments.table {
-        let hx = load_hx(table, &Disk, &mut loaded)?;
-        warn_about_documents(&hx, &mut loaded);
+        load_hx(table, &Disk, &mut loaded)?;
     }
     print_warnings(&loaded);
     Ok(())
@@ -131,10 +126,7 @@ fn lint(schema: &Path, table: &Path, arguments: &Arguments) -> Result<(), Stop> 
     let mut loaded = load_schema(schema, &Disk, &arguments.options)?;
     // The schema is not what is asked about.
     loaded.warnings.clear();
-    let hx = load_hx(table, &Disk, &mut loaded)?;
-    if arguments.documents {
-        warn_about_documents(&hx, &mut loaded);
-    }
+    load_hx(table, &Disk, &mut loaded)?;
     print_warnings(&loaded);
     Ok(())
 }
@@ -175,12 +167,6 @@ fn write(arguments: &Arguments, files: &[OutputFile]) -> Result<(), Stop> {
         return Err(Stop::Message("where to? Give a folder with -o".to_owned()));
     };
     output::write(folder, files).map_err(|error| Stop::Message(error.to_string()))
-}
-
-fn warn_about_documents(hx: &HxFile, loaded: &mut Loaded) {
-    let mut sink = Sink::default();
-    hx::check_documents(hx, &mut sink);
-    loaded.warnings.extend(sink.finish());
 }
 
 fn print_warnings(loaded: &Loaded) {

@@ -8,7 +8,7 @@ use pest::iterators::Pair;
 
 use crate::diagnostic::{Diagnostic, Sink};
 use crate::ir::{FileId, Span};
-use crate::limits::MAX_NESTING;
+use crate::limits::{MAX_NESTING, MAX_STRING_BYTES};
 
 /// The parser that pest generates from the grammar.
 mod grammar {
@@ -149,7 +149,7 @@ impl Context<'_> {
                     .collect(),
             ),
             Rule::boolean => Value::Bool(pair.as_str() == "true"),
-            _ => Value::String(unquote(pair.as_str())),
+            _ => Value::String(self.string(&pair, sink)),
         };
         Node { value, span }
     }
@@ -163,7 +163,7 @@ impl Context<'_> {
                 continue;
             };
             let name = Name {
-                text: unquote(key.as_str()),
+                text: self.string(&key, sink),
                 span: self.span_of(&key),
             };
             let node = self.node(value, sink);
@@ -176,6 +176,20 @@ impl Context<'_> {
             members.push((name, node));
         }
         members
+    }
+
+    /// The text of a string token without quotes and escapes.
+    fn string(&self, pair: &Pair<'_, Rule>, sink: &mut Sink) -> String {
+        let token = pair.as_str();
+        if token.len() > MAX_STRING_BYTES {
+            let message = format!("string longer than {MAX_STRING_BYTES} bytes");
+            sink.error(self.span_of(pair), message);
+            return String::new();
+        }
+        let inner = token
+            .strip_prefix('\'')
+            .and_then(|rest| rest.strip_suffix('\''));
+        inner.unwrap_or(token).replace("\\\\", "\\")
     }
 
     /// Says what is wrong with a piece that is not an object.
@@ -250,14 +264,6 @@ fn is_value(rule: Rule) -> bool {
         rule,
         Rule::object | Rule::array | Rule::string | Rule::boolean
     )
-}
-
-/// The text of a string token without quotes and escapes.
-fn unquote(token: &str) -> String {
-    let inner = token
-        .strip_prefix('\'')
-        .and_then(|rest| rest.strip_suffix('\''));
-    inner.unwrap_or(token).replace("\\\\", "\\")
 }
 
 /// The length of the string token that `rest` begins with.

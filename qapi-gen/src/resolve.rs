@@ -26,6 +26,12 @@ pub(crate) const BUILTINS: [(&str, Builtin); 16] = [
     ("QType", Builtin::QType),
 ];
 
+/// The name of a builtin type.
+pub(crate) fn name_of(builtin: Builtin) -> &'static str {
+    let found = BUILTINS.iter().find(|(_, known)| *known == builtin);
+    found.map_or("", |(name, _)| name)
+}
+
 /// What a type name stands for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Referent<'a> {

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use crate::diagnostic::{Diagnostic, Sink};
+use crate::check::examples;
+use crate::diagnostic::{Diagnostic, Sink, SourceMap};
 use crate::hx::{Arg, Code, Entry, HxFile, marshaller};
 use crate::ir::{
-    Args, Branch, Builtin, CommandDef, Definition, ExampleLine, Kind, Member, Schema, Span, Type,
-    UnionBase,
+    Args, Branch, Builtin, CommandDef, Definition, Kind, Member, Schema, Span, Type, UnionBase,
 };
 
 /// Compares a table with the schema. Disagreements are errors; another order of arguments is a warning.
@@ -53,8 +53,8 @@ pub fn check(hx: &HxFile, schema: &Schema, sink: &mut Sink) {
     }
 }
 
-/// Warns about commands without a document and examples that are not valid JSON.
-pub fn check_documents(hx: &HxFile, sink: &mut Sink) {
+/// Warns about commands without a document, and about examples that are not valid JSON or do not fit the schema.
+pub fn check_documents(hx: &HxFile, schema: &Schema, sources: &SourceMap, sink: &mut Sink) {
     for entry in &hx.entries {
         if hx.document(&entry.name.text).is_none() {
             let message = format!("command '{}' has no document", entry.name.text);
@@ -62,17 +62,9 @@ pub fn check_documents(hx: &HxFile, sink: &mut Sink) {
         }
     }
     for document in &hx.documents {
-        let is_command = hx.entry(&document.title.text).is_some();
-        for line in &document.lines {
-            let (ExampleLine::Sent(text, number) | ExampleLine::Received(text, number)) = line
-            else {
-                continue;
-            };
-            // Documents that belong to no command may show the arrows themselves.
-            if is_command && let Err(error) = serde_json::from_str::<serde_json::Value>(text) {
-                let message = format!("example in line {number} is not valid JSON: {error}");
-                sink.push(Diagnostic::warning(document.title.span, message));
-            }
+        // Documents that belong to no command may show the arrows themselves.
+        if hx.entry(&document.title.text).is_some() {
+            examples::check_lines(&document.lines, hx.file, schema, sources, sink);
         }
     }
 }
@@ -250,10 +242,7 @@ fn is_integer(ty: &Type) -> bool {
 
 fn type_name(ty: &Type, schema: &Schema) -> String {
     match ty {
-        Type::Builtin(builtin) => crate::resolve::BUILTINS
-            .iter()
-            .find(|(_, known)| known == builtin)
-            .map_or_else(String::new, |(name, _)| (*name).to_owned()),
+        Type::Builtin(builtin) => crate::resolve::name_of(*builtin).to_owned(),
         Type::Defined(id) => schema.def(*id).name.clone(),
         Type::Array(element) => format!("[{}]", type_name(element, schema)),
     }

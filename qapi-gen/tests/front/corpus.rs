@@ -46,9 +46,7 @@ fn our_schema_and_table_agree() {
     let table = load_hx(Path::new("../schema/qmp-commands.hx"), &Disk, &mut loaded)
         .unwrap_or_else(|failure| panic!("{}", failure.render()));
     assert_eq!(loaded.warnings, []);
-    let mut sink = Sink::default();
-    hx::check_documents(&table, &mut sink);
-    assert_eq!(sink.finish(), []);
+    assert_eq!(table.entries.len(), count(&loaded.schema)["command"]);
 }
 
 /// Every identifier that looks like one of a condition, in the texts themselves.
@@ -218,11 +216,16 @@ fn the_drift_of_qemu_2_0_is_found() {
     assert_eq!(count(&loaded.schema)["alternate"], 1);
 
     let failure = load_hx(&path, &Disk, &mut loaded).unwrap_err();
-    let found: Vec<&str> = failure
+    let (documents, found): (Vec<&str>, Vec<&str>) = failure
         .diagnostics
         .iter()
         .map(|one| one.message.as_str())
-        .collect();
+        .partition(|message| message.starts_with("example") || message.ends_with("no document"));
+    let start = |text: &str| documents.iter().filter(|one| one.starts_with(text)).count();
+    assert_eq!(start("command"), 20);
+    assert_eq!(start("example is not valid JSON"), 7);
+    // One request that lacks an argument, four answers to query-migrate, and more of that kind.
+    assert!(start("example does not fit") >= 5, "{documents:#?}");
     let expected = [
         "arguments of 'eject' are in another order than in the schema",
         "command 'device_add' is not in the schema",

@@ -8,11 +8,13 @@
     reason = "a panic is how a test fails, also in its helpers"
 )]
 
+mod command;
 mod corpus;
 mod goldens;
 mod hostile;
 mod rules;
 mod schema;
+mod table;
 
 use std::collections::BTreeMap;
 use std::io;

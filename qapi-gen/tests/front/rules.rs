@@ -198,3 +198,100 @@ fn conditions_select_what_is_there() {
                 command get-both() -> Both +f";
     assert_eq!(shape(&["WITH_B", "WITH_C"]), with);
 }
+
+#[test]
+fn examples_fit_the_schema() {
+    let schema = |example: &str| {
+        let lines: String = example
+            .lines()
+            .map(|line| format!("#     {line}\n"))
+            .collect();
+        format!(
+            "{{ 'enum': 'Mode', 'data': [ 'fast', 'safe' ] }}
+{{ 'struct': 'Fast', 'data': {{ 'speed': 'uint8' }} }}
+{{ 'union': 'Options', 'base': {{ 'mode': 'Mode' }}, 'discriminator': 'mode', 'data': {{ 'fast': 'Fast' }} }}
+{{ 'alternate': 'NameOrNot', 'data': {{ 'name': 'str', 'not': 'null' }} }}
+{{ 'command': 'set', 'data': 'Options', 'boxed': true, 'returns': [ 'Fast' ] }}
+{{ 'command': 'raw', 'gen': false }}
+{{ 'event': 'DONE', 'data': {{ 'name': 'NameOrNot' }} }}
+##
+# .. qmp-example::
+#
+{lines}##
+"
+        )
+    };
+    let cases = [
+        (
+            r#"-> { "execute": "set", "arguments": { "mode": "fast", "speed": 255 } }"#,
+            "",
+        ),
+        (
+            r#"-> { "execute": "set", "arguments": { "mode": "safe" }, "id": 1 }"#,
+            "",
+        ),
+        (
+            r#"-> { "execute": "raw", "arguments": { "what": "ever" } }"#,
+            "",
+        ),
+        (
+            r#"<- { "event": "DONE", "data": { "name": null }, "timestamp": {} }"#,
+            "",
+        ),
+        (
+            r#"<- { "error": { "class": "GenericError", "desc": "no" } }"#,
+            "",
+        ),
+        (
+            "-> { \"execute\": \"set\",\n     \"arguments\": { \"mode\": \"safe\" } }\n<- { \"return\": [ { \"speed\": 1 } ] }",
+            "",
+        ),
+        (r#"-> { "execute": "set" }"#, "'arguments.mode' is missing"),
+        (r#"-> { "execute": "sat" }"#, "there is no command 'sat'"),
+        (
+            r#"-> { "excute": "set" }"#,
+            "a request has a string 'execute'",
+        ),
+        (
+            r#"-> { "execute": "set", "arguments": { "mode": "fast" } }"#,
+            "'arguments.speed' is missing",
+        ),
+        (
+            r#"-> { "execute": "set", "arguments": { "mode": "fast", "speed": 256 } }"#,
+            "'arguments.speed' is no uint8",
+        ),
+        (
+            r#"-> { "execute": "set", "arguments": { "mode": "safe", "speed": 1 } }"#,
+            "'arguments.speed' is unexpected",
+        ),
+        (
+            r#"-> { "execute": "set", "arguments": { "mode": "slow" } }"#,
+            "'arguments.mode': 'slow' is no value of Mode",
+        ),
+        (
+            r#"<- { "event": "DONE", "data": { "name": 1 } }"#,
+            "'data.name' fits no branch of NameOrNot",
+        ),
+        (r#"<- { "event": "DON" }"#, "there is no event 'DON'"),
+        (
+            "-> { \"execute\": \"set\", \"arguments\": { \"mode\": \"safe\" } }\n<- { \"return\": [ 1 ] }",
+            "'return[0]' is no Fast",
+        ),
+        (
+            "-> { \"execute\": \"raw\" }\n<- { \"return\": { \"a\": 1 } }",
+            "the command returns {}",
+        ),
+    ];
+    for (example, expected) in cases {
+        let expected: Vec<String> = match expected {
+            "" => Vec::new(),
+            text => vec![format!("example does not fit the schema: {text}")],
+        };
+        assert_eq!(messages(&schema(example)), expected, "for {example}");
+    }
+    let found = messages(&schema("-> { \"execute\": \"set\", }"));
+    assert!(
+        found[0].starts_with("example is not valid JSON"),
+        "{found:?}"
+    );
+}

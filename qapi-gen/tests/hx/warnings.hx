@@ -27,6 +27,12 @@ HXCOMM not part of the document
 -> { "execute": "quit" }
 <- { "return": {} }
 
+And some mistakes:
+
+-> { "execute": "quit", "arguments": { "now": true } }
+<- { "return": {}
+-> { "execute": "exit" }
+
 EQMP
 {
         .name       = "add_fd",

@@ -10,8 +10,8 @@ pub const MAX_NODE_NAME: usize = 31;
 /// How many nodes a graph may have: a client that adds nodes in a loop must not exhaust file handles.
 pub const MAX_NODES: usize = 10_000;
 
-/// The longest request that a node takes, in bytes. One read answers with memory of its own size, so this
-/// bounds what a single request can make the process allocate. Callers split what is longer.
+/// The longest read that a node takes, in bytes. A read answers with memory of its own size, so this bounds
+/// what a single request can make the process allocate. Callers split what is longer.
 pub const MAX_REQUEST: u64 = 64 << 20;
 
 /// The largest disk, in bytes: file offsets are signed, and rounding up to any cluster size must not overflow.
@@ -73,6 +73,7 @@ pub const QCOW2_REFCOUNT_CACHE_BYTES: u64 = 32 << 20;
 
 /// qcow2: end of what table entries can address (bits 9 to 55).
 pub const QCOW2_MAX_HOST_OFFSET: u64 = 1 << 56;
+
 /// Threads of the pool for blocking calls, as many as QEMU's: more only queue up in the kernel.
 pub const MAX_POOL_THREADS: usize = 64;
 

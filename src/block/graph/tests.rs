@@ -1,3 +1,5 @@
+//! Nodes around a memory disk whose timing the tests steer, and the rules of the graph.
+
 use std::time::Duration;
 
 use tokio::time::timeout;

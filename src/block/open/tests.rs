@@ -1,3 +1,5 @@
+//! Options in, nodes out: on files, on nodes that exist, and on chains that qemu-img made.
+
 use super::*;
 use crate::driver::{Requests, WriteFlags};
 use crate::io::Data;

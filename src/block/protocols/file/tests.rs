@@ -1,3 +1,5 @@
+//! Files against a model for each engine and cache mode, locks against QEMU's tools, and what goes wrong.
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;

@@ -1,3 +1,5 @@
+//! The disk in memory does what the tests of everything above rely on.
+
 use super::*;
 
 fn bytes(value: u8, len: usize) -> Data {

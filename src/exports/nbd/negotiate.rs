@@ -293,7 +293,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Negotiation<'_, S> {
         } else {
             1
         };
+        // A power of two, as the specification wants it; the largest payload is one.
         let preferred = limits.preferred.clamp(4096, limits::NBD_MAX_PAYLOAD);
+        let preferred = preferred.next_power_of_two();
         let sizes = [minimum, preferred.max(minimum), limits::NBD_MAX_PAYLOAD];
         self.info_reply(
             option,
@@ -326,7 +328,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Negotiation<'_, S> {
             // Whatever comes of this one, the one before is void.
             self.base_allocation_of = None;
         }
-        if !self.structured {
+        if sets && !self.structured {
             let text = format!(
                 "request option '{}' when structured reply is not negotiated",
                 option_name(option)

@@ -235,6 +235,9 @@ fn metadata_contexts_are_listed_and_selected_per_export() {
     fixture.add("other", |_| {});
     let mut client = fixture.connect();
     client.handshake(3);
+    // Listing needs no structured replies, selecting does.
+    client.send(&option(LIST_META, &meta_data("disk", &[])));
+    assert_eq!((client.reply().kind, client.reply().kind), (4, ACK));
     client.structured();
     let mut found = |number, queries: &[&str]| {
         client.send(&option(number, &meta_data("disk", queries)));

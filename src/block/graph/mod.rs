@@ -35,6 +35,8 @@ pub struct Graph {
 #[derive(Debug)]
 struct Entry {
     node: Arc<Node>,
+    /// It was asked for by name and not brought along by a node on it: it stays when that one goes.
+    owned: bool,
     /// Users that are not nodes: exports and jobs.
     users: Vec<(User, Access)>,
 }
@@ -193,6 +195,7 @@ impl Graph {
         }
         drop(new_links);
         let entries = opened.nodes.into_iter().map(|node| Entry {
+            owned: node.is_named() && Arc::ptr_eq(&node, &root),
             node,
             users: Vec::new(),
         });
@@ -205,7 +208,7 @@ impl Graph {
         self.node(name).is_none() && self.drive(name).is_none()
     }
 
-    /// `blockdev-del`: takes a node out, with those below it that nobody named and nobody else uses.
+    /// `blockdev-del`: takes a node out, with those below it that came with a node on them and that nobody else uses.
     pub fn remove(&mut self, name: &str) -> Result<Removed> {
         let Some(entry) = self.entry(name) else {
             return Err(Error::new(
@@ -217,10 +220,17 @@ impl Graph {
         if !entry.users.is_empty() {
             return in_use(format!("Node {name} is in use"));
         }
-        if !entry.node.is_named() {
+        let node = entry.node.clone();
+        let backed = self.parents(&node).find(|(_, link)| link.role == "backing");
+        if let Some((parent, _)) = backed {
+            let parent = parent.name();
+            return in_use(format!(
+                "Node '{name}' is busy: node is used as backing hd of '{parent}'"
+            ));
+        }
+        if !entry.owned {
             return in_use(format!("Node {name} is not owned by the monitor"));
         }
-        let node = entry.node.clone();
         if self.has_parent(&node) {
             return in_use(format!("Block device {name} is in use"));
         }
@@ -305,7 +315,7 @@ impl Graph {
         Ok(())
     }
 
-    /// Takes a drive out, and its root with what is below as far as nobody named or uses it.
+    /// Takes a drive out, and its root with what is below as far as it came with the root and nobody uses it.
     pub fn remove_drive(&mut self, id: &str) -> Result<Removed> {
         let Some(place) = self.drives.iter().position(|drive| drive.id == id) else {
             return Err(Error::new(
@@ -326,13 +336,13 @@ impl Graph {
             return Ok(Removed { nodes: Vec::new() });
         };
         self.remove_user(&root, &own);
-        if root.is_named() || self.has_parent(&root) {
+        if self.is_owned(&root) || self.has_parent(&root) {
             return Ok(Removed { nodes: Vec::new() });
         }
         Ok(self.take_out(&root))
     }
 
-    /// Takes out a node that nobody uses, and what only it used and nobody named.
+    /// Takes out a node that nobody uses, and what only it used and came with a node on it.
     fn take_out(&mut self, node: &Arc<Node>) -> Removed {
         let mut nodes = Vec::new();
         let mut unused = vec![node.clone()];
@@ -341,17 +351,22 @@ impl Graph {
                 .retain(|entry| !Arc::ptr_eq(&entry.node, &node));
             for link in node.links() {
                 let below = &link.node;
-                let free = self
-                    .entry(below.name())
-                    .is_some_and(|entry| Arc::ptr_eq(&entry.node, below) && entry.users.is_empty());
+                let free = self.entry(below.name()).is_some_and(|entry| {
+                    Arc::ptr_eq(&entry.node, below) && entry.users.is_empty() && !entry.owned
+                });
                 let queued = unused.iter().any(|other| Arc::ptr_eq(other, below));
-                if free && !queued && !below.is_named() && !self.has_parent(below) {
+                if free && !queued && !self.has_parent(below) {
                     unused.push(below.clone());
                 }
             }
             nodes.push(node);
         }
         Removed { nodes }
+    }
+
+    /// Whether the node was asked for by name.
+    fn is_owned(&self, node: &Arc<Node>) -> bool {
+        self.entry(node.name()).is_some_and(|entry| entry.owned)
     }
 
     fn has_parent(&self, node: &Arc<Node>) -> bool {

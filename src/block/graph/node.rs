@@ -114,7 +114,7 @@ impl Node {
         self.inner.name.as_str()
     }
 
-    /// Whether a user named it: only such a node can be deleted by name.
+    /// Whether a user named it.
     pub fn is_named(&self) -> bool {
         self.inner.name.is_given()
     }

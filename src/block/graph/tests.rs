@@ -286,7 +286,8 @@ fn a_node_in_use_stays() {
     let mut graph = Graph::new();
     let file = disk("file");
     let top = above(name("top"), &[&file], true);
-    graph.insert(opened(&[&file, &top])).unwrap();
+    graph.insert(opened(&[&file])).unwrap();
+    graph.insert(opened(&[&top])).unwrap();
     assert_eq!(message(graph.remove("file")), "Block device file is in use");
     assert_eq!(
         message(graph.remove("none")),
@@ -306,7 +307,7 @@ fn a_node_in_use_stays() {
 }
 
 #[test]
-fn unnamed_layers_go_with_their_last_user() {
+fn layers_that_came_with_a_node_go_with_their_last_user() {
     let mut graph = Graph::new();
     let source = graph.names();
     let base = Node::new(
@@ -315,19 +316,25 @@ fn unnamed_layers_go_with_their_last_user() {
         Behaviour::default(),
         Vec::new(),
     );
-    let named = disk("named");
-    let middle = above(source.next(), &[&base, &named], false);
+    let apart = disk("apart");
+    graph.insert(opened(&[&apart])).unwrap();
+    let along = disk("along");
+    let middle = above(source.next(), &[&base, &along, &apart], false);
     let top = above(name("top"), &[&middle, &base], false);
-    let nodes = [&base, &named, &middle, &top];
+    let nodes = [&base, &along, &middle, &top];
     graph.insert(opened(&nodes)).unwrap();
+    assert_eq!(
+        message(graph.remove("along")),
+        "Node along is not owned by the monitor"
+    );
     assert_eq!(
         message(graph.remove(middle.name())),
         format!("Node {} is not owned by the monitor", middle.name())
     );
     let removed = graph.remove("top").unwrap();
     let order: Vec<&str> = removed.nodes.iter().map(|node| node.name()).collect();
-    assert_eq!(order, ["top", middle.name(), base.name()]);
-    assert_eq!(names(&graph), ["named"]);
+    assert_eq!(order, ["top", middle.name(), "along", base.name()]);
+    assert_eq!(names(&graph), ["apart"]);
 }
 
 #[test]

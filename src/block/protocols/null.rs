@@ -1,20 +1,19 @@
 //! `null-co`: reads zeroes and swallows writes. For tests and for measuring everything above it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::driver::{
     BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
     WriteFlags, ZeroFlags,
 };
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 use crate::open::NullOptions;
 
 /// A disk without storage.
 #[derive(Debug)]
 pub struct Null {
-    size: AtomicU64,
+    size: u64,
     latency: Duration,
     read_zeroes: bool,
 }
@@ -23,7 +22,7 @@ impl Null {
     /// A disk as the options say.
     pub fn new(options: &NullOptions) -> Self {
         Null {
-            size: AtomicU64::new(options.size),
+            size: options.size,
             latency: Duration::from_nanos(options.latency_ns),
             read_zeroes: options.read_zeroes,
         }
@@ -41,7 +40,7 @@ impl Null {
 
 impl Requests for Null {
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.size
     }
 
     fn limits(&self) -> RequestLimits {
@@ -82,9 +81,13 @@ impl Requests for Null {
         })
     }
 
-    fn resize(&self, size: u64, _preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
-        self.size.store(size, Ordering::Relaxed);
-        self.answer(())
+    fn resize(&self, _size: u64, _preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            Err(Error::new(
+                ErrorKind::Unsupported,
+                "Image format driver does not support resize",
+            ))
+        })
     }
 }
 

@@ -24,7 +24,7 @@ pub(in crate::commands) enum Depth {
 
 /// A node, with its image.
 pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDeviceInfo {
-    let info = node.driver().info();
+    let info = facts(node);
     let Behaviour {
         read_only,
         discard: _,
@@ -37,9 +37,7 @@ pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDevice
         node_name: Some(node.name().to_owned()),
         ro: read_only,
         drv: info.driver.to_owned(),
-        backing_file: chain(node)
-            .nth(1)
-            .map(|below| below.driver().info().filename),
+        backing_file: chain(node).nth(1).map(|below| facts(below).filename),
         backing_file_depth: match depth {
             Depth::WholeChain => signed(chain_below.count() as u64),
             Depth::Flat => 0,
@@ -63,6 +61,25 @@ pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDevice
     }
 }
 
+/// What the driver says of itself, and of the file that holds its bytes, which a format does not know.
+fn facts(node: &Node) -> DriverInfo {
+    let mut info = node.driver().info();
+    let mut below = node.link("file");
+    while let Some(file) = below {
+        let DriverInfo {
+            filename,
+            actual_size,
+            ..
+        } = file.driver().info();
+        if info.filename.is_empty() {
+            info.filename = filename;
+        }
+        info.actual_size = info.actual_size.or(actual_size);
+        below = file.link("file");
+    }
+    info
+}
+
 /// The node and what backs it, from the top down. Raw layers and filters are no links of the chain.
 fn chain(node: &Node) -> impl Iterator<Item = &Node> {
     std::iter::successors(Some(node), |node| {
@@ -76,7 +93,7 @@ fn image_chain(node: &Node, info: DriverInfo, depth: Depth) -> ImageInfo {
     if depth == Depth::WholeChain {
         let nodes: Vec<&Node> = chain(node).skip(1).collect();
         for node in nodes.into_iter().rev() {
-            below = Some(Box::new(image(node, node.driver().info(), below)));
+            below = Some(Box::new(image(node, facts(node), below)));
         }
     }
     image(node, info, below)

@@ -208,7 +208,7 @@ pub struct SnapshotSelector {
 /// What a new snapshot is called and when it was taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewSnapshot {
-    /// Not empty, and not the id or name of another.
+    /// Not empty, and not the name of another.
     pub name: String,
     /// Seconds since 1970.
     pub date_sec: u32,

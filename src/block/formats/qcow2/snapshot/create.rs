@@ -96,10 +96,10 @@ fn validate(image: &Quiet<'_>, old: &SnapshotTable, new: &NewSnapshot) -> Result
             "Snapshot name is too long",
         ));
     }
-    if old.has_id_or_name(&new.name) {
+    if old.has_name(&new.name) {
         return Err(Error::new(
             ErrorKind::AlreadyExists,
-            format!("Snapshot with name or id '{}' already exists", new.name),
+            format!("Snapshot with name '{}' already exists", new.name),
         ));
     }
     if old.entries().len() >= QCOW2_MAX_SNAPSHOTS as usize {

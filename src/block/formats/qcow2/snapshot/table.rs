@@ -217,11 +217,11 @@ impl SnapshotTable {
             .position(|entry| same(&which.id, &entry.id) && same(&which.name, &entry.name))
     }
 
-    /// Whether an entry has this id or this name.
-    pub(crate) fn has_id_or_name(&self, wanted: &str) -> bool {
+    /// Whether an entry has this name. That another has it as its id is no matter: who selects says which he means.
+    pub(crate) fn has_name(&self, wanted: &str) -> bool {
         self.entries
             .iter()
-            .any(|entry| entry.id == wanted.as_bytes() || entry.name == wanted.as_bytes())
+            .any(|entry| entry.name == wanted.as_bytes())
     }
 
     /// The number for the next snapshot: one more than the largest, as in QEMU.

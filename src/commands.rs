@@ -15,8 +15,8 @@ mod queries;
 mod snapshots;
 
 use qapi::handlers::BlockCore;
+use qapi::rt::QmpError;
 use qapi::rt::dispatch::Entry;
-use qapi::rt::{Object, QmpError, Value};
 use qapi::types::{BlockDeviceInfo, BlockInfo, BlockdevOptions, SnapshotInfo};
 
 use crate::daemon::Cx;
@@ -29,18 +29,6 @@ pub const TABLE: &[Entry<Cx>] = qapi::commands::<Cx, Handlers>();
 /// What runs them: a type to hang the handler traits on.
 #[derive(Debug)]
 pub struct Handlers;
-
-/// Decodes an option of the command line as a command's argument.
-pub(crate) fn decode_option<T>(
-    arguments: crate::config::Arguments,
-    decode: qapi::rt::decode::Decode<T>,
-) -> Result<T, QmpError> {
-    let object: Object = arguments.object;
-    decode(
-        Value::Object(object),
-        &qapi::rt::Path::root(arguments.syntax),
-    )
-}
 
 // The schema has these in one file; here they are of three families.
 impl BlockCore<Cx> for Handlers {

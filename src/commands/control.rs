@@ -71,7 +71,6 @@ impl Introspect<Cx> for Handlers {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use futures_util::FutureExt;
 
     #[test]
     fn the_schema_describes_every_command() {
@@ -86,6 +85,5 @@ mod tests {
         let value = version().into_value();
         assert_eq!(value["qemu"]["major"], 10);
         assert!(value["package"].as_str().unwrap().starts_with("qblockd-"));
-        assert!(async { 1 }.now_or_never().is_some());
     }
 }

@@ -1,3 +1,5 @@
+//! Whole command lines: what they ask for, and the messages for those that ask for nothing that is there.
+
 use super::*;
 
 fn run(arguments: &[&str]) -> Result<Config, String> {

@@ -4,15 +4,16 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use qapi::handlers::{BlockCore, BlockExport};
-use qapi::rt::QmpError;
+use qapi::rt::decode::Decode;
 use qapi::rt::json::Style;
+use qapi::rt::{QmpError, Value};
 use qapi::types::{BlockExportOptions, BlockdevOptions, NbdServerOptions};
 
 use super::cx::Cx;
 use super::drives;
 use super::sockets::DefaultSockets;
 use crate::commands::{self, Handlers};
-use crate::config::{Action, Address, Chardev, Config, Monitor, Step, server_arguments};
+use crate::config::{Action, Address, Arguments, Chardev, Config, Monitor, Step, server_arguments};
 use crate::exports::nbd::ListenAddress;
 use crate::monitor;
 
@@ -64,7 +65,7 @@ impl Start<'_> {
     async fn step(&mut self, action: Action) -> Result<(), QmpError> {
         match action {
             Action::Blockdev(arguments) => {
-                let options = commands::decode_option(arguments, BlockdevOptions::decode)?;
+                let options = decode(arguments, BlockdevOptions::decode)?;
                 Handlers::blockdev_add(self.cx, options).await
             }
             Action::Drive(options) => {
@@ -78,7 +79,7 @@ impl Start<'_> {
             Action::Qmp(address) => self.qmp(address).await,
             Action::NbdServer(arguments) => self.nbd_server(arguments).await,
             Action::Export(arguments) => {
-                let options = commands::decode_option(arguments, BlockExportOptions::decode)?;
+                let options = decode(arguments, BlockExportOptions::decode)?;
                 Handlers::block_export_add(self.cx, options).await
             }
         }
@@ -136,8 +137,8 @@ impl Start<'_> {
             .await
     }
 
-    async fn nbd_server(&mut self, arguments: crate::config::Arguments) -> Result<(), QmpError> {
-        let mut options = commands::decode_option(arguments, NbdServerOptions::decode)?;
+    async fn nbd_server(&mut self, arguments: Arguments) -> Result<(), QmpError> {
+        let mut options = decode(arguments, NbdServerOptions::decode)?;
         if let qapi::types::SocketAddressBranch::Unix(unix) = &mut options.addr.r#type {
             let path = self.socket_path(Path::new(&unix.path));
             unix.path = path.to_string_lossy().into_owned();
@@ -208,6 +209,12 @@ impl Start<'_> {
         }
         Ok(())
     }
+}
+
+/// The value of an option as the argument of its command.
+fn decode<T>(arguments: Arguments, decode: Decode<T>) -> Result<T, QmpError> {
+    let Arguments { syntax, object } = arguments;
+    decode(Value::Object(object), &qapi::rt::Path::root(syntax))
 }
 
 fn absolute(path: &Path) -> PathBuf {

@@ -1,3 +1,5 @@
+//! The order of prepare, commit, abort and clean, with actions that write down what happens to them.
+
 use std::sync::{Arc, Mutex};
 
 use super::*;

@@ -80,6 +80,13 @@ fn facts(node: &Node) -> DriverInfo {
     info
 }
 
+/// The node whose bytes these are in the end.
+fn bottom(node: &Node) -> &Node {
+    std::iter::successors(Some(node), |node| node.link("file").map(|file| &**file))
+        .last()
+        .unwrap_or(node)
+}
+
 /// The node and what backs it, from the top down. Raw layers and filters are no links of the chain.
 fn chain(node: &Node) -> impl Iterator<Item = &Node> {
     std::iter::successors(Some(node), |node| {
@@ -119,8 +126,8 @@ fn image(node: &Node, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -
         .map(super::snapshot)
         .collect();
     ImageInfo {
-        // Nothing is stored, so nothing can be dirty.
-        dirty_flag: (driver != "null-co").then_some(dirty),
+        // Where nothing is stored nothing can be dirty.
+        dirty_flag: (bottom(node).driver().info().driver != "null-co").then_some(dirty),
         actual_size: actual_size.map(signed),
         virtual_size: signed(node.size()),
         cluster_size: cluster_size.map(signed),

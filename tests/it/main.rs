@@ -2,6 +2,11 @@
 // A panic is how a test fails, in its helpers too.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+mod daemon;
+mod differential;
+mod harness;
 mod monitor;
 mod nbd;
+mod qmp;
+mod session;
 mod tidy;

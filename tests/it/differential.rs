@@ -1,0 +1,250 @@
+//! The same sessions on qemu-storage-daemon and here: what differs is in `differences.json`, and in
+//! `docs/differences.md` with its reason.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::harness::{self, Program, run_to_end};
+use super::session::{self, Exchange};
+
+/// A text of qemu-storage-daemon that is another here.
+struct Difference {
+    id: String,
+    theirs: String,
+    ours: String,
+}
+
+fn differences() -> Vec<Difference> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/differences.json");
+    let list: Vec<Value> = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let text = |entry: &Value, key: &str| entry[key].as_str().unwrap().to_owned();
+    list.iter()
+        .map(|entry| Difference {
+            id: text(entry, "id"),
+            theirs: text(entry, "theirs"),
+            ours: text(entry, "ours"),
+        })
+        .collect()
+}
+
+/// Compares one exchange; gives back the differences that make the two equal.
+fn explain(
+    theirs: &Exchange,
+    ours: &Exchange,
+    known: &[Difference],
+) -> Result<BTreeSet<usize>, String> {
+    let mut used = BTreeSet::new();
+    let mut expected = comparable(&theirs.received);
+    let actual = comparable(&ours.received);
+    for (at, difference) in known.iter().enumerate() {
+        // Only where the two differ, and where we say what the difference says: a text that both have stays.
+        if expected != actual
+            && expected.contains(&difference.theirs)
+            && actual.contains(&difference.ours)
+        {
+            let replaced = expected.replace(&difference.theirs, &difference.ours);
+            let lines: Vec<String> = replaced.lines().map(str::to_owned).collect();
+            expected = comparable(&lines);
+            used.insert(at);
+        }
+    }
+    if expected == actual {
+        return Ok(used);
+    }
+    Err(format!(
+        "-> {}\nqemu-storage-daemon, as far as known:\n{expected}\nqblockd:\n{actual}\n",
+        ours.sent
+    ))
+}
+
+/// What was received, with lists of nodes in an order that does not depend on when their layers were opened.
+fn comparable(received: &[String]) -> String {
+    let sorted = received.iter().map(|message| {
+        let mut message: Value = serde_json::from_str(message).unwrap();
+        if let Some(list) = message.get_mut("return").and_then(Value::as_array_mut) {
+            for entry in list.iter_mut() {
+                if entry["node-name"]
+                    .as_str()
+                    .is_some_and(|name| name.starts_with('#'))
+                {
+                    entry["node-name"] = "#block".into();
+                }
+            }
+            list.sort_by_key(Value::to_string);
+        }
+        message.to_string()
+    });
+    sorted.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn sessions_get_the_same_answers_as_on_qemu_storage_daemon() {
+    let Some(()) = harness::need(&["qemu-storage-daemon", "qemu-img", "qemu-io"]) else {
+        return;
+    };
+    let known = differences();
+    let mut used = BTreeSet::new();
+    let mut unexplained = String::new();
+    for name in [
+        "session",
+        "nodes",
+        "resize",
+        "snapshots",
+        "transactions",
+        "exports",
+    ] {
+        let session = session::read(name);
+        let theirs = session::run(Program::QemuStorageDaemon, &session);
+        let ours = session::run(Program::Qblockd, &session);
+        assert_eq!(theirs.len(), ours.len());
+        for (theirs, ours) in theirs.iter().zip(&ours) {
+            match explain(theirs, ours, &known) {
+                Ok(these) => used.extend(these),
+                Err(text) => unexplained.push_str(&format!("[{name}] {text}\n")),
+            }
+        }
+    }
+    assert!(unexplained.is_empty(), "{unexplained}");
+    let stale: Vec<&str> = (0..known.len())
+        .filter(|at| !used.contains(at))
+        .map(|at| known[at].theirs.as_str())
+        .collect();
+    assert!(stale.is_empty(), "no longer different: {stale:#?}");
+}
+
+#[test]
+fn every_difference_is_documented_and_the_other_way_round() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/differences.md");
+    let page = fs::read_to_string(path).unwrap();
+    let documented: BTreeSet<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("### ")?.split_once(": "))
+        .map(|(id, _)| id)
+        .collect();
+    let known = differences();
+    let listed: BTreeSet<&str> = known.iter().map(|each| each.id.as_str()).collect();
+    assert_eq!(listed, documented);
+}
+
+/// Wrong command lines: the same sentence and the same exit code, but for the program's name.
+#[test]
+fn wrong_command_lines_get_the_same_messages_as_from_qemu_storage_daemon() {
+    let Some(()) = harness::need(&["qemu-storage-daemon"]) else {
+        return;
+    };
+    let cases: &[&[&str]] = &[
+        &["--blockdev", "driver=bogus,node-name=x"],
+        &["--blockdev", ""],
+        &["--blockdev", "foo"],
+        &["--blockdev", "driver=null-co"],
+        &["--blockdev", "driver=null-co,node-name=a,size=1M"],
+        &["--blockdev", "driver=null-co,node-name=a,size=abc"],
+        &["--blockdev", "driver=null-co,node-name=a,read-zeroes=maybe"],
+        &["--blockdev", "driver=null-co,node-name=a,read-zeroes"],
+        &["--blockdev", "driver=null-co,node-name=a,bogus=1"],
+        &["--blockdev", "driver=null-co,node-name=a,,b"],
+        &["--blockdev", "driver=null-co,node-name=a,=3"],
+        &["--blockdev", "driver=qcow2,node-name=a,x.0=3,x.2=4"],
+        &["--blockdev", "driver=qcow2,node-name=a,file.driver=file"],
+        &[
+            "--blockdev",
+            "driver=qcow2,node-name=a,file.driver=file,file.filename=nonexistent",
+        ],
+        &[
+            "--blockdev",
+            "driver=qcow2,node-name=a,file=1,file.driver=file",
+        ],
+        &[
+            "--blockdev",
+            r#"{"driver":"null-co","node-name":"a","size":"1"}"#,
+        ],
+        &["--blockdev", r#"{"driver":"null-co","node-name":"a""#],
+        &["--blockdev", r#"{"driver":"null-co","node-name":"a"}x"#],
+        &["--blockdev", "[1]"],
+        &["--blockdev", "help"],
+        &["--bogus"],
+        &["--blockdev"],
+        &["extra"],
+        &["-x"],
+        &["--chardev", "bogus,id=a"],
+        &["--chardev", "id=a"],
+        &["--chardev", "socket"],
+        &[
+            "--chardev",
+            "socket,id=a,path=/nonexistent/s,server=on,wait=off",
+        ],
+        &["--chardev", "socket,id=a,path=s,server=maybe"],
+        &["--monitor", "x"],
+        &["--monitor", "x,mode=bogus"],
+        &["--monitor", "x,bogus=1"],
+        &["--monitor", "mode=control"],
+        &["--nbd-server", "addr.type=unix"],
+        &["--nbd-server", "addr.type=unix,addr.path=/nonexistent/n"],
+        &["--nbd-server", "addr.type=bogus"],
+        &["--nbd-server", "addr.type=inet,addr.host=127.0.0.1"],
+        &[
+            "--nbd-server",
+            "addr.type=inet,addr.host=127.0.0.1,addr.port=x",
+        ],
+        &[
+            "--nbd-server",
+            "addr.type=unix,addr.path=n,max-connections=x",
+        ],
+        &[
+            "--nbd-server",
+            "addr.type=unix,addr.path=n",
+            "--nbd-server",
+            "addr.type=unix,addr.path=n2",
+        ],
+        &["--export", "type=nbd,id=e,node-name=x"],
+        &["--export", "type=nbd,id=e"],
+        &["--export", "type=bogus,id=e"],
+        &[
+            "--blockdev",
+            "null-co,node-name=x",
+            "--export",
+            "nbd,id=e,node-name=x",
+        ],
+        &[
+            "--blockdev",
+            "null-co,node-name=x",
+            "--nbd-server",
+            "addr.type=unix,addr.path=n",
+            "--export",
+            "nbd,id=e,node-name=x",
+            "--export",
+            "nbd,id=f,node-name=x",
+        ],
+        &[
+            "--blockdev",
+            "null-co,node-name=x,read-only=on",
+            "--nbd-server",
+            "addr.type=unix,addr.path=n",
+            "--export",
+            "nbd,id=e,node-name=x,writable=on",
+        ],
+        &["--pidfile", "/nonexistent/p"],
+        &["--daemonize", "--blockdev", "bogus"],
+    ];
+    let folder = tempfile::tempdir().unwrap();
+    for arguments in cases {
+        let said = |program| {
+            let output = run_to_end(program, folder.path(), arguments);
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            let (_, message) = text.split_once(": ").unwrap_or(("", text.as_str()));
+            (output.status.code(), message.to_owned())
+        };
+        let (code, theirs) = said(Program::QemuStorageDaemon);
+        // The full path of a parameter where the peer has the last part only (difference `full-path`).
+        let theirs = theirs.replace("Parameter 'type' does", "Parameter 'addr.type' does");
+        let ours = said(Program::Qblockd);
+        assert!(
+            ours == (code, theirs.clone())
+                || ours == (code, theirs.replace("'addr.type'", "'type'")),
+            "{arguments:?}: {ours:?}, {theirs:?}"
+        );
+    }
+}

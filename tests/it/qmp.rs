@@ -1,0 +1,52 @@
+//! Golden transcripts: every command in a good case and in each of its errors.
+
+use super::harness::{self, Program};
+use super::session;
+
+fn golden(name: &str) {
+    let Some(()) = harness::need(&["qemu-img", "qemu-io"]) else {
+        return;
+    };
+    let exchanges = session::run(Program::Qblockd, &session::read(name));
+    let mut settings = insta::Settings::new();
+    settings.set_snapshot_path("../../snapshots");
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_omit_expression(true);
+    settings
+        .bind(|| insta::assert_snapshot!(format!("qmp__{name}"), session::transcript(&exchanges)));
+}
+
+#[test]
+fn session() {
+    golden("session");
+}
+
+#[test]
+fn nodes() {
+    golden("nodes");
+}
+
+#[test]
+fn drives() {
+    golden("drives");
+}
+
+#[test]
+fn resize() {
+    golden("resize");
+}
+
+#[test]
+fn snapshots() {
+    golden("snapshots");
+}
+
+#[test]
+fn transactions() {
+    golden("transactions");
+}
+
+#[test]
+fn exports() {
+    golden("exports");
+}

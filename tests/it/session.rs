@@ -1,0 +1,139 @@
+//! Sessions as data: files of commands, run on a daemon and written down with what it answers.
+//!
+//! A line is a message to send, or begins with one of
+//! * `#`: a comment
+//! * `@`: arguments of the daemon
+//! * `$`: a program to run in the daemon's folder; before the first message, before the daemon is started
+
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::harness::{Daemon, Program, Qmp, tool};
+
+/// A message and what came back until the reply was there.
+#[derive(Debug)]
+pub(crate) struct Exchange {
+    pub(crate) sent: String,
+    pub(crate) received: Vec<String>,
+}
+
+/// The text of a session.
+pub(crate) fn read(name: &str) -> String {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/sessions");
+    std::fs::read_to_string(folder.join(format!("{name}.qmp"))).unwrap()
+}
+
+/// Runs a session from start to end.
+pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
+    let folder = tempfile::tempdir().unwrap();
+    let mut arguments: Vec<String> = Vec::new();
+    let mut running: Option<(Daemon, Qmp)> = None;
+    let mut exchanges = Vec::new();
+    let mut names = Names::default();
+    for line in session.lines().filter(|line| !line.is_empty()) {
+        match (line.split_at(1), &mut running) {
+            (("#", _), _) => {}
+            (("@", words), None) => arguments.extend(words.split_whitespace().map(str::to_owned)),
+            (("@", _), Some(_)) => panic!("arguments after the start: {line}"),
+            (("$", command), _) => {
+                tool(folder.path(), command);
+            }
+            (_, slot) => {
+                let (_, qmp) = slot.get_or_insert_with(|| {
+                    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+                    let mut daemon = Daemon::start_in(program, folder.path(), &arguments);
+                    let qmp = daemon.raw_qmp();
+                    (daemon, qmp)
+                });
+                let reply = qmp.exchange(line);
+                let ends = line.contains("'quit'") && reply.get("return").is_some();
+                let events = std::mem::take(&mut qmp.events);
+                let mut received: Vec<Value> = events.into_iter().chain([reply]).collect();
+                if ends {
+                    received.extend(qmp.rest());
+                }
+                exchanges.push(Exchange {
+                    sent: line.to_owned(),
+                    received: received
+                        .into_iter()
+                        .map(|message| names.normalise(message))
+                        .collect(),
+                });
+                if ends && let Some((daemon, _)) = slot.take() {
+                    assert!(daemon.wait().success());
+                }
+            }
+        }
+    }
+    if let Some((daemon, qmp)) = running {
+        drop(qmp);
+        assert!(daemon.terminate().success());
+    }
+    exchanges
+}
+
+/// The exchanges as a transcript.
+pub(crate) fn transcript(exchanges: &[Exchange]) -> String {
+    let mut text = String::new();
+    for Exchange { sent, received } in exchanges {
+        text.push_str(&format!("-> {sent}\n"));
+        for message in received {
+            text.push_str(&format!("<- {message}\n"));
+        }
+    }
+    text
+}
+
+/// Made-up node names, numbered as they appear.
+#[derive(Default)]
+struct Names(Vec<String>);
+
+impl Names {
+    /// A message without what differs from run to run, its members sorted.
+    fn normalise(&mut self, message: Value) -> String {
+        self.value("", message).to_string()
+    }
+
+    fn value(&mut self, key: &str, value: Value) -> Value {
+        match (key, value) {
+            ("date-sec" | "date-nsec" | "vm-clock-sec" | "vm-clock-nsec", Value::Number(_)) => {
+                "TIME".into()
+            }
+            ("actual-size", Value::Number(_)) => "BYTES".into(),
+            ("package", Value::String(_)) => "PACKAGE".into(),
+            (_, Value::String(text)) if text.starts_with("#block") => self.name(text).into(),
+            (_, Value::Array(values)) => {
+                let values = values.into_iter().map(|value| self.value("", value));
+                Value::Array(values.collect())
+            }
+            (_, Value::Object(object)) => self.object(object),
+            (_, value) => value,
+        }
+    }
+
+    fn object(&mut self, object: Map<String, Value>) -> Value {
+        let is_host_file = object.get("format").is_some_and(|format| format == "file");
+        let mut members: Vec<(String, Value)> = object.into_iter().collect();
+        members.retain(|(key, _)| key != "timestamp");
+        members.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let normalised = members.into_iter().map(|(key, value)| {
+            // How a format lays its file out is its own affair.
+            if is_host_file && key == "virtual-size" {
+                return (key, "BYTES".into());
+            }
+            let value = self.value(&key, value);
+            (key, value)
+        });
+        Value::Object(normalised.collect())
+    }
+
+    fn name(&mut self, text: String) -> String {
+        let known = self.0.iter().position(|name| *name == text);
+        let at = known.unwrap_or_else(|| {
+            self.0.push(text);
+            self.0.len() - 1
+        });
+        format!("#block{at}")
+    }
+}

@@ -139,10 +139,16 @@ impl Allocator {
         table: Vec<u64>,
         cache_bytes: u64,
     ) -> Self {
-        let end = g.clusters_for(file.size());
+        let growable = file.limits().growable;
+        let last_block = table.iter().rposition(|entry| *entry != 0);
+        let end = match growable {
+            true => g.clusters_for(file.size()),
+            // A device is mostly longer than its image: the search begins where the last counters are.
+            false => last_block.unwrap_or(0) as u64 * g.refcounts_per_block(),
+        };
         let table_offset = header.get().refcount_table_offset;
         Allocator {
-            fresh_from: file.limits().growable.then_some(end),
+            fresh_from: growable.then_some(end),
             table_offset,
             table,
             unwritten_entries: BTreeSet::new(),
@@ -354,7 +360,11 @@ impl Allocator {
     }
 
     fn check_end(&self, end: u64) -> Result<()> {
-        if end > limits::QCOW2_MAX_HOST_OFFSET >> self.g.cluster_bits() {
+        let limit = match self.fresh_from {
+            Some(_) => limits::QCOW2_MAX_HOST_OFFSET,
+            None => self.file.size(),
+        };
+        if end > limit >> self.g.cluster_bits() {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 "The image has no host clusters left",

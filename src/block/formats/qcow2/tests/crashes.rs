@@ -135,7 +135,7 @@ async fn a_power_cut_leaves_a_sound_image_whatever_of_the_last_writes_is_lost() 
         let mut start = 0;
         for end in (0..log.len()).filter(|at| matches!(log[*at].change, Change::Flush)) {
             // Any subset of the writes since the last flush of the disk.
-            for _ in 0..12 {
+            for _ in 0..5 {
                 let state = disk.fork();
                 let keep = random.f32();
                 for record in &log[start..end] {

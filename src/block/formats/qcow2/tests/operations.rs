@@ -281,3 +281,55 @@ async fn damaged_tables_give_errors_and_take_no_data() {
     let at = l2.0 as usize;
     assert_same(&disk.content()[at..at + 64], &before[at..at + 64]);
 }
+
+#[tokio::test]
+async fn an_image_on_a_device_uses_its_space_and_no_more() {
+    let made = new_image(&CreateOptions::new(8 * MIB)).await;
+    let mut content = made.content();
+    // A device is longer than the image on it, holds old bytes there, and does not grow.
+    content.resize(4 << 20, 0xdd);
+    let disk = Memory::with_content(&content);
+    disk.set_limits(crate::driver::RequestLimits {
+        alignment: 1,
+        preferred: 4096,
+        growable: false,
+    });
+    let image = open(&disk).await;
+    let mut model = vec![0; 8 << 20];
+    let mut full = None;
+    for cluster in 0..100_u64 {
+        match write(&image, cluster * 65536 + 100, vec![1; 1000]).await {
+            Ok(()) => model[cluster as usize * 65536 + 100..][..1000].fill(1),
+            Err(error) => full = full.or(Some(error.kind())),
+        }
+    }
+    assert_eq!(full, Some(ErrorKind::NoSpace));
+    let written = model.iter().filter(|byte| **byte != 0).count() / 1000;
+    assert!(written >= 55, "{written} of 64 clusters");
+    assert_same(&read(&image, 0, 8 * MIB).await, &model);
+    image.flush().await.unwrap();
+    assert!(
+        super::super::check::check(&disk.child())
+            .await
+            .unwrap()
+            .is_clean()
+    );
+}
+
+#[tokio::test]
+async fn metadata_that_overlap_refuse_to_be_written() {
+    let disk = new_image(&CreateOptions::new(8 * MIB)).await;
+    let image = open(&disk).await;
+    let l1 = image.image.l1().offset();
+    let reftable = image.image.header.get().refcount_table_offset;
+    image.close().await.unwrap();
+    let entry = Data::from((1 << 63 | reftable.0).to_be_bytes().to_vec());
+    disk.write(l1.0, entry, WriteFlags::default())
+        .await
+        .unwrap();
+    let opening = Qcow2::open(disk.child(), OpenOptions::default())
+        .await
+        .unwrap();
+    let error = opening.finish(None).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+}

@@ -1,4 +1,5 @@
-//! Definitions as they are written: shape checked, names not yet resolved, conditions not yet decided.
+//! Definitions as they are written: shape checked, names not yet resolved, conditions not yet
+//! decided.
 
 use std::collections::BTreeSet;
 
@@ -49,7 +50,8 @@ pub(crate) struct Definition {
     pub(crate) features: Vec<Feature>,
     pub(crate) doc: Option<DefinitionDoc>,
     pub(crate) module: usize,
-    /// Something is wrong with its shape: it is declared, so that its users are not blamed, but checked no further.
+    /// Something is wrong with its shape: it is declared, so that its users are not blamed, but
+    /// checked no further.
     pub(crate) broken: bool,
 }
 

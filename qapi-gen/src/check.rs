@@ -1,6 +1,7 @@
 //! The rules of the language, each independent of the others, all reporting to one sink.
 //!
-//! A definition that is broken in shape is skipped, and so is what depends on it: one mistake, one message.
+//! A definition that is broken in shape is skipped, and so is what depends on it: one mistake, one
+//! message.
 
 mod conditions;
 mod derivation;
@@ -40,7 +41,8 @@ pub(crate) fn check(ast: &Ast, symbols: &Symbols<'_>, options: &Options, sink: &
     }
 }
 
-/// The enum of a union's discriminator, if the discriminator is a member of the base and of an enum type.
+/// The enum of a union's discriminator, if the discriminator is a member of the base and of an enum
+/// type.
 pub(crate) fn discriminator_enum<'a>(
     union: &Union,
     symbols: &Symbols<'a>,

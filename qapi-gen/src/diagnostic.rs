@@ -312,8 +312,8 @@ pub fn closest<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
         .map(|(_, other)| other)
 }
 
-/// How many letters must be inserted, dropped, changed or swapped with their neighbour; case and `_` for `-` cost
-/// nothing. A name that continues the other (`string`, `str`) counts as close.
+/// How many letters must be inserted, dropped, changed or swapped with their neighbour; case and
+/// `_` for `-` cost nothing. A name that continues the other (`string`, `str`) counts as close.
 fn edit_distance(a: &str, b: &str) -> usize {
     let fold = |text: &str| -> Vec<char> {
         text.chars()

@@ -1,7 +1,8 @@
-//! Documentation comments: their frame, the sections of a definition's documentation, and the text in them.
+//! Documentation comments: their frame, the sections of a definition's documentation, and the text
+//! in them.
 //!
-//! Indentation carries meaning here, so this is a line machine and not a grammar. A comment whose first line is
-//! `@NAME:` documents the definition that follows; any other is free text.
+//! Indentation carries meaning here, so this is a line machine and not a grammar. A comment whose
+//! first line is `@NAME:` documents the definition that follows; any other is free text.
 
 mod blocks;
 
@@ -105,8 +106,8 @@ pub(crate) fn parse(
     }
 }
 
-/// Takes what it can from a comment of the legacy dialect, which follows customs and not rules: a title (`@name:`, `@name`,
-/// `name:`), descriptions, sections. Nothing in it is an error.
+/// Takes what it can from a comment of the legacy dialect, which follows customs and not rules: a
+/// title (`@name:`, `@name`, `name:`), descriptions, sections. Nothing in it is an error.
 pub(crate) fn parse_legacy(source: &SourceFile, span: Span) -> DefinitionDoc {
     let mut sink = Sink::default();
     let mut context = Context {

@@ -1,8 +1,10 @@
-//! Example sessions: `->` and `<-` messages and the prose between them, in schema documentation and in .hx documents.
+//! Example sessions: `->` and `<-` messages and the prose between them, in schema documentation and
+//! in .hx documents.
 //!
-//! Examples are written by people and are often no valid JSON. A message ends where its brackets balance, else before the
-//! next arrow, else at the end of the text: with this rule every message that is valid JSON is found whole. Lines behind it
-//! that can only belong to it (a bracket closed too early) stay with it, so that the mistake is seen.
+//! Examples are written by people and are often no valid JSON. A message ends where its brackets
+//! balance, else before the next arrow, else at the end of the text: with this rule every message
+//! that is valid JSON is found whole. Lines behind it that can only belong to it (a bracket closed
+//! too early) stay with it, so that the mistake is seen.
 
 use crate::ir::ExampleLine;
 
@@ -86,8 +88,8 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Whether a line that is no arrow belongs to the message: its brackets are not balanced, or it has no text yet
-    /// (`->` alone on its line), or the line is more of the same.
+    /// Whether a line that is no arrow belongs to the message: its brackets are not balanced, or it
+    /// has no text yet (`->` alone on its line), or the line is more of the same.
     fn goes_on_with(&self, line: &str) -> bool {
         let text = line.trim_start();
         let is_part =

@@ -1,4 +1,5 @@
-//! `qmp-commands.hx`: the command table of 2010 to 2016, with argument types, handler names and documents.
+//! `qmp-commands.hx`: the command table of 2010 to 2016, with argument types, handler names and
+//! documents.
 //!
 //! ```text
 //! {
@@ -96,7 +97,8 @@ pub enum Code {
     Flag(char),
     /// `q`: anything.
     Any,
-    /// `O`: the command takes arguments that are not listed. The argument itself is neither required nor checked.
+    /// `O`: the command takes arguments that are not listed. The argument itself is neither
+    /// required nor checked.
     Open,
 }
 

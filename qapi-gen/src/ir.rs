@@ -1,7 +1,8 @@
 //! The checked schema: what the passes before it produce and every emitter reads.
 //!
-//! A `Schema` in hand means that every rule of the language holds: names resolve, members do not clash, unions have
-//! their discriminators. Emitters therefore never report an error. Order is source order everywhere.
+//! A `Schema` in hand means that every rule of the language holds: names resolve, members do not
+//! clash, unions have their discriminators. Emitters therefore never report an error. Order is
+//! source order everywhere.
 
 /// A file by its position in `Schema::files`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -114,7 +115,8 @@ pub struct UnionDef {
     pub discriminator: String,
     /// The enum of the discriminator.
     pub tag_enum: DefId,
-    /// One per value of the enum, in the enum's order; `None` where the schema names no type: no further members.
+    /// One per value of the enum, in the enum's order; `None` where the schema names no type: no
+    /// further members.
     pub branches: Vec<Branch>,
 }
 
@@ -258,7 +260,8 @@ pub struct Doc {
     pub errors: Vec<DocBlock>,
     /// `Since:`.
     pub since: Option<String>,
-    /// Descriptions of arguments that come from a named argument type (`@arg:` on a command with `data: 'Name'`).
+    /// Descriptions of arguments that come from a named argument type (`@arg:` on a command with
+    /// `data: 'Name'`).
     pub arguments: Vec<(String, Vec<DocBlock>)>,
 }
 

@@ -1,15 +1,17 @@
-//! The dialect of 2012 to 2014: rewritten into the modern one, tree by tree, so that no later pass knows of it.
+//! The dialect of 2012 to 2014: rewritten into the modern one, tree by tree, so that no later pass
+//! knows of it.
 //!
 //! ```text
 //! { 'type': 'A', .. }                          struct
-//! { 'union': 'U', 'data': .. }                 union with an enum UKind and a wrapper struct per branch
+//! { 'union': 'U', 'data': .. }                 union, enum UKind, a wrapper struct per branch
 //! { 'union': 'U', 'discriminator': {}, .. }    alternate
 //! 'member': { 'nested': 'int' }                member of a struct of its own
 //! '**', 'visitor', 'dict'                      any
 //! 'gen': 'no', 'success-response': 'no'        false
 //! ```
 //!
-//! Names follow no rules yet, commands return what they like, and comments are convention only: `##` begins nothing.
+//! Names follow no rules yet, commands return what they like, and comments are convention only:
+//! `##` begins nothing.
 
 use crate::ir::Span;
 use crate::parse::{Name, Node, Value};
@@ -122,34 +124,42 @@ fn pseudo_type(node: &mut Node) {
 
 /// A union: flat ones stay, anonymous ones become alternates, simple ones flat.
 fn union(owner: &str, mut members: Members, span: Span, implied: &mut Vec<Node>) -> Members {
-    let discriminator = members
+    let Some(at) = members
         .iter()
-        .position(|(key, _)| key.text == "discriminator");
-    if let Some(at) = discriminator {
-        if matches!(&members[at].1.value, Value::Object(keys) if keys.is_empty()) {
-            members.remove(at);
-            for (key, _) in &mut members {
-                if key.text == "union" {
-                    key.text = "alternate".to_owned();
-                }
+        .position(|(key, _)| key.text == "discriminator")
+    else {
+        return simple_union(owner, members, span, implied);
+    };
+    if matches!(&members[at].1.value, Value::Object(keys) if keys.is_empty()) {
+        members.remove(at);
+        for (key, _) in &mut members {
+            if key.text == "union" {
+                key.text = "alternate".to_owned();
             }
         }
-        return members;
     }
+    members
+}
+
+/// On the wire a simple union is `{ 'type': BRANCH, 'data': VALUE }` and the members of its base:
+/// an enum of the branches, a base with `type`, and for each branch a struct with `data`.
+fn simple_union(owner: &str, mut members: Members, span: Span, implied: &mut Vec<Node>) -> Members {
     let kind = format!("{owner}Kind");
     let mut values = Vec::new();
-    for (key, value) in &mut members {
-        let Value::Object(branches) = &mut value.value else {
-            continue;
-        };
-        if key.text != "data" {
-            continue;
-        }
+    let data = members.iter_mut().find(|(key, _)| key.text == "data");
+    if let Some((
+        _,
+        Node {
+            value: Value::Object(branches),
+            ..
+        },
+    )) = data
+    {
         for (branch, ty) in branches {
-            values.push(string(&branch.text, branch.span));
+            let place = branch.span;
+            values.push(string(&branch.text, place));
             let name = format!("{owner}{}Wrapper", camel(&branch.text));
             let ty = std::mem::replace(ty, string(&name, ty.span));
-            let place = branch.span;
             let data = object(place, vec![("data", ty)]);
             implied.push(object(
                 place,
@@ -166,20 +176,17 @@ fn union(owner: &str, mut members: Members, span: Span, implied: &mut Vec<Node>)
         vec![("enum", string(&kind, span)), ("data", values)],
     ));
     let tag = object(span, vec![("type", string(&kind, span))]);
-    let base = members
-        .iter()
-        .position(|(key, _)| key.text == "base")
-        .map(|at| members.remove(at));
-    let base = match base {
-        Some((_, base)) => {
+    let base = match members.iter().position(|(key, _)| key.text == "base") {
+        Some(at) => {
+            let (_, base) = members.remove(at);
             let name = format!("{owner}Base");
             let place = base.span;
-            let common = [
+            let common = vec![
                 ("struct", string(&name, place)),
                 ("base", base),
                 ("data", tag),
             ];
-            implied.push(object(place, common.into()));
+            implied.push(object(place, common));
             string(&name, place)
         }
         None => tag,

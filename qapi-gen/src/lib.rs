@@ -10,9 +10,9 @@
 //! emit      ir::Schema -> Rust modules, Markdown pages
 //! ```
 //!
-//! The entry is [`load_schema`]. It gives either a schema for which every rule holds, or all that is wrong.
-//! [`load_hx`] then reads the command table and compares it with the schema (module [`hx`]).
-//! `Loaded::sources` lists every file that was read, for `cargo::rerun-if-changed`.
+//! The entry is [`load_schema`]. It gives either a schema for which every rule holds, or all that
+//! is wrong. [`load_hx`] then reads the command table and compares it with the schema (module
+//! [`hx`]). `Loaded::sources` lists every file that was read, for `cargo::rerun-if-changed`.
 
 mod ast;
 mod check;
@@ -45,8 +45,8 @@ pub enum Dialect {
     /// That of QEMU 6.2 and later.
     #[default]
     Modern,
-    /// That of 2012 to 2014: `type`, simple and anonymous unions, nested objects, `gen: 'no'`, comments without rules. Only
-    /// what QEMU 2.0 checks is checked, and that all names resolve.
+    /// That of 2012 to 2014: `type`, simple and anonymous unions, nested objects, `gen: 'no'`,
+    /// comments without rules. Only what QEMU 2.0 checks is checked, and that all names resolve.
     Legacy,
 }
 
@@ -57,8 +57,8 @@ pub struct Options {
     pub dialect: Dialect,
     /// The identifiers that hold in `if` conditions.
     pub defines: BTreeSet<String>,
-    /// Warn about types that no command and no event leads to. Schemas also describe configuration and errors, so
-    /// this is for those who ask.
+    /// Warn about types that no command and no event leads to. Schemas also describe configuration
+    /// and errors, so this is for those who ask.
     pub warn_unused: bool,
 }
 
@@ -139,8 +139,8 @@ pub fn load_schema(
     })
 }
 
-/// Loads the command table at `path` and checks it against the schema. Its text is added to `loaded.sources` and its
-/// warnings to `loaded.warnings`.
+/// Loads the command table at `path` and checks it against the schema. Its text is added to
+/// `loaded.sources` and its warnings to `loaded.warnings`.
 ///
 /// # Errors
 /// All that is wrong with the table, and every disagreement between it and the schema.

@@ -1,4 +1,5 @@
-//! The checked definitions to the intermediate representation: conditions decided, names resolved, documentation attached.
+//! The checked definitions to the intermediate representation: conditions decided, names resolved,
+//! documentation attached.
 //!
 //! Runs only when no pass before it found an error, so names resolve here.
 
@@ -72,7 +73,8 @@ impl Lowering<'_> {
         }
     }
 
-    /// The id of a named type. It exists: unknown names and uses less conditional than the type are errors.
+    /// The id of a named type. It exists: unknown names and uses less conditional than the type are
+    /// errors.
     fn id(&self, name: &str) -> DefId {
         match self.symbols.find_type(name) {
             Some(Referent::Definition(index, _)) => self.ids[&index],

@@ -153,7 +153,8 @@ fn docs(schema: &Path, arguments: &Arguments) -> Result<(), Stop> {
     write(arguments, &emit::docs(&loaded.schema, &folder_of(schema)))
 }
 
-/// The folder of the top file as the output names it: its own name, so that it is the same on every machine.
+/// The folder of the top file as the output names it: its own name, so that it is the same on every
+/// machine.
 fn folder_of(schema: &Path) -> String {
     let folder = schema.parent().and_then(Path::file_name);
     folder.map_or_else(

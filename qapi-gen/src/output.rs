@@ -5,7 +5,8 @@ use std::{fs, io};
 
 use crate::emit::OutputFile;
 
-/// Writes `files` below `folder`. A file that already has its text is left alone, so that nothing is built again for it.
+/// Writes `files` below `folder`. A file that already has its text is left alone, so that nothing
+/// is built again for it.
 ///
 /// # Errors
 /// The path that could not be written, and why.

@@ -1,4 +1,5 @@
-//! Text to a tree: the lexical layer and the nesting of the schema language, nothing of its meaning.
+//! Text to a tree: the lexical layer and the nesting of the schema language, nothing of its
+//! meaning.
 //!
 //! Reads on behind an error: at the next object or documentation comment in column 0.
 
@@ -87,14 +88,15 @@ pub(crate) fn parse(file: FileId, text: &str, sink: &mut Sink) -> Vec<Item> {
                 }
             }
         }
-        // Junk matches whatever the rest does not, so this is not reached; it costs nothing to be safe.
+        // Junk matches whatever the rest does not, so this is not reached; it costs nothing to be
+        // safe.
         Err(error) => sink.error(context.span(0, 0), error.variant.message().into_owned()),
     }
     items
 }
 
-/// The first bracket that lies deeper than the limit. Looks past strings and comments as the grammar does, and
-/// never sees less nesting than the grammar would.
+/// The first bracket that lies deeper than the limit. Looks past strings and comments as the
+/// grammar does, and never sees less nesting than the grammar would.
 fn too_deep(text: &str) -> Option<usize> {
     let (mut depth, mut in_string, mut in_comment) = (0_usize, false, false);
     let mut escaped = false;
@@ -225,7 +227,8 @@ impl Context<'_> {
         self.explain_token(start + at, &expected)
     }
 
-    /// An error at the token at `at`: what is wrong with the token itself, or else that another was expected.
+    /// An error at the token at `at`: what is wrong with the token itself, or else that another was
+    /// expected.
     fn explain_token(&self, at: usize, expected: &str) -> Diagnostic {
         let rest = self.text.get(at..).unwrap_or("");
         let mut chars = rest.chars();

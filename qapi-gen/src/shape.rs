@@ -1,7 +1,7 @@
 //! The tree to definitions: which keys an expression has, and of what kind their values are.
 //!
-//! Each rule reports at the key or value that breaks it; the definition is then marked broken and the rest of it is
-//! still looked at.
+//! Each rule reports at the key or value that breaks it; the definition is then marked broken and
+//! the rest of it is still looked at.
 
 mod cond;
 mod directive;
@@ -203,7 +203,8 @@ impl Shaper<'_> {
             None => None,
         };
         let branches = self.branches(keys);
-        // A missing discriminator has been reported: the definition is broken and this name is never looked up.
+        // A missing discriminator has been reported: the definition is broken and this name is
+        // never looked up.
         let discriminator = discriminator.unwrap_or_else(|| Name {
             text: String::new(),
             span: keys.span(),

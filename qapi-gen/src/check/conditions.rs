@@ -1,6 +1,7 @@
 //! Conditional definitions: whoever uses one must be there only when it is.
 //!
-//! QEMU leaves this to the C compiler, which sees one configuration; here all of them are looked at.
+//! QEMU leaves this to the C compiler, which sees one configuration; here all of them are looked
+//! at.
 
 use crate::ast::{Base, Cond, Data, Definition, Kind, Member, Name};
 use crate::check::{discriminator_enum, own_members};

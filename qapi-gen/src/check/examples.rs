@@ -1,7 +1,8 @@
-//! The examples in documents: valid JSON, known commands and events, and members as the schema has them.
+//! The examples in documents: valid JSON, known commands and events, and members as the schema has
+//! them.
 //!
-//! Examples are what people copy. Those of our own documents are run against the daemon too; this finds the mistakes
-//! without one, and in other people's documents. All findings are warnings.
+//! Examples are what people copy. Those of our own documents are run against the daemon too; this
+//! finds the mistakes without one, and in other people's documents. All findings are warnings.
 
 use serde_json::{Map, Value};
 
@@ -162,7 +163,8 @@ impl<'a> Session<'a> {
         self.object(&members, object, path)
     }
 
-    /// The members that an object type has for these values: those of the union branches chosen included.
+    /// The members that an object type has for these values: those of the union branches chosen
+    /// included.
     fn members(&self, id: DefId, object: &Object) -> Vec<&'a Member> {
         let Kind::Union(union) = &self.schema.def(id).kind else {
             return self.schema.flattened_members(id);

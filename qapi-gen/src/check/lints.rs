@@ -1,4 +1,5 @@
-//! Warnings about a schema that is correct: experimental names, types nobody uses, values nobody can write.
+//! Warnings about a schema that is correct: experimental names, types nobody uses, values nobody
+//! can write.
 
 use std::collections::BTreeSet;
 

@@ -114,8 +114,8 @@ fn check_text(text: &str, name: &Name, role: &str, case: Case, sink: &mut Sink) 
     sink.error(name.span, format!("name of {role} '{shown}' {complaint}"));
 }
 
-/// The part of a name behind the prefixes `__RFQDN_` and `x-`, on which the rules of case apply. `None` if the name
-/// is invalid.
+/// The part of a name behind the prefixes `__RFQDN_` and `x-`, on which the rules of case apply.
+/// `None` if the name is invalid.
 pub(super) fn stem(name: &str) -> Option<&str> {
     let plain = match name.strip_prefix("__") {
         Some(rest) => {

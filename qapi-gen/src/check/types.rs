@@ -1,4 +1,5 @@
-//! Which types may stand where: bases, discriminators, branches, arguments, return values, features.
+//! Which types may stand where: bases, discriminators, branches, arguments, return values,
+//! features.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -239,8 +240,8 @@ enum Json {
     Object,
 }
 
-/// At most one branch per kind of JSON value. On the command line everything is a string, so a string must not look
-/// like a boolean or number that another branch takes.
+/// At most one branch per kind of JSON value. On the command line everything is a string, so a
+/// string must not look like a boolean or number that another branch takes.
 fn alternate(branches: &[Branch], symbols: &Symbols<'_>, sink: &mut Sink) {
     unique(branches.iter().map(|branch| &branch.name), "branch", sink);
     let mut seen: BTreeMap<Json, &Name> = BTreeMap::new();

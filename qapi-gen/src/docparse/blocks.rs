@@ -1,7 +1,7 @@
 //! The text of documentation: the part of reStructuredText that schemas use.
 //!
-//! Paragraphs, headings (`= Title`), lists, literal blocks, admonitions and `.. qmp-example::`. Other directives are kept as
-//! they are.
+//! Paragraphs, headings (`= Title`), lists, literal blocks, admonitions and `.. qmp-example::`.
+//! Other directives are kept as they are.
 
 use super::Line;
 use crate::example;
@@ -47,7 +47,8 @@ fn parse_into(lines: &[Line<'_>], depth: usize, out: &mut Vec<DocBlock>) {
     }
 }
 
-/// The end of the run of lines from `at` that are blank or indented by at least `indent`, without trailing blanks.
+/// The end of the run of lines from `at` that are blank or indented by at least `indent`, without
+/// trailing blanks.
 fn extent(lines: &[Line<'_>], at: usize, indent: usize) -> usize {
     let mut end = at;
     for (index, line) in lines.iter().enumerate().skip(at) {
@@ -139,7 +140,8 @@ fn paragraph(lines: &[Line<'_>], start: usize, out: &mut Vec<DocBlock>) -> usize
     stop
 }
 
-/// The lines as they are, without what all of them are indented by and without blank lines around them.
+/// The lines as they are, without what all of them are indented by and without blank lines around
+/// them.
 fn literal(lines: &[Line<'_>]) -> String {
     let texts = lines.iter().filter(|line| !line.is_blank());
     let indent = texts.map(Line::indent).min().unwrap_or(0);

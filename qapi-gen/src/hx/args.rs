@@ -6,7 +6,8 @@ use crate::diagnostic::{Diagnostic, Sink};
 use crate::hx::{Arg, Code};
 use crate::ir::Span;
 
-/// The characters of a value, which may be written as several adjacent strings, and where each stands.
+/// The characters of a value, which may be written as several adjacent strings, and where each
+/// stands.
 pub(super) type Chars = Vec<(char, usize)>;
 
 /// Parses the value of `.args_type`; `whole` is its place.
@@ -71,71 +72,64 @@ fn argument(piece: &[(char, usize)], span: Span, sink: &mut Sink) -> Option<Arg>
         sink.error(span, format!("argument '{name}' has an invalid name"));
         return None;
     }
-    let code = &piece[colon + 1..];
-    let at = |index: usize| {
-        let (c, start) = code
-            .get(index)
-            .copied()
-            .unwrap_or((' ', span.end.saturating_sub(1)));
-        Span {
-            start,
-            end: start + c.len_utf8(),
-            ..span
-        }
-    };
-    let Some((letter, _)) = code.first() else {
-        let error = Diagnostic::error(span, format!("argument '{name}' lacks a type letter"));
-        sink.push(error.note(LETTERS));
+    let letters = &piece[colon + 1..];
+    if letters.is_empty() {
+        let message = format!("argument '{name}' lacks a type letter");
+        sink.push(Diagnostic::error(span, message).note(LETTERS));
         return None;
-    };
+    }
+    match type_of(letters) {
+        Ok((code, optional)) => Some(Arg {
+            name,
+            code,
+            optional,
+            span,
+        }),
+        Err((at, complaint)) => {
+            let (c, start) = letters[at];
+            let span = Span {
+                start,
+                end: start + c.len_utf8(),
+                ..span
+            };
+            let message = format!("argument '{name}': {complaint}");
+            sink.push(Diagnostic::error(span, message).note(LETTERS));
+            None
+        }
+    }
+}
+
+/// The type, and whether the argument is optional, from the letters behind the colon (at least
+/// one). Or else the letter that is wrong, and why.
+fn type_of(letters: &[(char, usize)]) -> Result<(Code, bool), (usize, String)> {
+    let letter = letters[0].0;
     let mut used = 1;
-    let kind = match letter {
-        'B' | 'F' | 's' => Code::String(*letter),
-        'i' | 'l' | 'M' | 'o' => Code::Integer(*letter),
+    let code = match letter {
+        'B' | 'F' | 's' => Code::String(letter),
+        'i' | 'l' | 'M' | 'o' => Code::Integer(letter),
         'T' => Code::Number,
         'b' => Code::Bool,
         'q' => Code::Any,
         'O' => Code::Open,
-        '-' => match code.get(1) {
+        '-' => match letters.get(1) {
             Some((flag, _)) if flag.is_ascii_alphabetic() => {
                 used = 2;
                 Code::Flag(*flag)
             }
-            _ => {
-                sink.error(at(0), format!("flag '{name}' lacks a letter behind '-'"));
-                return None;
-            }
+            _ => return Err((0, "a letter is missing behind '-'".to_owned())),
         },
         'S' | '/' | '.' => {
-            let message = format!("type letter '{letter}' of '{name}' has no meaning in QMP");
-            sink.push(Diagnostic::error(at(0), message).note(LETTERS));
-            return None;
+            return Err((0, format!("type letter '{letter}' has no meaning in QMP")));
         }
-        other => {
-            let message = format!("unknown type letter '{other}' of '{name}'");
-            sink.push(Diagnostic::error(at(0), message).note(LETTERS));
-            return None;
-        }
+        other => return Err((0, format!("unknown type letter '{other}'"))),
     };
-    let mut optional = matches!(kind, Code::Flag(_));
-    if let Some(('?', _)) = code.get(used) {
-        optional = true;
-        used += 1;
+    let marked = matches!(letters.get(used), Some(('?', _)));
+    used += usize::from(marked);
+    match letters.get(used) {
+        Some((extra, _)) => Err((used, format!("unexpected '{extra}' behind the type"))),
+        None => Ok((code, marked || matches!(code, Code::Flag(_)))),
     }
-    if let Some((extra, _)) = code.get(used) {
-        sink.error(
-            at(used),
-            format!("unexpected '{extra}' behind the type of '{name}'"),
-        );
-        return None;
-    }
-    Some(Arg {
-        name,
-        code: kind,
-        optional,
-        span,
-    })
 }
 
-const LETTERS: &str = "letters are B F s (string), i l M o (integer), T (number), b (boolean), -x (flag), \
-                       q (anything), O (open)";
+const LETTERS: &str = "letters are B F s (string), i l M o (integer), T (number), b (boolean), \
+                       -x (flag), q (anything), O (open)";

@@ -1,4 +1,5 @@
-//! The table against the schema: the same commands, the same arguments, the handler that the generator makes.
+//! The table against the schema: the same commands, the same arguments, the handler that the
+//! generator makes.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +10,8 @@ use crate::ir::{
     Args, Branch, Builtin, CommandDef, Definition, Kind, Member, Schema, Span, Type, UnionBase,
 };
 
-/// Compares a table with the schema. Disagreements are errors; another order of arguments is a warning.
+/// Compares a table with the schema. Disagreements are errors; another order of arguments is a
+/// warning.
 pub fn check(hx: &HxFile, schema: &Schema, sink: &mut Sink) {
     let commands: Vec<(&Definition, &CommandDef)> = schema
         .definitions
@@ -53,7 +55,8 @@ pub fn check(hx: &HxFile, schema: &Schema, sink: &mut Sink) {
     }
 }
 
-/// Warns about commands without a document, and about examples that are not valid JSON or do not fit the schema.
+/// Warns about commands without a document, and about examples that are not valid JSON or do not
+/// fit the schema.
 pub fn check_documents(hx: &HxFile, schema: &Schema, sources: &SourceMap, sink: &mut Sink) {
     for entry in &hx.entries {
         if hx.document(&entry.name.text).is_none() {

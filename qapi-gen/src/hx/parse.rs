@@ -57,7 +57,8 @@ pub(super) fn parse(file: FileId, text: &str, sources: &SourceMap, sink: &mut Si
                 reader.item(pair);
             }
         }
-        // Junk matches whatever the rest does not, so this is not reached; it costs nothing to be safe.
+        // Junk matches whatever the rest does not, so this is not reached; it costs nothing to be
+        // safe.
         Err(error) => {
             let span = reader.span(0, 0);
             reader

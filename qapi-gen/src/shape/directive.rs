@@ -24,8 +24,8 @@ const PRAGMAS: [&str; 5] = [
     "member-name-exceptions",
 ];
 
-/// Whether `node` is a directive; pragmas are applied at once. `Err` gives a definition back. `Ok(None)` is a
-/// directive that is wrong and was reported.
+/// Whether `node` is a directive; pragmas are applied at once. `Err` gives a definition back.
+/// `Ok(None)` is a directive that is wrong and was reported.
 pub(crate) fn directive(
     node: Node,
     pragma: &mut Pragma,

@@ -158,7 +158,8 @@ fn thousands_of_mistakes() {
     ));
 }
 
-/// Many prefixes of sound text, and sound text with a byte changed: whatever it gives, it comes back.
+/// Many prefixes of sound text, and sound text with a byte changed: whatever it gives, it comes
+/// back.
 #[test]
 fn damaged_text() {
     let schema = std::fs::read_to_string("tests/schemas/doc-duplicates.json").unwrap()

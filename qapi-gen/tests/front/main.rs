@@ -1,7 +1,8 @@
 //! The front end seen from outside: files in, schema or diagnostics out.
 //!
-//! A case is a file below `tests/schemas` or `tests/hx`; what it gives is a golden in the repository's `snapshots/`.
-//! After a wanted change run the tests with `INSTA_UPDATE=always` and read the difference.
+//! A case is a file below `tests/schemas` or `tests/hx`; what it gives is a golden in the
+//! repository's `snapshots/`. After a wanted change run the tests with `INSTA_UPDATE=always` and
+//! read the difference.
 
 #![allow(
     clippy::unwrap_used,

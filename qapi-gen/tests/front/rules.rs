@@ -1,4 +1,5 @@
-//! Rules that need more than a file of the goldens: many of something, several files, one thing in two spellings.
+//! Rules that need more than a file of the goldens: many of something, several files, one thing in
+//! two spellings.
 
 use std::path::Path;
 
@@ -36,7 +37,8 @@ fn accepted() {
         "{ 'alternate': 'StrOrNull', 'data': { 's': 'str', 'n': 'null' } }",
         "{ 'struct': 'Tree', 'data': { '*left': 'Tree', 'all': [ 'Tree' ] } }",
         "{ 'enum': 'Tag', 'data': [ 'a', 'b' ] } { 'struct': 'One', 'data': { 'x': 'int' } } \
-         { 'union': 'Inner', 'base': { 't': 'Tag' }, 'discriminator': 't', 'data': { 'a': 'One' } } \
+         { 'union': 'Inner', 'base': { 't': 'Tag' }, 'discriminator': 't', \
+           'data': { 'a': 'One' } } \
          { 'union': 'Outer', 'base': { 'o': 'Tag' }, 'discriminator': 'o', \
            'data': { 'a': 'Inner', 'b': 'Inner' } }",
     ];
@@ -162,7 +164,8 @@ fn a_loop_over_three_files_is_found() {
 
 #[test]
 fn carriage_returns_change_nothing() {
-    let text = "##\n# @a:\n#\n# @b: text\n#     more\n#\n# Since: 1.0\n##\n{ 'command': 'a',\n  'data': { 'b': 'c' } }\n";
+    let text = "##\n# @a:\n#\n# @b: text\n#     more\n#\n# Since: 1.0\n##\n\
+                { 'command': 'a',\n  'data': { 'b': 'c' } }\n";
     let plain = rendered(&load(text));
     let windows = rendered(&load(&text.replace('\n', "\r\n")));
     assert_eq!(plain, windows);
@@ -209,7 +212,8 @@ fn examples_fit_the_schema() {
         format!(
             "{{ 'enum': 'Mode', 'data': [ 'fast', 'safe' ] }}
 {{ 'struct': 'Fast', 'data': {{ 'speed': 'uint8' }} }}
-{{ 'union': 'Options', 'base': {{ 'mode': 'Mode' }}, 'discriminator': 'mode', 'data': {{ 'fast': 'Fast' }} }}
+{{ 'union': 'Options', 'base': {{ 'mode': 'Mode' }}, 'discriminator': 'mode',
+   'data': {{ 'fast': 'Fast' }} }}
 {{ 'alternate': 'NameOrNot', 'data': {{ 'name': 'str', 'not': 'null' }} }}
 {{ 'command': 'set', 'data': 'Options', 'boxed': true, 'returns': [ 'Fast' ] }}
 {{ 'command': 'raw', 'gen': false }}
@@ -243,7 +247,8 @@ fn examples_fit_the_schema() {
             "",
         ),
         (
-            "-> { \"execute\": \"set\",\n     \"arguments\": { \"mode\": \"safe\" } }\n<- { \"return\": [ { \"speed\": 1 } ] }",
+            "-> { \"execute\": \"set\",\n     \"arguments\": { \"mode\": \"safe\" } }\n\
+             <- { \"return\": [ { \"speed\": 1 } ] }",
             "",
         ),
         (r#"-> { "execute": "set" }"#, "'arguments.mode' is missing"),
@@ -274,7 +279,8 @@ fn examples_fit_the_schema() {
         ),
         (r#"<- { "event": "DON" }"#, "there is no event 'DON'"),
         (
-            "-> { \"execute\": \"set\", \"arguments\": { \"mode\": \"safe\" } }\n<- { \"return\": [ 1 ] }",
+            "-> { \"execute\": \"set\", \"arguments\": { \"mode\": \"safe\" } }\n\
+             <- { \"return\": [ 1 ] }",
             "'return[0]' is no Fast",
         ),
         (

@@ -126,11 +126,13 @@ fn ty(schema: &Schema, of: &Type) -> String {
 #[test]
 fn every_construct_arrives() {
     let text = "
-        { 'enum': 'Tag', 'prefix': 'TAG', 'data': [ 'a', { 'name': 'b', 'features': [ 'f' ] }, 'c' ] }
+        { 'enum': 'Tag', 'prefix': 'TAG',
+          'data': [ 'a', { 'name': 'b', 'features': [ 'f' ] }, 'c' ] }
         { 'struct': 'Base', 'data': { 'tag': 'Tag', '*n': 'uint16' } }
         { 'struct': 'Derived', 'base': 'Base', 'data': { 'l': [ 'Derived' ], '*any': 'any',
             'old': { 'type': 'str', 'features': [ 'deprecated' ] } } }
-        { 'union': 'Uni', 'base': 'Derived', 'discriminator': 'tag', 'data': { 'c': 'Empty', 'a': 'Empty' } }
+        { 'union': 'Uni', 'base': 'Derived', 'discriminator': 'tag',
+          'data': { 'c': 'Empty', 'a': 'Empty' } }
         { 'struct': 'Empty', 'data': {} }
         { 'alternate': 'Alt', 'data': { 's': 'str', 'o': 'Empty', 'l': [ 'int' ] } }
         { 'command': 'plain' }

@@ -18,6 +18,7 @@ mod geometries;
 mod model;
 mod operations;
 mod sharing;
+mod snapshots;
 
 /// A new image of `size` bytes on a disk in memory.
 async fn new_image(options: &CreateOptions) -> Arc<Memory> {

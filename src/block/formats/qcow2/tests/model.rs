@@ -19,7 +19,7 @@ use crate::error::ErrorKind;
 use crate::protocols::memory::{Change, Memory, OpKind};
 
 mod batch;
-mod layers;
+pub(super) mod layers;
 
 use layers::{Layer, pattern};
 

@@ -7,47 +7,47 @@ use crate::units::HostOffset;
 
 /// What a disk holds: plain bytes.
 #[derive(Clone)]
-pub(super) struct Layer {
+pub(in super::super) struct Layer {
     bytes: Vec<u8>,
     base: Vec<u8>,
 }
 
 impl Layer {
     /// A disk of `size` bytes that shows `base`, and zeroes behind its end.
-    pub(super) fn new(size: u64, base: Option<Vec<u8>>) -> Self {
+    pub(in super::super) fn new(size: u64, base: Option<Vec<u8>>) -> Self {
         let base = base.unwrap_or_default();
         let mut bytes = base.clone();
         bytes.resize(size as usize, 0);
         Layer { bytes, base }
     }
 
-    pub(super) fn len(&self) -> u64 {
+    pub(in super::super) fn len(&self) -> u64 {
         self.bytes.len() as u64
     }
 
-    pub(super) fn write(&mut self, at: u64, bytes: &[u8]) {
+    pub(in super::super) fn write(&mut self, at: u64, bytes: &[u8]) {
         self.bytes[at as usize..][..bytes.len()].copy_from_slice(bytes);
     }
 
-    pub(super) fn slice(&self, at: u64, len: usize) -> &[u8] {
+    pub(in super::super) fn slice(&self, at: u64, len: usize) -> &[u8] {
         &self.bytes[at as usize..][..len]
     }
 
     /// Whether `bytes` are what the backing has at `at`.
-    pub(super) fn is_base(&self, at: u64, bytes: &[u8]) -> bool {
+    pub(in super::super) fn is_base(&self, at: u64, bytes: &[u8]) -> bool {
         bytes.iter().enumerate().all(|(nth, byte)| {
             let base = self.base.get(at as usize + nth);
             base.copied().unwrap_or(0) == *byte
         })
     }
 
-    pub(super) fn grow(&mut self, size: u64) {
+    pub(in super::super) fn grow(&mut self, size: u64) {
         self.bytes.resize(size as usize, 0);
     }
 }
 
 /// Bytes whose words tell their guest offset and their stamp.
-pub(super) fn pattern(at: u64, len: usize, stamp: u32) -> Vec<u8> {
+pub(in super::super) fn pattern(at: u64, len: usize, stamp: u32) -> Vec<u8> {
     let first = at / 8;
     let last = (at + len as u64).div_ceil(8);
     let words = (first..last).flat_map(|word| {
@@ -58,7 +58,7 @@ pub(super) fn pattern(at: u64, len: usize, stamp: u32) -> Vec<u8> {
 }
 
 /// For each snapshot its id and the first bytes of an image whose active layer it is.
-pub(super) async fn snapshot_headers(file: &Child) -> Vec<(String, Vec<u8>)> {
+pub(in super::super) async fn snapshot_headers(file: &Child) -> Vec<(String, Vec<u8>)> {
     let header = read_header(file).await.unwrap();
     let table = SnapshotTable::read(file, header.snapshots_offset.0, header.nb_snapshots);
     let table = table.await.unwrap();

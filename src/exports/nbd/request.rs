@@ -62,22 +62,31 @@ pub(super) fn check(
     node: &dyn Requests,
 ) -> std::result::Result<(), Failure> {
     let invalid = |text: String| Err(Failure::new(NbdErrno::Inval, text));
+    let (length, most) = (request.length, limits::NBD_MAX_PAYLOAD);
+    if matches!(request.command, Command::Read | Command::Write) && length > most {
+        return invalid(format!("len ({length}) is larger than max len ({most})"));
+    }
     let (known_flags, writes) = match request.command {
         Command::Read if terms.structured => (NBD_CMD_FLAG_DF, false),
         Command::Read | Command::Flush | Command::Cache => (0, false),
         Command::Write | Command::Trim => (0, true),
         Command::WriteZeroes => (NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO, true),
         Command::BlockStatus if terms.base_allocation => (NBD_CMD_FLAG_REQ_ONE, false),
-        Command::BlockStatus => return invalid("NBD_CMD_BLOCK_STATUS not negotiated".into()),
+        Command::BlockStatus => return invalid("CMD_BLOCK_STATUS not negotiated".into()),
         Command::Disconnect => return Ok(()),
-        Command::Unknown(number) => return invalid(format!("unknown command {number}")),
+        Command::Unknown(number) => {
+            return invalid(format!("invalid request type ({number}) received"));
+        }
     };
     if writes && !terms.writable {
         return Err(Failure::new(NbdErrno::Perm, "Export is read-only"));
     }
     let unknown = request.flags & !(known_flags | NBD_CMD_FLAG_FUA);
     if unknown != 0 {
-        return invalid(format!("unsupported flags 0x{unknown:x}"));
+        let name = request.command.name();
+        return invalid(format!(
+            "unsupported flags for command {name} (got 0x{unknown:x})"
+        ));
     }
     if request.command == Command::Flush {
         // Offset and length are reserved; some clients leave rubbish in them.
@@ -85,13 +94,6 @@ pub(super) fn check(
     }
     if request.length == 0 && request.command == Command::BlockStatus {
         return invalid("need non-zero length".into());
-    }
-    if request.command == Command::Read && request.length > limits::NBD_MAX_PAYLOAD {
-        return invalid(format!(
-            "len ({}) is larger than max len ({})",
-            request.length,
-            limits::NBD_MAX_PAYLOAD
-        ));
     }
     check_range(request, node)
 }

@@ -244,9 +244,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
         let is_write = request.command == Command::Write;
         if request.command == Command::Disconnect {
             self.end(Ok(()));
-        } else if is_write && request.length > limits::NBD_MAX_PAYLOAD {
-            self.end(Err(SessionError::TooLong(request.length)));
         } else if let Err(failure) = request::check(&request, self.terms, self.node) {
+            if is_write && request.length > limits::NBD_MAX_PAYLOAD {
+                // It is told, but such a payload is not even worth being skipped.
+                request::reply_failure(&request, failure, self.terms, &mut self.output);
+                self.end(Err(SessionError::TooLong(request.length)));
+                return Step::Progress;
+            }
             let payload = if is_write { request.length } else { 0 };
             return self.try_refuse(request, failure, payload.into());
         } else {

@@ -266,6 +266,6 @@ fn metadata_contexts_are_listed_and_selected_per_export() {
     let (error, text, _) = client.error(&request(0, BLOCK_STATUS, 1, 0, 512));
     assert_eq!(
         (error, &text[..]),
-        (EINVAL, "NBD_CMD_BLOCK_STATUS not negotiated")
+        (EINVAL, "CMD_BLOCK_STATUS not negotiated")
     );
 }

@@ -31,6 +31,21 @@ impl Command {
             other => Command::Unknown(other),
         }
     }
+
+    /// For error texts.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Command::Read => "read",
+            Command::Write => "write",
+            Command::Disconnect => "disconnect",
+            Command::Flush => "flush",
+            Command::Trim => "trim",
+            Command::Cache => "cache",
+            Command::WriteZeroes => "write zeroes",
+            Command::BlockStatus => "block status",
+            Command::Unknown(_) => "<unknown>",
+        }
+    }
 }
 
 /// A request header. Only a write has a payload, of `length` bytes, behind it.

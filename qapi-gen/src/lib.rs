@@ -1,18 +1,23 @@
 //! The generator: a QAPI schema and a `qmp-commands.hx` in, Rust and documents out.
 //!
-//! A pure function: nothing here reads or writes files but [`load`], and that through a trait.
+//! A pure function of the texts: files are read in [`load`], through a trait, and written in
+//! [`output`], by those who ask for it.
 //!
 //! ```text
-//! load      files and includes        -> texts          docparse  comments   -> documentation
-//! parse     text (pest)               -> tree           shape     tree       -> ast
-//! resolve   names                     -> definitions    check     the rules of the language
-//! configure `if` conditions                             lower     ast        -> ir::Schema
-//! emit      ir::Schema -> Rust modules, Markdown pages
+//! load       files and includes             -> texts
+//! parse      text (pest)                    -> tree      legacy    the dialect of 2014 -> tree
+//! docparse   comments                       -> text blocks, with the sessions in them (example)
+//! shape      tree                           -> ast: keys and kinds of values
+//! resolve    names                          -> definitions
+//! check      the rules of the language, the documentation, the examples
+//! configure  `if` conditions                             lower     ast -> ir::Schema
+//! emit       ir::Schema                     -> Rust modules, Markdown pages
+//! hx         the command table, and where it and the schema disagree
 //! ```
 //!
-//! The entry is [`load_schema`]. It gives either a schema for which every rule holds, or all that
-//! is wrong. [`load_hx`] then reads the command table and compares it with the schema (module
-//! [`hx`]). `Loaded::sources` lists every file that was read, for `cargo::rerun-if-changed`.
+//! The entry is [`load_schema`]. It gives either a schema for which every rule holds, or all that is
+//! wrong. [`load_hx`] then reads the command table and compares it with the schema.
+//! `Loaded::sources` lists every file that was read, for `cargo::rerun-if-changed`.
 
 mod ast;
 mod check;

@@ -17,7 +17,7 @@
 //! EQMP
 //! ```
 //!
-//! [`parse`] reads a file, [`check`] compares it with a schema.
+//! [`parse()`] reads a file, [`check()`] compares it with a schema.
 
 mod args;
 mod check;

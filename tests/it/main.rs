@@ -8,5 +8,6 @@ mod harness;
 mod monitor;
 mod nbd;
 mod qmp;
+mod readme;
 mod session;
 mod tidy;

@@ -1,0 +1,83 @@
+//! The session in the README, run line by line.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+
+use super::harness;
+
+/// A command and what it prints.
+struct Step {
+    command: String,
+    output: String,
+}
+
+fn session() -> Vec<Step> {
+    let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
+    let (_, after) = page.split_once("<!-- session -->\n```console\n").unwrap();
+    let (session, _) = after.split_once("```").unwrap();
+    let mut steps: Vec<Step> = Vec::new();
+    for line in session.lines() {
+        if let Some(command) = line.strip_prefix("$ ") {
+            steps.push(Step {
+                command: command.to_owned(),
+                output: String::new(),
+            });
+            continue;
+        }
+        let step = steps.last_mut().unwrap();
+        match line.strip_prefix("> ") {
+            Some(more) => step.command.push_str(&format!("\n{more}")),
+            None => step.output.push_str(&format!("{line}\n")),
+        }
+    }
+    steps
+}
+
+#[test]
+fn readme() {
+    let Some(()) = harness::need(&["nc", "qemu-img", "qemu-io"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let programs = tempfile::tempdir().unwrap();
+    symlink(
+        env!("CARGO_BIN_EXE_qblockd"),
+        programs.path().join("qblockd"),
+    )
+    .unwrap();
+    let path = format!(
+        "{}:{}",
+        programs.path().display(),
+        std::env::var("PATH").unwrap()
+    );
+    let steps = session();
+    assert!(steps.len() > 5);
+    // If a line fails the daemon must not outlive the test.
+    let _ended = EndByPidFile(folder.path());
+    for Step { command, output } in steps {
+        let ran = Command::new("timeout")
+            .args(["20", "sh", "-c", &command])
+            .current_dir(folder.path())
+            .env("PATH", &path)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&ran.stdout);
+        assert_eq!(said.replace('\r', ""), output, "{command}: {ran:?}");
+        if command.starts_with("kill") {
+            harness::until(|| !folder.path().join("qblockd.pid").exists(), "the end");
+        }
+    }
+}
+
+/// Ends the daemon that a pid file names, if it is still there.
+struct EndByPidFile<'a>(&'a Path);
+
+impl Drop for EndByPidFile<'_> {
+    fn drop(&mut self) {
+        if let Ok(pid) = fs::read_to_string(self.0.join("qblockd.pid")) {
+            let _ = Command::new("kill").arg(pid.trim()).status();
+        }
+    }
+}

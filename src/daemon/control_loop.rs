@@ -193,3 +193,6 @@ impl Signals {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

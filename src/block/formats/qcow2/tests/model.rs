@@ -413,17 +413,22 @@ impl Run {
         assert_eq!(table.len(), self.snapshots.len(), "{}", self.place());
         for ((id, header), (wanted_id, layer)) in table.into_iter().zip(&self.snapshots) {
             assert_eq!(&id, wanted_id);
-            let disk = disk.fork();
-            let change = Change::Write {
-                offset: 0,
-                data: header.into(),
-                fua: false,
-            };
-            disk.apply(&change).unwrap();
-            let driver = open(&disk, self.base.as_ref(), true).await;
-            let content = self.read_all(&driver).await;
+            let content = self.read_as_image(disk, header).await;
             self.assert_same(&content, layer, &format!("snapshot {id}"));
         }
+    }
+
+    /// Reads the image that the disk would be with another header.
+    async fn read_as_image(&self, disk: &Arc<Memory>, header: Vec<u8>) -> Vec<u8> {
+        let disk = disk.fork();
+        let change = Change::Write {
+            offset: 0,
+            data: header.into(),
+            fua: false,
+        };
+        disk.apply(&change).unwrap();
+        let driver = open(&disk, self.base.as_ref(), true).await;
+        self.read_all(&driver).await
     }
 
     async fn read_all(&self, driver: &Qcow2) -> Vec<u8> {

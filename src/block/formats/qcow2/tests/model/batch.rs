@@ -1,7 +1,7 @@
 //! Requests at the same time, overlapping, with the file's requests completing in random order.
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::{BoxFuture, join, join_all};
 use std::future::poll_fn;
 use std::task::Poll;
 
@@ -64,16 +64,17 @@ const SCHEDULED: [OpKind; 5] = [
 ];
 
 impl Run {
-    /// Sends two to eight requests at once; every block must hold what one of them has left.
+    /// Sends two to eight requests at once, sometimes with a snapshot in their middle. Every block must hold what one
+    /// of them has left, and in the snapshot that or what was before.
     pub(super) async fn together(&mut self) {
         let count = self.random.usize(2..=8);
         let requests: Vec<Request> = (0..count).map(|_| self.request()).collect();
         let driver = self.driver.clone();
-        let mut all = Box::pin(join_all(
-            requests.iter().map(|request| send(&driver, request)),
-        ));
+        let taken = self.snapshot_meanwhile();
+        let all = join_all(requests.iter().map(|request| send(&driver, request)));
+        let mut all = Box::pin(join(all, taken));
         SCHEDULED.iter().for_each(|kind| self.disk.hold(*kind));
-        let answers = loop {
+        let (answers, taken) = loop {
             // Only one look: who is ready depends on what the scheduler has released.
             let looked = poll_fn(|cx| Poll::Ready(all.as_mut().poll(cx))).await;
             if let Poll::Ready(answers) = looked {
@@ -97,12 +98,42 @@ impl Run {
             let is = self.driver.read(at, len).await.unwrap().to_bytes();
             self.assert_explained(at, &is, &requests, Old::Replaced);
         }
+        if let Some(id) = taken {
+            let content = self.read_snapshot(&id).await;
+            self.assert_explained(0, &content, &requests, Old::Allowed);
+            let mut layer = self.active.clone();
+            layer.write(0, &content);
+            self.snapshots.push((id, layer));
+        }
         // The model follows what has happened.
         for request in &requests {
             let (at, len) = request.range();
             let is = self.driver.read(at, len).await.unwrap().to_bytes();
             self.active.write(at, &is);
         }
+    }
+
+    /// A snapshot in every fourth batch, where the refcounts can count it for sure.
+    fn snapshot_meanwhile(&mut self) -> BoxFuture<'static, Option<String>> {
+        let wanted = self.random.u8(..4) == 0;
+        if !wanted || self.snapshots.len() >= MAX_SNAPSHOTS || self.case.refcount_bits < 8 {
+            return async { None }.boxed();
+        }
+        let new = NewSnapshot {
+            name: format!("meanwhile {}", self.step),
+            date_sec: 0,
+            date_nsec: 0,
+            vm_clock_nsec: 0,
+        };
+        let driver = self.driver.clone();
+        async move { Some(driver.create(new).await.unwrap().id) }.boxed()
+    }
+
+    async fn read_snapshot(&self, wanted: &str) -> Vec<u8> {
+        let headers = layers::snapshot_headers(&self.disk.child()).await;
+        let found = headers.into_iter().find(|(id, _)| id == wanted);
+        let (_, header) = found.unwrap();
+        self.read_as_image(&self.disk, header).await
     }
 
     fn request(&mut self) -> Request {

@@ -108,3 +108,6 @@ impl Action for SnapshotInternal {
         // It is durable since it was created.
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -141,7 +141,10 @@ fn files(ending: &str) -> Vec<(String, String)> {
 }
 
 fn is_test(path: &str) -> bool {
-    path.starts_with("tests/") || path.contains("/tests/") || path.ends_with("tests.rs")
+    path.starts_with("tests/")
+        || path.contains("/tests/")
+        || path.ends_with("tests.rs")
+        || path.ends_with("/testing.rs")
 }
 
 /// The text without line comments, so that prose may name what code must not.

@@ -99,6 +99,17 @@ impl Drop for Reserved {
     }
 }
 
+/// What has become of references that were to be dropped.
+#[derive(Debug)]
+pub(crate) struct Dropped {
+    /// Clusters that have none left.
+    pub(crate) freed: Vec<Run>,
+    /// Clusters that still have all of theirs, after an error.
+    pub(crate) rest: Vec<Run>,
+    /// The error that ended it early.
+    pub(crate) result: Result<()>,
+}
+
 /// The refcounts of an image and its free clusters. One owner at a time, behind an async lock.
 #[derive(Debug)]
 pub(crate) struct Allocator {
@@ -406,21 +417,41 @@ impl Allocator {
             let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *returned)
         };
-        for (index, run) in runs.iter().enumerate() {
-            let freed = match self.subtract(*run, 1).await {
-                Ok(freed) => freed,
-                Err(error) => {
-                    let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
-                    returned.extend(&runs[index..]);
-                    return Err(error);
+        let dropped = self.drop_references(runs).await;
+        {
+            let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+            returned.extend(dropped.rest);
+        }
+        for run in dropped.freed {
+            self.adopt_freed(run);
+        }
+        dropped.result
+    }
+
+    /// Takes one reference from each cluster of `runs`; stops at the first error.
+    pub(crate) async fn drop_references(&mut self, runs: Vec<Run>) -> Dropped {
+        let mut dropped = Dropped {
+            freed: Vec::new(),
+            rest: Vec::new(),
+            result: Ok(()),
+        };
+        for run in runs {
+            // A part within one refcount block happens whole or not at all.
+            for (_, part) in self.parts(run) {
+                if dropped.result.is_err() {
+                    dropped.rest.push(part);
+                    continue;
                 }
-            };
-            for run in freed {
-                self.owners.release(run.start, run.count);
-                self.add_free(run);
+                match self.subtract(part, 1).await {
+                    Ok(freed) => dropped.freed.extend(freed),
+                    Err(error) => {
+                        dropped.rest.push(part);
+                        dropped.result = Err(error);
+                    }
+                }
             }
         }
-        Ok(())
+        dropped
     }
 
     /// Makes clusters available. Their refcount is 0, nothing durable points to them and nobody uses them.
@@ -476,12 +507,8 @@ impl Allocator {
                 self.mark_dirty(region, first, part.count as usize);
             }
         }
-        if let Some((partial, _)) = self.partial
-            && freed
-                .iter()
-                .any(|run| run.start <= partial && partial.0 < run.end())
-        {
-            self.partial = None;
+        for run in &freed {
+            self.seal(*run);
         }
         Ok(freed)
     }

@@ -10,6 +10,7 @@
 //!
 //! The refcount goes down last. A crash on the way leaves a leaked cluster and no more.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::alloc::{Run, push_run};
@@ -22,12 +23,13 @@ pub(super) const MAX_UNLINKED: u64 = 64 << 20;
 #[derive(Debug, Default)]
 pub(crate) struct Quarantine {
     state: Mutex<State>,
+    /// Clusters in `State::unlinked`; looked at by every change.
+    waiting: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct State {
     unlinked: Vec<Run>,
-    unlinked_clusters: u64,
     durable: Vec<Run>,
     draining: Vec<Run>,
 }
@@ -37,14 +39,14 @@ impl Quarantine {
     pub(crate) fn unlinked(&self, runs: impl IntoIterator<Item = Run>) {
         let mut state = self.state();
         for run in runs {
-            state.unlinked_clusters += run.count;
+            self.waiting.fetch_add(run.count, Ordering::Relaxed);
             push_run(&mut state.unlinked, run);
         }
     }
 
     /// How many clusters wait for a write-back.
     pub(crate) fn waiting(&self) -> u64 {
-        self.state().unlinked_clusters
+        self.waiting.load(Ordering::Relaxed)
     }
 
     /// Whether nothing is on its way.
@@ -56,7 +58,7 @@ impl Quarantine {
     /// Takes what is unlinked, before the tables are copied for a write-back.
     pub(crate) fn take_unlinked(&self) -> Vec<Run> {
         let mut state = self.state();
-        state.unlinked_clusters = 0;
+        self.waiting.store(0, Ordering::Relaxed);
         std::mem::take(&mut state.unlinked)
     }
 

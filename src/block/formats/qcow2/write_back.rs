@@ -73,7 +73,9 @@ impl Image {
         self.write_back_once().await?;
         *done = number;
         drop(done);
-        self.advance_quarantine().await;
+        if let Err(error) = self.advance_quarantine().await {
+            log::warn!("qcow2: freeing clusters is postponed: {error}");
+        }
         Ok(())
     }
 
@@ -122,38 +124,33 @@ impl Image {
         self.quarantine.unlinked(taken.frees);
     }
 
-    /// Frees what has passed the quarantine. What cannot be freed now is tried again later.
-    pub(super) async fn advance_quarantine(&self) {
+    /// Frees what has passed the quarantine. What cannot be freed now is tried again after the next write-back.
+    async fn advance_quarantine(&self) -> Result<()> {
         let drained = self.quarantine.advance(&self.gate);
         if drained.is_empty() {
-            return;
+            return Ok(());
         }
         if let Err(error) = self.punch(&drained).await {
             log::warn!("qcow2: freed clusters keep their space: {error}");
         }
         let mut alloc = self.alloc.lock().await;
-        for (index, run) in drained.iter().enumerate() {
-            match alloc.subtract(*run, 1).await {
-                Ok(freed) => {
-                    for run in freed {
-                        for cluster in (0..run.count).map(|offset| run.start + offset) {
-                            if self.owners.get(cluster).is_some() {
-                                self.l2.forget(self.g.host_offset(cluster));
-                            }
-                        }
-                        self.owners.release(run.start, run.count);
-                        alloc.add_free(run);
-                    }
-                }
-                Err(error) => {
-                    log::warn!("qcow2: freeing clusters is postponed: {error}");
-                    self.quarantine.unlinked(drained[index..].iter().copied());
-                    break;
-                }
+        self.commits.touch();
+        let dropped = alloc.drop_references(drained).await;
+        self.quarantine.unlinked(dropped.rest);
+        for run in dropped.freed {
+            self.forget_tables(run);
+            alloc.adopt_freed(run);
+        }
+        dropped.result
+    }
+
+    /// The clusters hold no L2 tables any more.
+    fn forget_tables(&self, run: Run) {
+        for cluster in (0..run.count).map(|offset| run.start + offset) {
+            if self.owners.get(cluster).is_some() {
+                self.l2.forget(self.g.host_offset(cluster));
             }
         }
-        drop(alloc);
-        self.commits.touch();
     }
 
     /// Gives the host the space of clusters that nobody else refers to. Their refcount is still 1, so nobody gets them.
@@ -179,15 +176,16 @@ impl Image {
     /// Writes back everything until nothing is left: refcounts of freed clusters too. The gate is closed.
     pub(super) async fn write_back_all(&self) -> Result<()> {
         self.write_back().await?;
-        // Each round moves freed clusters one station on; freeing an L2 table may free no more than itself.
-        for _ in 0..4 {
+        // Nobody is inside, so one more round frees all that is unlinked, and another writes its refcounts. More
+        // are needed only where storage fails, which ends this with its error.
+        loop {
             let dirty = self.alloc.lock().await.is_dirty();
             if self.quarantine.is_empty() && !dirty && self.commits.is_clean() {
                 return Ok(());
             }
+            self.advance_quarantine().await?;
             self.write_back().await?;
         }
-        Ok(())
     }
 
     /// Writes back early when much is dirty, so that neither memory nor unfreed space grow without bound. An error is left to the

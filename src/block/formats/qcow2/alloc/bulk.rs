@@ -20,12 +20,7 @@ impl Allocator {
 
     /// Takes clusters over whose refcounts in the file are 0 now, nobody uses and nothing durable points to.
     pub(crate) fn adopt_freed(&mut self, run: Run) {
-        if let Some((partial, _)) = self.partial
-            && run.start <= partial
-            && partial.0 < run.end()
-        {
-            self.partial = None;
-        }
+        self.seal(run);
         self.owners.release(run.start, run.count);
         self.add_free(run);
     }

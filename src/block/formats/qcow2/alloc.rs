@@ -513,32 +513,6 @@ impl Allocator {
         Ok(freed)
     }
 
-    /// Adds `more` to the refcounts of a run. Fails before anything is changed when a counter would overflow. Clusters
-    /// without a refcount block get one.
-    pub(crate) async fn add(&mut self, run: Run, more: u64) -> Result<()> {
-        let limit = self.g.refcount_max();
-        for (region, part) in self.parts(run) {
-            let first = self.g.in_refblock(part.start);
-            let greatest = match self.block(region).await? {
-                Some(block) => block.counters.greatest(first, part.count as usize),
-                None => {
-                    self.make_block(region).await?;
-                    0
-                }
-            };
-            if greatest > limit.saturating_sub(more) {
-                return Err(Error::new(
-                    ErrorKind::OutOfRange,
-                    format!(
-                        "Refcounts of {} bits cannot count more references",
-                        self.g.refcount_bits()
-                    ),
-                ));
-            }
-        }
-        self.change(run, more).await
-    }
-
     /// The greatest refcount in a run.
     pub(crate) async fn greatest(&mut self, run: Run) -> Result<u64> {
         let mut greatest = 0;

@@ -61,12 +61,6 @@ impl L1Table {
         self.entries.iter().map(load).collect()
     }
 
-    /// Whether entries wait to be written.
-    pub(crate) fn is_dirty(&self) -> bool {
-        let dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
-        !dirty.is_empty()
-    }
-
     /// Takes the dirty sectors, as bytes to write at offsets of the file. What could not be written is marked again.
     pub(crate) fn take_dirty(&self) -> Vec<(usize, HostOffset, Vec<u8>)> {
         let sectors = {

@@ -44,11 +44,6 @@ impl L2Table {
         self.host
     }
 
-    /// How many entries it has.
-    pub(crate) fn len(&self) -> usize {
-        self.entries.len()
-    }
-
     /// The entry at `index`.
     pub(crate) fn get(&self, index: usize) -> L2Entry {
         L2Entry(self.entries[index].load(Ordering::Acquire))

@@ -16,9 +16,16 @@
 //! * `open`, `read`, `write`, `zero`, `resize`, `compress`: the operations; `requests`: the driver made of them
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
 //! * `gate`, `parallel`: what runs at the same time
-
-// Parts of the snapshots land ahead of the operations that use them.
-#![allow(dead_code)]
+//!
+//! What keeps users' data, and where it is enforced:
+//! * A cluster handed out and not published is given back by itself (`alloc::Reserved`).
+//! * Nothing on disk points to what is not durable (`write_back`), and a table in use changes its meaning by one
+//!   header write only (`header_cell`).
+//! * A freed cluster is handed out again only when nothing old can lead to it (`quarantine`).
+//! * Who allocates, discards or zeroes a guest cluster has it alone; an entry is replaced only if it is still what
+//!   was read (`image`, `write`).
+//! * Guest data never land on metadata, whatever the tables say (`owners`).
+//! * A change that its caller drops runs to its end: its writes cannot be called back (`requests`).
 
 mod alloc;
 pub mod check;

@@ -3,13 +3,16 @@
 //! A line is a message to send, or begins with one of
 //! * `#`: a comment
 //! * `@`: arguments of the daemon
+//! * `~`: a message to send again for as long as the answer is that something is in use: a client that has ended
+//!   is noticed a moment later
 //! * `$`: a program to run in the daemon's folder; before the first message, before the daemon is started
 
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
-use super::harness::{Daemon, Program, Qmp, tool};
+use super::harness::{Daemon, PATIENCE, Program, Qmp, tool};
 
 /// A message and what came back until the reply was there.
 #[derive(Debug)]
@@ -46,7 +49,10 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
                     let qmp = daemon.raw_qmp();
                     (daemon, qmp)
                 });
-                let reply = qmp.exchange(line);
+                let (line, reply) = match line.strip_prefix('~') {
+                    Some(line) => (line, when_free(qmp, line)),
+                    None => (line, qmp.exchange(line)),
+                };
                 let ends = line.contains("'quit'") && reply.get("return").is_some();
                 let events = std::mem::take(&mut qmp.events);
                 let mut received: Vec<Value> = events.into_iter().chain([reply]).collect();
@@ -71,6 +77,21 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
         assert!(daemon.terminate().success());
     }
     exchanges
+}
+
+/// The reply to a message once it is not that something is still in use.
+fn when_free(qmp: &mut Qmp, line: &str) -> Value {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let reply = qmp.exchange(line);
+        let in_use = reply["error"]["desc"]
+            .as_str()
+            .is_some_and(|desc| desc.contains("in use"));
+        if !in_use || Instant::now() > deadline {
+            return reply;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// The exchanges as a transcript.

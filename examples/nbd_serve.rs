@@ -19,7 +19,8 @@ use block::open::{Aio, CacheMode, FileOptions, Locking};
 use block::protocols::file::{File, FileAccess};
 use block::protocols::memory::Memory;
 use bytes::Bytes;
-use qblockd::exports::nbd::{ListenAddress, NbdExportOptions, NbdServer, NbdServerOptions};
+use qblockd::exports::nbd::{NbdExportOptions, NbdServer, NbdServerOptions};
+use qblockd::listen::Address;
 
 /// Answers at once, with bytes of no meaning: what is left is the cost of the server. As QSD's null-co without
 /// `read-zeroes`.
@@ -118,7 +119,7 @@ async fn open(disk: &str) -> std::result::Result<Arc<dyn Requests>, Box<dyn Erro
 
 async fn serve(socket: &str, disk: &str) -> std::result::Result<(), Box<dyn Error>> {
     let node = open(disk).await?;
-    let options = NbdServerOptions::new(vec![ListenAddress::Unix(socket.into())]);
+    let options = NbdServerOptions::new(vec![Address::Unix(socket.into())]);
     let (events, _) = tokio::sync::mpsc::unbounded_channel();
     let server = NbdServer::start(options, events).await?;
     let export = NbdExportOptions {

@@ -2,7 +2,6 @@
 //!
 //! Nothing is opened here. The steps keep their order, and each its text, which begins the message if it fails.
 
-mod address;
 mod chardev;
 mod drive;
 mod flat;
@@ -17,7 +16,8 @@ use qapi::rt::json::{Decoder, Limits};
 use qapi::rt::path::Syntax;
 use qapi::rt::{Object, Value};
 
-pub use address::Address;
+use crate::listen::Address;
+
 pub use chardev::{Chardev, Monitor};
 pub use drive::{DriveFormat, DriveOptions};
 pub use usage::{USAGE, version};

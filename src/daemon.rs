@@ -39,6 +39,7 @@ use self::service::DaemonService;
 use self::startup::Started;
 use crate::config::Config;
 use crate::exports::ExportEvent;
+use crate::listen::Address;
 use crate::monitor::{self, Events, Session};
 
 pub use control::{Control, StopCause};
@@ -153,14 +154,15 @@ impl Started {
             text.push_str(&format!("QMP  {address}\n"));
         }
         if let Some(address) = &self.nbd {
-            text.push_str(&format!("NBD  unix:{address}\n\n"));
-            if let Some(export) = self.exports.first() {
+            text.push_str(&format!("NBD  {address}\n\n"));
+            if let (Some(export), Address::Unix(path)) = (self.exports.first(), address) {
                 text.push_str(&format!(
-                    "Look at the disk:  qemu-img info 'nbd+unix:///{export}?socket={address}'\n"
+                    "Look at the disk:  qemu-img info 'nbd+unix:///{export}?socket={}'\n",
+                    path.display()
                 ));
             }
         }
-        if let Some(monitor::Address::Unix(path)) = self.qmp.first() {
+        if let Some(Address::Unix(path)) = self.qmp.first() {
             text.push_str(&format!(
                 "Speak QMP:         echo '{{\"execute\":\"qmp_capabilities\"}} {{\"execute\":\"query-block\"}}' | nc -N -U {}\n",
                 path.display()

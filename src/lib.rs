@@ -7,6 +7,7 @@
 //! * [`commands`]: one file per family of commands
 //! * `transaction`: several actions as one
 //! * [`exports`]: ways out of the graph
+//! * [`listen`]: listening sockets
 //! * [`limits`]: every limit of the process, with its reason
 
 pub mod commands;
@@ -14,5 +15,6 @@ pub mod config;
 pub mod daemon;
 pub mod exports;
 pub mod limits;
+pub mod listen;
 pub mod monitor;
 mod transaction;

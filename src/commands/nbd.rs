@@ -14,7 +14,8 @@ use qapi::types::{
 use super::{Handlers, convert};
 use crate::daemon::{Control, Cx};
 use crate::exports::ExportInfo;
-use crate::exports::nbd::{ListenAddress, NbdExportOptions, NbdServer};
+use crate::exports::nbd::{NbdExportOptions, NbdServer};
+use crate::listen::Address;
 
 impl BlockExport<Cx> for Handlers {
     async fn nbd_server_start(cx: &Cx, args: NbdServerStart) -> Result<(), QmpError> {
@@ -101,10 +102,7 @@ impl BlockExport<Cx> for Handlers {
 }
 
 /// `--nbd-server`: the same server with the address in today's form.
-pub(crate) async fn start_server(
-    cx: &Cx,
-    options: NbdServerOptions,
-) -> Result<ListenAddress, QmpError> {
+pub(crate) async fn start_server(cx: &Cx, options: NbdServerOptions) -> Result<Address, QmpError> {
     let NbdServerOptions {
         addr,
         handshake_max_seconds,
@@ -126,9 +124,9 @@ struct ServerLimits {
 /// Starts the server and answers where it really listens.
 async fn start(
     cx: &Cx,
-    address: Result<ListenAddress, QmpError>,
+    address: Result<Address, QmpError>,
     limits: ServerLimits,
-) -> Result<ListenAddress, QmpError> {
+) -> Result<Address, QmpError> {
     let events = cx
         .commit(|control| {
             control

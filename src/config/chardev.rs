@@ -3,8 +3,8 @@
 use qapi::rt::decode::{Members, boolean, string};
 use qapi::rt::{Path, Value};
 
-use super::address::{Address, parse_port};
 use super::{flat, keyval};
+use crate::listen::{Address, parse_port};
 
 /// A socket that a `--monitor` of the same command line takes.
 #[derive(Debug, Clone, PartialEq, Eq)]

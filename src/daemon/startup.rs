@@ -13,17 +13,16 @@ use super::cx::Cx;
 use super::drives;
 use super::sockets::DefaultSockets;
 use crate::commands::{self, Handlers};
-use crate::config::{Action, Address, Arguments, Chardev, Config, Monitor, Step, server_arguments};
-use crate::exports::nbd::ListenAddress;
-use crate::monitor;
+use crate::config::{Action, Arguments, Chardev, Config, Monitor, Step, server_arguments};
+use crate::listen::{Address, Listener};
 
 /// What the user is told when the daemon is up.
 #[derive(Debug, Default)]
 pub(super) struct Started {
     /// Where QMP is served, in the order of the command line.
-    pub(super) qmp: Vec<monitor::Address>,
+    pub(super) qmp: Vec<Address>,
     /// Where NBD is served.
-    pub(super) nbd: Option<ListenAddress>,
+    pub(super) nbd: Option<Address>,
     /// Drives that are exported under their ids.
     pub(super) exports: Vec<String>,
     /// Sockets that nobody asked for; removed with the daemon.
@@ -56,7 +55,7 @@ struct Start<'a> {
     /// The daemon will leave its folder, and must find its sockets' files again to remove them.
     moves: bool,
     /// Sockets that listen and have no monitor yet; `None` when they have one.
-    chardevs: HashMap<String, Option<(monitor::Address, monitor::Listener)>>,
+    chardevs: HashMap<String, Option<Vec<Listener>>>,
     drives: Vec<drives::Added>,
     started: Started,
 }
@@ -104,7 +103,7 @@ impl Start<'_> {
                 "chardev \"{chardev}\" not found"
             )));
         };
-        let Some((address, listener)) = slot.take() else {
+        let Some(listeners) = slot.take() else {
             return Err(QmpError::generic(format!(
                 "chardev '{chardev}' is already in use"
             )));
@@ -114,24 +113,22 @@ impl Start<'_> {
         } else {
             Style::Compact
         };
-        self.serve(address, listener, style).await
+        self.serve(listeners, style).await
     }
 
     async fn qmp(&mut self, address: Address) -> Result<(), QmpError> {
-        let (address, listener) = self.listen(address).await?;
-        self.serve(address, listener, Style::Compact).await
+        let listeners = self.listen(address).await?;
+        self.serve(listeners, Style::Compact).await
     }
 
-    async fn serve(
-        &mut self,
-        address: monitor::Address,
-        listener: monitor::Listener,
-        style: Style,
-    ) -> Result<(), QmpError> {
-        self.started.qmp.push(address);
+    async fn serve(&mut self, listeners: Vec<Listener>, style: Style) -> Result<(), QmpError> {
+        let first = listeners.first().and_then(Listener::address);
+        self.started.qmp.extend(first.cloned());
         self.cx
             .commit(move |control| {
-                control.monitors.serve(listener, style);
+                for listener in listeners {
+                    control.monitors.serve(listener, style);
+                }
                 Ok(())
             })
             .await
@@ -148,25 +145,14 @@ impl Start<'_> {
         Ok(())
     }
 
-    async fn listen(
-        &self,
-        address: Address,
-    ) -> Result<(monitor::Address, monitor::Listener), QmpError> {
+    async fn listen(&self, address: Address) -> Result<Vec<Listener>, QmpError> {
         let address = match address {
-            Address::Unix(path) => monitor::Address::Unix(self.socket_path(&path)),
-            Address::Tcp { host, port } => monitor::Address::Tcp { host, port },
+            Address::Unix(path) => Address::Unix(self.socket_path(&path)),
+            tcp @ Address::Tcp { .. } => tcp,
         };
-        let listener = monitor::Listener::bind(&address)
+        Listener::bind(&address)
             .await
-            .map_err(|error| QmpError::generic(error.to_string()))?;
-        let address = match (address, listener.tcp_address()) {
-            (monitor::Address::Tcp { host, .. }, Some(bound)) => monitor::Address::Tcp {
-                host,
-                port: bound.port(),
-            },
-            (address, _) => address,
-        };
-        Ok((address, listener))
+            .map_err(|error| QmpError::generic(error.to_string()))
     }
 
     fn socket_path(&self, path: &Path) -> PathBuf {

@@ -16,10 +16,10 @@ use qapi::rt::json::{Decoder, JsonError, Style};
 use qapi::rt::{ErrorClass, QmpError, Value};
 
 use super::events::{Events, Subscription};
-use super::listener::Stream;
 use super::outbox::Outbox;
 use super::service::{Request, Service};
 use super::session::{Capability, Session};
+use super::stream::Stream;
 use super::wire::{self, Call};
 use crate::limits;
 

@@ -17,15 +17,14 @@
 mod connection;
 mod descriptors;
 mod events;
-mod listener;
 mod outbox;
 mod server;
 mod service;
 mod session;
+mod stream;
 mod wire;
 
 pub use events::{Event, Events, RATE_LIMITS, RateLimit};
-pub use listener::{Address, ListenError, Listener};
 pub use server::Server;
 pub use service::{AnswerFuture, CommandInfo, Request, Service};
 pub use session::{Capability, Session, SessionId};

@@ -1,6 +1,7 @@
 //! All monitors of the process: their sockets, their clients, and how they end.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::sync::Arc;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -10,9 +11,9 @@ use qapi::rt::json::Style;
 
 use super::connection::{self, Phase, Shared};
 use super::events::{Event, Events};
-use super::listener::Listener;
 use super::service::Service;
 use crate::limits;
+use crate::listen::Listener;
 
 /// Serves any number of monitors, and any number of clients on each, at once.
 ///
@@ -92,7 +93,7 @@ async fn accept(listener: Listener, style: Style, shared: Shared, clients: Arc<S
     let mut full = false;
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = poll_fn(|cx| listener.poll_accept(cx)) => accepted,
             _ = stopping.wait_for(|phase| *phase >= Phase::Stopping) => break,
             Some(_) = connections.join_next() => continue,
         };
@@ -115,7 +116,7 @@ async fn accept(listener: Listener, style: Style, shared: Shared, clients: Arc<S
         let shared = shared.clone();
         connections.spawn(async move {
             let _place: OwnedSemaphorePermit = place;
-            connection::serve(shared, style, stream).await;
+            connection::serve(shared, style, stream.into()).await;
         });
     }
     // No client comes any more, and nothing remains to be drained here but in the connections.

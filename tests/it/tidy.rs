@@ -17,12 +17,12 @@ struct Layer {
 const LAYERS: &[Layer] = &[
     Layer {
         place: "src/monitor",
-        modules: &["monitor", "limits"],
+        modules: &["monitor", "limits", "listen"],
         never: &["block::", "qapi::commands", "qapi::types", "qapi::events"],
     },
     Layer {
         place: "src/exports",
-        modules: &["exports", "limits"],
+        modules: &["exports", "limits", "listen"],
         never: &["qapi::", "block::graph", "block::formats"],
     },
     Layer {
@@ -31,23 +31,15 @@ const LAYERS: &[Layer] = &[
             "commands",
             "transaction",
             "exports",
-            "jobs",
-            "objects",
             "daemon",
             "limits",
+            "listen",
         ],
         never: &["tokio::net", "std::net", "std::thread"],
     },
     Layer {
         place: "src/transaction",
-        modules: &[
-            "transaction",
-            "exports",
-            "jobs",
-            "objects",
-            "daemon",
-            "limits",
-        ],
+        modules: &["transaction", "exports", "daemon", "limits"],
         never: &["tokio::net", "std::net", "std::thread"],
     },
     Layer {

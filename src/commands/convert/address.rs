@@ -6,10 +6,10 @@ use qapi::types::{
     SocketAddressLegacy, SocketAddressLegacyBranch, UnixSocketAddress, UnixSocketAddressWrapper,
 };
 
-use crate::exports::nbd::ListenAddress;
+use crate::listen::Address;
 
 /// The form of the command line.
-pub(in crate::commands) fn address(address: SocketAddress) -> Result<ListenAddress, QmpError> {
+pub(in crate::commands) fn address(address: SocketAddress) -> Result<Address, QmpError> {
     let SocketAddress { r#type } = address;
     match r#type {
         SocketAddressBranch::Inet(data) => inet(data),
@@ -20,7 +20,7 @@ pub(in crate::commands) fn address(address: SocketAddress) -> Result<ListenAddre
 /// The form of `nbd-server-start`, with `data` around the members.
 pub(in crate::commands) fn legacy_address(
     address: SocketAddressLegacy,
-) -> Result<ListenAddress, QmpError> {
+) -> Result<Address, QmpError> {
     let SocketAddressLegacy { r#type } = address;
     match r#type {
         SocketAddressLegacyBranch::Inet(InetSocketAddressWrapper { data }) => inet(data),
@@ -28,17 +28,17 @@ pub(in crate::commands) fn legacy_address(
     }
 }
 
-fn unix(address: UnixSocketAddress) -> ListenAddress {
+fn unix(address: UnixSocketAddress) -> Address {
     let UnixSocketAddress { path } = address;
-    ListenAddress::Unix(path.into())
+    Address::Unix(path.into())
 }
 
-fn inet(address: InetSocketAddress) -> Result<ListenAddress, QmpError> {
+fn inet(address: InetSocketAddress) -> Result<Address, QmpError> {
     let InetSocketAddress { host, port } = address;
     let port = port.parse().map_err(|_| {
         QmpError::generic(format!(
             "address resolution failed for {host}:{port}: Servname not supported for ai_socktype"
         ))
     })?;
-    Ok(ListenAddress::Tcp { host, port })
+    Ok(Address::Tcp { host, port })
 }

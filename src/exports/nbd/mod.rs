@@ -18,7 +18,6 @@
 
 mod codec;
 mod input;
-mod listen;
 mod negotiate;
 mod output;
 mod registry;
@@ -26,6 +25,5 @@ mod request;
 mod server;
 mod session;
 
-pub use listen::ListenAddress;
 pub use registry::NbdExportOptions;
 pub use server::{NbdServer, NbdServerOptions};

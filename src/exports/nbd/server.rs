@@ -17,19 +17,19 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, watch};
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::listen::{ListenAddress, Listener, Stream};
 use super::negotiate::{Negotiated, Offer, negotiate};
 use super::registry::{NbdExportOptions, Registry};
 use super::session::serve;
 use crate::exports::threads::{IoThreads, Seat};
 use crate::exports::{ExportEvent, ExportInfo, RemoveMode};
 use crate::limits;
+use crate::listen::{Address, Connection, Listener};
 
 /// How a server is set up.
 #[derive(Clone)]
 pub struct NbdServerOptions {
     /// Where it listens; at least one.
-    pub addresses: Vec<ListenAddress>,
+    pub addresses: Vec<Address>,
     /// Connections at a time; more wait to be accepted. `None` for no limit.
     pub max_connections: Option<usize>,
     /// How long a client may take to choose an export. `None` for no limit.
@@ -40,7 +40,7 @@ pub struct NbdServerOptions {
 
 impl NbdServerOptions {
     /// A server with the usual limits.
-    pub fn new(addresses: Vec<ListenAddress>) -> Self {
+    pub fn new(addresses: Vec<Address>) -> Self {
         NbdServerOptions {
             addresses,
             max_connections: Some(limits::NBD_MAX_CONNECTIONS),
@@ -53,7 +53,7 @@ impl NbdServerOptions {
 /// A running NBD server. Dropping it ends its connections at once, without answering what is in flight.
 pub struct NbdServer {
     registry: Arc<Registry>,
-    addresses: Vec<ListenAddress>,
+    addresses: Vec<Address>,
     stop: watch::Sender<bool>,
     /// The accepting task.
     accepting: JoinSet<()>,
@@ -70,7 +70,8 @@ impl NbdServer {
     ) -> Result<NbdServer> {
         let mut listeners = Vec::new();
         for address in &options.addresses {
-            listeners.extend(Listener::bind(address).await?);
+            let bound = Listener::bind(address).await;
+            listeners.extend(bound.map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?);
         }
         if listeners.is_empty() {
             return Err(Error::new(
@@ -82,7 +83,7 @@ impl NbdServer {
         let stop = watch::Sender::new(false);
         let mut addresses: Vec<_> = listeners
             .iter()
-            .map(|each| each.address().clone())
+            .filter_map(|each| each.address().cloned())
             .collect();
         addresses.dedup();
         let acceptor = Acceptor {
@@ -112,7 +113,7 @@ impl NbdServer {
     }
 
     /// Where it listens, with the ports that it really has.
-    pub fn addresses(&self) -> &[ListenAddress] {
+    pub fn addresses(&self) -> &[Address] {
         &self.addresses
     }
 
@@ -224,7 +225,7 @@ impl Acceptor {
         }
     }
 
-    async fn accepted(&mut self, accepted: io::Result<Stream>) {
+    async fn accepted(&mut self, accepted: io::Result<Connection>) {
         match accepted {
             Ok(stream) => {
                 if let Err(error) = self.spawn(stream) {
@@ -239,7 +240,7 @@ impl Acceptor {
         }
     }
 
-    fn spawn(&mut self, stream: Stream) -> io::Result<()> {
+    fn spawn(&mut self, stream: Connection) -> io::Result<()> {
         let seat = self.threads.seat()?;
         let thread = seat.handle().clone();
         let mut half_open = self.shared.half_open();
@@ -252,12 +253,11 @@ impl Acceptor {
         // The thread's own scheduler has to watch the socket, not the one that accepted it.
         let _context = thread.enter();
         let task = match stream {
-            Stream::Unix(socket) => {
+            Connection::Unix(socket) => {
                 let socket = UnixStream::from_std(socket.into_std()?)?;
                 self.connections.spawn_on(new.run(socket), &thread)
             }
-            Stream::Tcp(socket) => {
-                prepare_tcp(&socket);
+            Connection::Tcp(socket) => {
                 let socket = TcpStream::from_std(socket.into_std()?)?;
                 self.connections.spawn_on(new.run(socket), &thread)
             }
@@ -280,7 +280,7 @@ fn poll_accept(
     listeners: &[Listener],
     next: &mut usize,
     cx: &mut Context<'_>,
-) -> Poll<io::Result<Stream>> {
+) -> Poll<io::Result<Connection>> {
     for turn in 0..listeners.len() {
         let at = (*next + turn) % listeners.len();
         if let Poll::Ready(accepted) = listeners[at].poll_accept(cx) {
@@ -289,17 +289,6 @@ fn poll_accept(
         }
     }
     Poll::Pending
-}
-
-/// Requests and replies are small and answers to each other: they must not wait for more to send. A peer that is gone
-/// without a word is noticed in the end.
-fn prepare_tcp(socket: &TcpStream) {
-    let prepared = socket
-        .set_nodelay(true)
-        .and_then(|()| Ok(rustix::net::sockopt::set_socket_keepalive(socket, true)?));
-    if let Err(error) = prepared {
-        log::debug!("NBD: could not set socket options: {error}");
-    }
 }
 
 /// Waits until a flag is true, or until nobody is left who could set it.

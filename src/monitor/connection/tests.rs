@@ -4,8 +4,9 @@ use tokio::io::AsyncReadExt as _;
 use tokio::time::Instant;
 
 use super::*;
+use crate::listen::{Address, Listener};
 use crate::monitor::descriptors::Descriptors;
-use crate::monitor::{Address, AnswerFuture, CommandInfo, Event, Listener, Server};
+use crate::monitor::{AnswerFuture, CommandInfo, Event, Server};
 
 /// Knows one command, which never ends.
 struct Endless;
@@ -65,8 +66,10 @@ async fn a_command_that_never_ends_does_not_hold_up_the_shutdown() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("s");
     let mut server = Server::new(Arc::new(Endless), Events::new(&[]));
-    let listener = Listener::bind(&Address::Unix(path.clone())).await.unwrap();
-    server.serve(listener, Style::Compact);
+    let listeners = Listener::bind(&Address::Unix(path.clone())).await.unwrap();
+    for listener in listeners {
+        server.serve(listener, Style::Compact);
+    }
     let mut client = tokio::net::UnixStream::connect(&path).await.unwrap();
     let commands = b"{'execute':'qmp_capabilities'}{'execute':'wait'}";
     client.write_all(commands).await.unwrap();

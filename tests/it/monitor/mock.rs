@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex};
 
 use qapi::rt::json::Style;
 use qapi::rt::{Object, QmpError, Value};
+use qblockd::listen::{Address, Listener};
 use qblockd::monitor::{
-    Address, AnswerFuture, Capability, CommandInfo, Event, Events, Listener, RATE_LIMITS, Request,
-    Server, Service, Session,
+    AnswerFuture, Capability, CommandInfo, Event, Events, RATE_LIMITS, Request, Server, Service,
+    Session,
 };
 use serde_json::json;
 use tokio::sync::{Semaphore, oneshot};
@@ -179,7 +180,9 @@ impl Running {
                 for (name, style) in [("qmp.sock", Style::Compact), ("pretty.sock", Style::Pretty)]
                 {
                     let address = Address::Unix(path.join(name));
-                    server.serve(Listener::bind(&address).await.unwrap(), style);
+                    for listener in Listener::bind(&address).await.unwrap() {
+                        server.serve(listener, style);
+                    }
                 }
                 ready.send(()).unwrap();
                 let last = stopped.await.unwrap();

@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 use qapi::rt::json::Style;
 use qblockd::limits;
-use qblockd::monitor::{Address, Listener};
+use qblockd::listen::{Address, Listener};
 use serde_json::{Map, Value, json};
 
 use super::mock::{Running, event};
 use super::{Client, PATIENCE};
 
-fn bind(address: &Address) -> Result<Listener, String> {
+fn bind(address: &Address) -> Result<Vec<Listener>, String> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
@@ -196,9 +196,14 @@ fn tcp_and_sockets_that_are_open_already_are_served() {
             host: "localhost".to_owned(),
             port: 0,
         };
-        let listener = Listener::bind(&address).await.unwrap();
-        let tcp = listener.tcp_address().unwrap();
-        server.serve(listener, Style::Compact);
+        let mut port = None;
+        for listener in Listener::bind(&address).await.unwrap() {
+            if let Some(Address::Tcp { port: bound, .. }) = listener.address() {
+                port = Some(*bound);
+            }
+            server.serve(listener, Style::Compact);
+        }
+        let tcp = ("localhost", port.unwrap());
         server.serve(Listener::from_unix(given).unwrap(), Style::Compact);
         (server, tcp)
     });

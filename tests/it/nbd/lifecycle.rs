@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use block::error::ErrorKind;
 use block::protocols::memory::{Memory, OpKind};
-use qblockd::exports::nbd::{ListenAddress, NbdExportOptions, NbdServer, NbdServerOptions};
+use qblockd::exports::nbd::{NbdExportOptions, NbdServer, NbdServerOptions};
 use qblockd::exports::{ExportEvent, RemoveMode};
+use qblockd::listen::Address;
 
 use super::client::*;
 use super::{Fixture, SIZE};
@@ -165,7 +166,7 @@ fn a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let start = || {
         let (events, _) = tokio::sync::mpsc::unbounded_channel();
-        let options = NbdServerOptions::new(vec![ListenAddress::Unix(path.clone())]);
+        let options = NbdServerOptions::new(vec![Address::Unix(path.clone())]);
         runtime.block_on(NbdServer::start(options, events))
     };
     let in_use = format!(
@@ -196,16 +197,16 @@ fn a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not() {
 #[test]
 fn tcp_works_and_tells_its_port() {
     let mut fixture = Fixture::with(SIZE, |options| {
-        options.addresses.push(ListenAddress::Tcp {
+        options.addresses.push(Address::Tcp {
             host: "127.0.0.1".into(),
             port: 0,
         });
     });
-    let Some(ListenAddress::Tcp { port, .. }) = fixture.server().addresses().get(1).cloned() else {
+    let Some(Address::Tcp { port, .. }) = fixture.server().addresses().get(1).cloned() else {
         panic!("no TCP address");
     };
     assert_ne!(port, 0);
-    let taken = NbdServerOptions::new(vec![ListenAddress::Tcp {
+    let taken = NbdServerOptions::new(vec![Address::Tcp {
         host: "127.0.0.1".into(),
         port,
     }]);

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use block::protocols::memory::Memory;
 use qblockd::exports::ExportEvent;
-use qblockd::exports::nbd::{ListenAddress, NbdExportOptions, NbdServer, NbdServerOptions};
+use qblockd::exports::nbd::{NbdExportOptions, NbdServer, NbdServerOptions};
+use qblockd::listen::Address;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -44,7 +45,7 @@ impl Fixture {
             .build()
             .expect("a runtime");
         let folder = tempfile::tempdir().expect("a folder");
-        let address = ListenAddress::Unix(folder.path().join("nbd.sock"));
+        let address = Address::Unix(folder.path().join("nbd.sock"));
         let mut options = NbdServerOptions::new(vec![address]);
         change(&mut options);
         let (sender, events) = tokio::sync::mpsc::unbounded_channel();

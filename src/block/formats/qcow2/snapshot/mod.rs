@@ -39,6 +39,9 @@ use table::SnapshotTable;
 /// What the log says where clusters stay counted for nobody.
 const LEAK_ADVICE: &str = "space is lost, no data; qemu-img check -r leaks gives it back";
 
+/// Bytes that file systems allocate at a time, most of them: to write less saves no space.
+const HOST_BLOCK: usize = 4096;
+
 /// An image that nobody else uses at the moment, with all its metadata written to the file.
 pub(super) struct Quiet<'a> {
     pub(super) file: &'a Child,
@@ -84,10 +87,13 @@ impl Quiet<'_> {
         Ok((count > 0).then_some(Run { start, count }))
     }
 
-    /// Writes `bytes` to the start of an area, zeroes behind them.
+    /// Writes `bytes` to the start of an area, zeroes behind them up to the end of the host's block. No more: a cluster that
+    /// a table was in then has space for a table of that length, also when the host's disk is full. Taking back a
+    /// snapshot relies on it.
     async fn write_area(&self, area: &Reserved, mut bytes: Vec<u8>) -> Result<()> {
         let g = self.geometry();
-        bytes.resize((area.run().count << g.cluster_bits()) as usize, 0);
+        let clusters = (area.run().count << g.cluster_bits()) as usize;
+        bytes.resize(bytes.len().next_multiple_of(HOST_BLOCK).min(clusters), 0);
         let at = g.host_offset(area.run().start).0;
         self.file
             .write(at, bytes.into(), WriteFlags::default())

@@ -160,6 +160,11 @@ impl Daemon {
 
     /// Sends SIGTERM and waits for the end.
     pub(crate) fn terminate(mut self) -> ExitStatus {
+        self.terminated()
+    }
+
+    /// As [`Daemon::terminate`], and the folder stays.
+    pub(crate) fn terminated(&mut self) -> ExitStatus {
         let status = Command::new("kill")
             .arg(self.child.id().to_string())
             .status();
@@ -274,6 +279,24 @@ impl Qmp {
     /// Runs a command and gives back the whole reply.
     pub(crate) fn execute(&mut self, command: &str, arguments: Value) -> Value {
         self.exchange(&json!({"execute": command, "arguments": arguments}).to_string())
+    }
+
+    /// As [`Qmp::execute`]; nothing if the daemon ends before it has answered.
+    pub(crate) fn try_execute(&mut self, command: &str, arguments: Value) -> Option<Value> {
+        let message = json!({"execute": command, "arguments": arguments}).to_string();
+        self.reader.get_mut().write_all(message.as_bytes()).ok()?;
+        loop {
+            let mut line = String::new();
+            match self.reader.read_line(&mut line) {
+                Ok(_) if line.ends_with("\r\n") => {}
+                _ => return None,
+            }
+            let message: Value = serde_json::from_str(&line).unwrap();
+            if message.get("event").is_none() {
+                return Some(message);
+            }
+            self.events.push(message);
+        }
     }
 
     /// Runs a command that must succeed, and gives back what it returns.

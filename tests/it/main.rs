@@ -4,6 +4,7 @@
 
 mod daemon;
 mod differential;
+mod durability;
 mod harness;
 mod monitor;
 mod nbd;

@@ -169,7 +169,10 @@ impl Scan<'_> {
 
     /// Whether the cluster's stored count cannot be read.
     pub(super) fn is_unknown(&self, cluster: u64) -> bool {
-        self.unknown.iter().any(|range| range.contains(&cluster))
+        // They ascend, and a hostile table makes many of them.
+        let after = self.unknown.partition_point(|range| range.start <= cluster);
+        let candidate = after.checked_sub(1).and_then(|at| self.unknown.get(at));
+        candidate.is_some_and(|range| range.contains(&cluster))
     }
 
     /// Compares one cluster; answers its number when it is in use, else 0.

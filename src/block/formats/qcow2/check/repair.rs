@@ -155,11 +155,12 @@ fn old_structures(scan: &Scan<'_>) -> Result<Bitmap> {
     Ok(old)
 }
 
-/// The first run of `len` clusters that nobody uses. Always found: behind the end of the file.
+/// The first run of `len` clusters that nobody uses. Always found: behind the end of the file. The cluster there may be in
+/// use too: a truncated file ends in front of, or inside of, its last table.
 fn free_run(scan: &Scan<'_>, old: &Bitmap, len: u64) -> u64 {
     let mut start = 1;
     let mut at = start;
-    while at < start + len && at < scan.file_clusters {
+    while at < start + len {
         if scan.counts.get(at) > 0 || old.get(at) {
             start = at + 1;
         }

@@ -1,0 +1,111 @@
+//! Images made to hurt: every field of the format's limits damaged in turn, and random damage.
+
+use super::*;
+use crate::driver::{NewSnapshot, Snapshots};
+use crate::formats::qcow2::create::{BackingFile, Compat};
+use crate::formats::qcow2::testing::{block_on, qemu_io};
+use crate::protocols::memory::Change;
+
+mod mutations;
+
+/// Puts a big-endian number of `width` bytes into the image.
+fn put(image: &mut [u8], at: usize, width: usize, value: u64) {
+    let bytes = value.to_be_bytes();
+    image[at..at + width].copy_from_slice(&bytes[8 - width..]);
+}
+
+/// Makes the disk hold these bytes and nothing else.
+fn replace(disk: &Memory, bytes: &[u8]) {
+    disk.apply(&Change::Resize { size: 0 }).unwrap();
+    let data = Data::from(bytes.to_vec());
+    let (offset, fua) = (0, false);
+    disk.apply(&Change::Write { offset, data, fua }).unwrap();
+}
+
+fn named(name: &str) -> NewSnapshot {
+    NewSnapshot {
+        name: name.to_owned(),
+        date_sec: 7,
+        date_nsec: 8,
+        vm_clock_nsec: 9,
+    }
+}
+
+/// Small valid images with one of everything: data, zeroes, compressed clusters, shared tables, snapshots.
+async fn valid_images() -> Vec<Arc<Memory>> {
+    let mut images = Vec::new();
+    for (cluster_bits, refcount_bits, compat, backing) in [
+        (9, 16, Compat::V1_1, false),
+        (9, 1, Compat::V1_1, false),
+        (9, 64, Compat::V1_1, true),
+        (10, 2, Compat::V1_1, false),
+        (12, 16, Compat::V0_10, false),
+        (12, 8, Compat::V1_1, true),
+        (16, 16, Compat::V1_1, false),
+    ] {
+        let mut options = CreateOptions::new(300 << 10);
+        options.cluster_size = 1 << cluster_bits;
+        options.refcount_bits = refcount_bits;
+        options.compat = compat;
+        if backing {
+            options.backing = BackingFile {
+                name: Some("base.raw".to_owned()),
+                format: Some("raw".to_owned()),
+            };
+        }
+        images.push(filled_image(&options).await);
+    }
+    images.extend(images_of_qemu());
+    images
+}
+
+async fn filled_image(options: &CreateOptions) -> Arc<Memory> {
+    let disk = new_image(options).await;
+    let image = open(&disk).await;
+    let cluster = options.cluster_size;
+    write(&image, 0, vec![0x11; 9000]).await.unwrap();
+    write(&image, 150_000, vec![0x22; 5000]).await.unwrap();
+    if options.refcount_bits > 1 {
+        Snapshots::create(&*image, named("first")).await.unwrap();
+        write(&image, 4000, vec![0x33; 9000]).await.unwrap();
+        Snapshots::create(&*image, named("second")).await.unwrap();
+    }
+    image.write_zeroes(0, cluster, unmap()).await.unwrap();
+    for index in 1..4 {
+        let bytes = Data::from(vec![index as u8; cluster as usize]);
+        image
+            .write_compressed(index * cluster, bytes)
+            .await
+            .unwrap();
+    }
+    write(&image, 290_000, vec![0x44; 3000]).await.unwrap();
+    image.close().await.unwrap();
+    disk
+}
+
+/// Images with what only QEMU writes: bitmaps, lazy refcounts.
+fn images_of_qemu() -> Vec<Arc<Memory>> {
+    let scratch = Scratch::new();
+    let mut images = Vec::new();
+    for (name, options) in [
+        ("plain.qcow2", "cluster_size=512"),
+        ("lazy.qcow2", "cluster_size=4k,lazy_refcounts=on"),
+        ("bitmaps.qcow2", "cluster_size=1k"),
+    ] {
+        let path = scratch.path(name);
+        let path = path.to_str().unwrap();
+        qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, "300k"]);
+        qemu_io(
+            path,
+            &["write -P 1 0 20k", "write -P 2 100k 9k", "write -z 0 4k"],
+        );
+        if name.starts_with("bitmaps") {
+            qemu_img(&["bitmap", "--add", path, "one"]);
+            qemu_img(&["bitmap", "--add", "-g", "512", path, "two"]);
+        }
+        qemu_img(&["snapshot", "-c", "theirs", path]);
+        qemu_io(path, &["write -P 3 10k 9k", "write -c 64k 4k"]);
+        images.push(scratch.load(name));
+    }
+    images
+}

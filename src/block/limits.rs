@@ -55,6 +55,10 @@ pub const QCOW2_MAX_CHECK_L2_TABLES: usize = 16 << 20;
 /// 16 bits, before and after the change.
 pub const QCOW2_MAX_BULK_REFCOUNT_BYTES: u64 = 1 << 30;
 
+/// qcow2: most metadata clusters that an image opened for writing may have: some 300 MB of map. The largest L1 table has
+/// half as many L2 tables.
+pub const QCOW2_MAX_METADATA_CLUSTERS: u64 = 8 << 20;
+
 /// qcow2: longest backing file name in bytes. The specification's bound.
 pub const QCOW2_MAX_BACKING_NAME: u32 = 1023;
 

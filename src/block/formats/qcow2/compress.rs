@@ -83,7 +83,7 @@ impl Image {
             .await?;
         loop {
             let old = table.get(index);
-            let mapping = self.decode(old, cluster)?;
+            let mapping = self.decode_to_replace(old, cluster)?;
             let new = L2Entry::compressed(stream, self.g);
             if self.l2.replace(&table, index, old, new) {
                 reserved.publish(1);

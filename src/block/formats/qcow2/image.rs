@@ -152,6 +152,20 @@ impl Image {
         })
     }
 
+    /// What an entry says that is about to be replaced. Its clusters go back to the allocator, so none of them may hold
+    /// metadata, whatever a damaged table says.
+    pub(super) fn decode_to_replace(
+        &self,
+        entry: L2Entry,
+        cluster: GuestCluster,
+    ) -> Result<Mapping> {
+        let mapping = self.decode(entry, cluster)?;
+        if let Some(run) = self.references(mapping) {
+            self.owners.check_data(run.start, run.count)?;
+        }
+        Ok(mapping)
+    }
+
     /// The L2 table of an L1 entry as one that may be changed: made when there is none, copied when it is shared.
     ///
     /// A new table is written to the file before the L1 entry points to it, so that its space exists, and the

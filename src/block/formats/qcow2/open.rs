@@ -216,22 +216,22 @@ fn claim_metadata(
     reftable: &[u64],
     l1: &[u64],
 ) -> Result<()> {
-    owners.claim(ClusterIndex(0), 1, Owner::Header)?;
+    owners.claim_alone(ClusterIndex(0), 1, Owner::Header)?;
     let start = g.host_cluster(header.refcount_table_offset);
     let count = header.refcount_table_clusters.into();
-    owners.claim(start, count, Owner::RefcountTable)?;
+    owners.claim_alone(start, count, Owner::RefcountTable)?;
     if header.l1_size > 0 {
         let start = g.host_cluster(header.l1_table_offset);
         let count = g.clusters_for(l1.len() as u64 * ENTRY_SIZE);
-        owners.claim(start, count, Owner::L1Table)?;
+        owners.claim_alone(start, count, Owner::L1Table)?;
     }
     for entry in reftable.iter().filter(|entry| **entry != 0) {
         let cluster = g.host_cluster(HostOffset(*entry));
-        owners.claim(cluster, 1, Owner::RefcountBlock)?;
+        owners.claim_alone(cluster, 1, Owner::RefcountBlock)?;
     }
     for entry in l1 {
         if let Ok(Some(host)) = L1Entry(*entry).checked(g) {
-            owners.claim(g.host_cluster(host), 1, Owner::L2Table)?;
+            owners.claim_alone(g.host_cluster(host), 1, Owner::L2Table)?;
         }
     }
     Ok(())

@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::QCOW2_MAX_METADATA_CLUSTERS;
 use crate::units::ClusterIndex;
 
 /// What a metadata cluster holds.
@@ -29,12 +30,12 @@ pub(crate) enum Owner {
 impl Owner {
     fn name(self) -> &'static str {
         match self {
-            Owner::Header => "image header",
-            Owner::L1Table => "L1 table",
-            Owner::L2Table => "L2 table",
-            Owner::RefcountTable => "refcount table",
-            Owner::RefcountBlock => "refcount block",
-            Owner::SnapshotTable => "snapshot table",
+            Owner::Header => "the image header",
+            Owner::L1Table => "an L1 table",
+            Owner::L2Table => "an L2 table",
+            Owner::RefcountTable => "the refcount table",
+            Owner::RefcountBlock => "a refcount block",
+            Owner::SnapshotTable => "the snapshot table",
         }
     }
 }
@@ -61,6 +62,28 @@ impl Owners {
         Ok(())
     }
 
+    /// The same for structures of an image that is being opened: one of the same kind in the same place is refused
+    /// as well, and so is more metadata than is kept track of.
+    pub(crate) fn claim_alone(&self, first: ClusterIndex, count: u64, owner: Owner) -> Result<()> {
+        let known = self.read().len() as u64;
+        if known.saturating_add(count) > QCOW2_MAX_METADATA_CLUSTERS {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "qcow2: The image has more metadata than can be kept track of",
+            ));
+        }
+        if let Some((cluster, other)) = self.first_owned(first, count) {
+            return Err(conflict(cluster, owner.name(), other));
+        }
+        self.claim(first, count, owner)
+    }
+
+    /// The first of these clusters that holds metadata.
+    fn first_owned(&self, first: ClusterIndex, count: u64) -> Option<(ClusterIndex, Owner)> {
+        let map = self.read();
+        (first.0..first.0 + count).find_map(|index| Some((ClusterIndex(index), *map.get(&index)?)))
+    }
+
     /// Says that the clusters hold no metadata any more.
     pub(crate) fn release(&self, first: ClusterIndex, count: u64) {
         let mut map = self.write();
@@ -71,13 +94,10 @@ impl Owners {
 
     /// Whether guest data may be written to these clusters.
     pub(crate) fn check_data(&self, first: ClusterIndex, count: u64) -> Result<()> {
-        let map = self.read();
-        for index in first.0..first.0 + count {
-            if let Some(owner) = map.get(&index) {
-                return Err(conflict(ClusterIndex(index), "guest data", *owner));
-            }
+        match self.first_owned(first, count) {
+            Some((cluster, owner)) => Err(conflict(cluster, "guest data", owner)),
+            None => Ok(()),
         }
-        Ok(())
     }
 
     /// What the cluster holds, if that is metadata.
@@ -98,7 +118,7 @@ fn conflict(cluster: ClusterIndex, wanted: &str, owner: Owner) -> Error {
     Error::new(
         ErrorKind::Corrupt,
         format!(
-            "qcow2: Image is corrupt: host cluster {} is used for {wanted}, but holds the {}",
+            "qcow2: Image is corrupt: host cluster {} is used for {wanted}, but holds {}",
             cluster.0,
             owner.name()
         ),

@@ -172,7 +172,10 @@ impl Image {
             Ok(match self.decode(entry, cluster)? {
                 Mapping::Normal { host, copied: true } => Step::InPlace(host + in_cluster),
                 Mapping::ZeroAllocated { host, copied: true } => Step::Reuse(host),
-                _ => Step::New,
+                _ => {
+                    self.decode_to_replace(entry, cluster)?;
+                    Step::New
+                }
             })
         };
         let first = step_at(at)?;

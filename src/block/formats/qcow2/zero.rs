@@ -168,6 +168,11 @@ impl Image {
     ) -> Result<()> {
         let l1_index = self.g.l1_index(first);
         let present = self.table(l1_index).await?.map(|(table, _)| table);
+        let unallocated = self.unmapped(Mapping::Unallocated, how);
+        if present.is_none() && unallocated == L2Entry::default() {
+            // Nothing to look at, so that the size of an empty disk costs no time.
+            return Ok(());
+        }
         // A table is made or copied only when one of its entries really changes.
         let mut changes = false;
         for cluster in first.0..=last.0 {
@@ -176,7 +181,10 @@ impl Image {
                 table.get(self.g.l2_index(cluster))
             });
             let mapping = self.decode(entry, cluster)?;
-            changes |= self.unmapped(mapping, how) != entry;
+            if self.unmapped(mapping, how) != entry {
+                self.decode_to_replace(entry, cluster)?;
+                changes = true;
+            }
         }
         if !changes {
             return Ok(());

@@ -18,6 +18,23 @@ impl Allocator {
         self.order.clear();
     }
 
+    /// Whether clusters that lost their last reference may go: what holds metadata stays, except where `may_go`.
+    pub(crate) fn check_freed(
+        &self,
+        freed: &[Run],
+        may_go: impl Fn(ClusterIndex, Owner) -> bool,
+    ) -> Result<()> {
+        for index in freed.iter().flat_map(|run| run.start.0..run.end()) {
+            let cluster = ClusterIndex(index);
+            if let Some(owner) = self.owners.get(cluster)
+                && !may_go(cluster, owner)
+            {
+                self.owners.check_data(cluster, 1)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Takes clusters over whose refcounts in the file are 0 now, nobody uses and nothing durable points to.
     pub(crate) fn adopt_freed(&mut self, run: Run) {
         self.seal(run);

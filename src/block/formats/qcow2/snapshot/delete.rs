@@ -8,6 +8,7 @@ use super::{LEAK_ADVICE, Quiet, l1_bytes, l2_offsets};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::entry::L1Entry;
+use crate::formats::qcow2::owners::Owner;
 use crate::limits::QCOW2_MAX_L1_BYTES;
 use crate::units::HostOffset;
 
@@ -79,14 +80,39 @@ async fn prepare<'a>(
     let reftable = image.allocator.refcount_table().to_vec();
     let g = image.geometry();
     let mut bulk = BulkRefcounts::new(image.file, g, reftable);
-    bulk.change_tables(&l2_offsets(&l1), Step::Down).await?;
+    let tables = l2_offsets(&l1);
+    if let Some(twice) = tables.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "The image needs a repair (qemu-img check -r all): the snapshot has its L2 table at {} twice",
+                twice[0]
+            ),
+        ));
+    }
+    bulk.change_tables(&tables, Step::Down).await?;
     let own = Run {
         start: g.host_cluster(HostOffset(old.entries()[index].l1_offset)),
         count: g.clusters_for(l1_bytes(l1.len())),
     };
-    let tables = [(own.count > 0).then_some(own), image.old_table(old)?];
-    let runs: Vec<Run> = tables.into_iter().flatten().collect();
+    let areas = [(own.count > 0).then_some(own), image.old_table(old)?];
+    let runs: Vec<Run> = areas.into_iter().flatten().collect();
     bulk.change_runs(&runs, Step::Down).await?;
+    // A damaged snapshot may claim what the active layer or the image itself lives on. Its own L2 tables may go, which
+    // may have been the active layer's before.
+    let active = l2_offsets(&image.l1.entries());
+    image
+        .allocator
+        .check_freed(bulk.freed(), |cluster, owner| {
+            let host = g.host_offset(cluster);
+            let is_own_area = runs
+                .iter()
+                .any(|run| run.start <= cluster && cluster.0 < run.end());
+            let is_own_table = owner == Owner::L2Table
+                && tables.binary_search(&host).is_ok()
+                && active.binary_search(&host).is_err();
+            is_own_area || is_own_table
+        })?;
     if let Some(area) = &table_area {
         image.write_area(area, bytes).await?;
     }

@@ -37,12 +37,12 @@ impl SnapshotList {
         let table = self.get();
         let bytes = table.encode()?.len() as u64;
         let start = g.host_cluster(header.snapshots_offset);
-        owners.claim(start, g.clusters_for(bytes), Owner::SnapshotTable)?;
+        owners.claim_alone(start, g.clusters_for(bytes), Owner::SnapshotTable)?;
         for entry in table.entries() {
             let bytes = u64::from(entry.l1_entries) * ENTRY_SIZE;
             if bytes <= limits::QCOW2_MAX_L1_BYTES && g.is_aligned(entry.l1_offset) {
                 let start = g.host_cluster(HostOffset(entry.l1_offset));
-                owners.claim(start, g.clusters_for(bytes), Owner::L1Table)?;
+                owners.claim_alone(start, g.clusters_for(bytes), Owner::L1Table)?;
             }
         }
         Ok(())

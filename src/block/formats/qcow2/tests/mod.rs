@@ -15,6 +15,7 @@ mod concurrency;
 mod crashes;
 mod faults;
 mod geometries;
+mod hostile;
 mod model;
 mod operations;
 mod sharing;

@@ -258,7 +258,6 @@ async fn use_image(disk: &Arc<Memory>, random: &mut fastrand::Rng) {
 /// Checks the damaged image and repairs it: what counts as repaired has right refcounts.
 async fn check_and_repair(disk: &Arc<Memory>) {
     let _ = check(&disk.child()).await;
-    if std::env::var("DBG").is_ok() { std::fs::write("/tmp/dbg.qcow2", disk.content()).unwrap(); }
     match repair(&disk.child()).await {
         Ok(()) => {
             let report = check(&disk.child()).await.unwrap();

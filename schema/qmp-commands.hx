@@ -222,7 +222,13 @@ Example:
                 "snapshots": [
                     { "id": "1", "name": "monday", "vm-state-size": 0,
                       "date-sec": 1763758800, "date-nsec": 250000000,
-                      "vm-clock-sec": 0, "vm-clock-nsec": 0 } ] } } } ] }
+                      "vm-clock-sec": 0, "vm-clock-nsec": 0 } ],
+                "format-specific": {
+                    "type": "qcow2",
+                    "data": { "compat": "1.1", "compression-type": "zlib",
+                              "lazy-refcounts": false, "refcount-bits": 16,
+                              "corrupt": false, "extended-l2": false } }
+            } } } ] }
 
 EQMP
 
@@ -260,7 +266,8 @@ Example:
         "write_threshold": 0,
         "image": { "filename": "disk.raw", "format": "file",
                    "virtual-size": 1073741824, "actual-size": 4096,
-                   "dirty-flag": false } } ] }
+                   "dirty-flag": false,
+                   "format-specific": { "type": "file", "data": {} } } } ] }
 
 EQMP
 

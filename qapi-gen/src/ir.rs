@@ -310,6 +310,33 @@ impl Schema {
         &self.definitions[id.0]
     }
 
+    /// Every example in the documentation, with the file it stands in. The order is that of the
+    /// files, and in each of the definitions.
+    pub fn examples(&self) -> Vec<(FileId, &Example)> {
+        let mut found = Vec::new();
+        for module in &self.modules {
+            let mut add = |example| found.push((module.file, example));
+            for item in &module.items {
+                let id = match item {
+                    ModuleItem::Text(blocks) => {
+                        visit_examples(blocks, &mut add);
+                        continue;
+                    }
+                    ModuleItem::Definition(id) => *id,
+                };
+                let doc = &self.def(id).doc;
+                let arguments = doc.arguments.iter().map(|(_, blocks)| blocks);
+                for blocks in [&doc.body, &doc.returns, &doc.errors]
+                    .into_iter()
+                    .chain(arguments)
+                {
+                    visit_examples(blocks, &mut add);
+                }
+            }
+        }
+        found
+    }
+
     /// All members of a struct, base first; `UnionDef` bases included. Empty for other kinds.
     pub fn flattened_members(&self, id: DefId) -> Vec<&Member> {
         match &self.def(id).kind {
@@ -326,6 +353,18 @@ impl Schema {
                 UnionBase::Inline(members) => members.iter().collect(),
             },
             _ => Vec::new(),
+        }
+    }
+}
+
+/// Calls `found` for every example in `blocks`; their nesting is limited by the parser.
+fn visit_examples<'a>(blocks: &'a [DocBlock], found: &mut dyn FnMut(&'a Example)) {
+    for block in blocks {
+        match block {
+            DocBlock::Example(example) => found(example),
+            DocBlock::Admonition(_, inner) => visit_examples(inner, found),
+            DocBlock::List(items) => items.iter().for_each(|item| visit_examples(item, found)),
+            DocBlock::Heading(..) | DocBlock::Paragraph(_) | DocBlock::Literal(_) => {}
         }
     }
 }

@@ -5,6 +5,7 @@
 mod daemon;
 mod differential;
 mod durability;
+mod examples;
 mod harness;
 mod monitor;
 mod nbd;

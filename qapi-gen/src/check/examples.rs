@@ -8,48 +8,15 @@ use serde_json::{Map, Value};
 
 use crate::diagnostic::{Diagnostic, Sink, SourceMap};
 use crate::ir::{
-    Args, Builtin, CommandDef, DefId, DocBlock, ExampleLine, FileId, Kind, Member, ModuleItem,
-    Schema, Type, UnionBase,
+    Args, Builtin, CommandDef, DefId, ExampleLine, FileId, Kind, Member, Schema, Type, UnionBase,
 };
 
 type Object = Map<String, Value>;
 
 /// Checks every example in the documentation of a schema.
 pub(crate) fn check(schema: &Schema, sources: &SourceMap, sink: &mut Sink) {
-    for module in &schema.modules {
-        for item in &module.items {
-            let id = match item {
-                ModuleItem::Text(blocks) => {
-                    visit(blocks, &mut |lines| {
-                        check_lines(lines, module.file, schema, sources, sink)
-                    });
-                    continue;
-                }
-                ModuleItem::Definition(id) => *id,
-            };
-            let doc = &schema.def(id).doc;
-            let arguments = doc.arguments.iter().map(|(_, blocks)| blocks);
-            for blocks in [&doc.body, &doc.returns, &doc.errors]
-                .into_iter()
-                .chain(arguments)
-            {
-                visit(blocks, &mut |lines| {
-                    check_lines(lines, module.file, schema, sources, sink)
-                });
-            }
-        }
-    }
-}
-
-/// Calls `found` for every example in `blocks`; their nesting is limited by the parser.
-fn visit(blocks: &[DocBlock], found: &mut dyn FnMut(&[ExampleLine])) {
-    for block in blocks {
-        match block {
-            DocBlock::Example(example) => found(&example.lines),
-            DocBlock::Admonition(_, inner) => visit(inner, found),
-            DocBlock::List(items) => items.iter().for_each(|item| visit(item, found)),
-            DocBlock::Heading(..) | DocBlock::Paragraph(_) | DocBlock::Literal(_) => {}
-        }
+    for (file, example) in schema.examples() {
+        check_lines(&example.lines, file, schema, sources, sink);
     }
 }
 

@@ -1,0 +1,366 @@
+//! Every example in `schema/`, in the JSON files and in `qmp-commands.hx`, run against a daemon.
+//!
+//! An example is a session of its own. What it takes for granted (drives, nodes, a server, an export) is made before it,
+//! by [`Scene`]. Replies and events are compared member by member: values that differ from run to run by their kind, all
+//! others exactly. The replies about the protocol itself are long, so their examples show some entries of them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use qapi_gen::ir::ExampleLine;
+use qapi_gen::load::Disk;
+use qapi_gen::{Loaded, Options, load_hx, load_schema};
+use serde_json::{Value, json};
+
+use super::harness::{Daemon, Program, Qmp};
+
+const GIBIBYTE: u64 = 1 << 30;
+
+/// Values that differ from run to run.
+const VARYING: &[&str] = &[
+    "actual-size",
+    "date-sec",
+    "date-nsec",
+    "vm-clock-sec",
+    "vm-clock-nsec",
+    "seconds",
+    "microseconds",
+];
+
+/// A message of an example and where it stands.
+struct Message {
+    sent: bool,
+    text: String,
+    place: String,
+}
+
+impl Message {
+    fn value(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{}: {error}", self.place))
+    }
+
+    /// The command that is sent, or the event that is received.
+    fn subject(&self) -> String {
+        let value = self.value();
+        let name = value.get("execute").or_else(|| value.get("event"));
+        let name = name.and_then(Value::as_str);
+        name.unwrap_or_else(|| {
+            panic!(
+                "{}: an example begins with a command or an event",
+                self.place
+            )
+        })
+        .to_owned()
+    }
+}
+
+/// The sessions of one kind of document.
+fn sessions(of: &[(String, &[ExampleLine])]) -> Vec<Vec<Message>> {
+    let message = |path: &str, line: &ExampleLine| {
+        let (sent, text, number) = match line {
+            ExampleLine::Sent(text, number) => (true, text, number),
+            ExampleLine::Received(text, number) => (false, text, number),
+            ExampleLine::Prose(_) => return None,
+        };
+        Some(Message {
+            sent,
+            text: text.clone(),
+            place: format!("{path}:{number}"),
+        })
+    };
+    of.iter()
+        .map(|(path, lines)| {
+            lines
+                .iter()
+                .filter_map(|line| message(path, line))
+                .collect()
+        })
+        .collect()
+}
+
+/// The sessions of the schema, and those of the command table.
+fn all() -> (Vec<Vec<Message>>, Vec<Vec<Message>>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema");
+    let loaded = load_schema(&folder.join("qapi-schema.json"), &Disk, &Options::default());
+    let mut loaded = loaded.unwrap_or_else(|failure| panic!("{}", failure.render()));
+    let table = load_hx(&folder.join("qmp-commands.hx"), &Disk, &mut loaded);
+    let table = table.unwrap_or_else(|failure| panic!("{}", failure.render()));
+    let Loaded {
+        schema, sources, ..
+    } = &loaded;
+    let path = |file| sources.file(file).path.clone();
+    let in_schema: Vec<_> = schema
+        .examples()
+        .into_iter()
+        .map(|(file, example)| (path(file), example.lines.as_slice()))
+        .collect();
+    // A document that is not about a command explains the arrows.
+    let about_commands = table
+        .documents
+        .iter()
+        .filter(|document| table.entry(&document.title.text).is_some());
+    let in_table: Vec<_> = about_commands
+        .map(|document| (path(table.file), document.lines.as_slice()))
+        .collect();
+    (sessions(&in_schema), sessions(&in_table))
+}
+
+/// What is there before an example runs.
+#[derive(Default)]
+struct Scene {
+    arguments: Vec<String>,
+    before: Vec<(&'static str, Value)>,
+}
+
+impl Scene {
+    /// The one that examples about a command or an event take for granted.
+    fn of(subject: &str) -> Scene {
+        let empty = Scene::default;
+        let exported = || empty().node().server().run("block-export-add", export());
+        match subject {
+            "query-block" | "blockdev-snapshot-delete-internal-sync" => {
+                let snapshot = json!({"device": "ide-hd0", "name": "monday"});
+                empty()
+                    .drive(0)
+                    .run("blockdev-snapshot-internal-sync", snapshot)
+            }
+            "blockdev-snapshot-internal-sync" | "block_resize" => empty().drive(0),
+            "transaction" => empty().drive(0).drive(1),
+            "query-named-block-nodes" | "blockdev-add" => {
+                let file =
+                    json!({"driver": "file", "node-name": "disk-file", "filename": "disk.raw"});
+                empty().run("blockdev-add", file)
+            }
+            "blockdev-del" => empty().node(),
+            "nbd-server-stop" => empty().server(),
+            "nbd-server-add" => empty().drive(0).server(),
+            "nbd-server-remove" => empty()
+                .drive(0)
+                .server()
+                .run("nbd-server-add", json!({"device": "ide-hd0"})),
+            "block-export-add" => empty().node().server(),
+            "block-export-del" | "query-block-exports" => exported(),
+            "BLOCK_EXPORT_DELETED" => exported().run("block-export-del", json!({"id": "export0"})),
+            "SHUTDOWN" => empty().run("quit", json!({})),
+            _ => empty(),
+        }
+    }
+
+    fn drive(mut self, number: usize) -> Scene {
+        let file = ["disk.qcow2", "other.qcow2"][number];
+        let drive = format!("id=ide-hd{number},file={file},size=1G");
+        self.arguments.extend(["--drive".to_owned(), drive]);
+        self
+    }
+
+    fn node(self) -> Scene {
+        let file = json!({"driver": "file", "filename": "disk.qcow2"});
+        let node = json!({"driver": "qcow2", "node-name": "disk0", "file": file});
+        self.run("blockdev-add", node)
+    }
+
+    fn server(self) -> Scene {
+        let address = json!({"type": "unix", "data": {"path": "nbd.sock"}});
+        self.run("nbd-server-start", json!({"addr": address}))
+    }
+
+    fn run(mut self, command: &'static str, arguments: Value) -> Scene {
+        self.before.push((command, arguments));
+        self
+    }
+}
+
+fn export() -> Value {
+    json!({"type": "nbd", "id": "export0", "node-name": "disk0", "writable": true})
+}
+
+/// Runs a session, and answers what does not fit.
+fn run(session: &[Message], image: &Path) -> Result<(), String> {
+    let subject = session[0].subject();
+    let scene = Scene::of(&subject);
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(image, folder.path().join("disk.qcow2")).unwrap();
+    let raw = fs::File::create(folder.path().join("disk.raw")).unwrap();
+    raw.set_len(GIBIBYTE).unwrap();
+    let arguments: Vec<&str> = scene.arguments.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
+    let mut qmp = match subject.as_str() {
+        "qmp_capabilities" => daemon.raw_qmp(),
+        _ => daemon.qmp(),
+    };
+    for (command, arguments) in scene.before {
+        qmp.ok(command, arguments);
+    }
+    converse(session, &mut qmp)
+}
+
+fn converse(session: &[Message], qmp: &mut Qmp) -> Result<(), String> {
+    let mut command = String::new();
+    let mut answered = true;
+    for message in session {
+        if message.sent {
+            command = message.subject();
+            qmp.send(&message.text);
+            assert!(answered, "{}: no reply to the one before", message.place);
+            answered = false;
+            continue;
+        }
+        let expected = message.value();
+        let actual = match expected["event"].as_str() {
+            Some(event) => qmp.event(event),
+            None => {
+                answered = true;
+                qmp.reply()
+            }
+        };
+        let excerpt = ["query-commands", "query-qmp-schema"].contains(&command.as_str());
+        let differences = match excerpt {
+            true => missing_entries(&expected["return"], &actual["return"]),
+            false => compare("", &expected, &actual),
+        };
+        if !differences.is_empty() {
+            let differences = differences.join("\n  ");
+            return Err(format!("{}:\n  {differences}", message.place));
+        }
+    }
+    match answered {
+        true => Ok(()),
+        false => Err(format!("{}: no reply in the end", session[0].place)),
+    }
+}
+
+/// Where two values differ other than they may.
+fn compare(path: &str, expected: &Value, actual: &Value) -> Vec<String> {
+    let key = path.rsplit('.').next().unwrap_or(path);
+    let same = match (expected, actual) {
+        (Value::Object(expected), Value::Object(actual)) => {
+            let keys: BTreeSet<&String> = expected.keys().chain(actual.keys()).collect();
+            let member = |key: &String| {
+                let path = format!("{path}.{key}");
+                match (expected.get(key), actual.get(key)) {
+                    (Some(expected), Some(actual)) => compare(&path, expected, actual),
+                    (Some(_), None) => vec![format!("{path} is not in the reply")],
+                    (None, actual) => vec![format!("{path} is not in the example: {actual:?}")],
+                }
+            };
+            return keys.into_iter().flat_map(member).collect();
+        }
+        (Value::Array(expected), Value::Array(actual)) if expected.len() == actual.len() => {
+            let pairs = expected.iter().zip(actual).enumerate();
+            return pairs
+                .flat_map(|(at, (expected, actual))| {
+                    compare(&format!("{path}[{at}]"), expected, actual)
+                })
+                .collect();
+        }
+        (Value::Number(_), Value::Number(actual)) if VARYING.contains(&key) => actual.is_u64(),
+        // Made-up names of nodes.
+        (Value::String(expected), Value::String(actual)) if expected.starts_with("#block") => {
+            actual.starts_with("#block")
+        }
+        // Names of types, which are numbers and change with the schema.
+        (Value::String(expected), Value::String(actual)) if is_number(expected) => {
+            is_number(actual)
+        }
+        _ => expected == actual,
+    };
+    match same {
+        true => Vec::new(),
+        false => vec![format!(
+            "{path}: {expected} in the example, {actual} in the reply"
+        )],
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit()) && !text.is_empty()
+}
+
+/// Entries of an example that are not in a list.
+fn missing_entries(expected: &Value, actual: &Value) -> Vec<String> {
+    let entries = |list: &Value| list.as_array().expect("a list").clone();
+    let actual = entries(actual);
+    let is_missing = |entry: &Value| {
+        !actual
+            .iter()
+            .any(|other| compare("", entry, other).is_empty())
+    };
+    let missing = entries(expected).into_iter().filter(is_missing);
+    missing
+        .map(|entry| format!("no such entry: {entry}"))
+        .collect()
+}
+
+/// An image of a gibibyte, made by the daemon.
+fn make_image(folder: &Path) {
+    let arguments = ["--drive", "id=d,file=disk.qcow2,size=1G"];
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder, &arguments);
+    drop(daemon.qmp());
+    assert!(daemon.terminate().success());
+}
+
+#[test]
+fn examples_are_what_the_daemon_says() {
+    let folder = tempfile::tempdir().unwrap();
+    make_image(folder.path());
+    let image = folder.path().join("disk.qcow2");
+    let (schema, table) = all();
+    let complaints: Vec<String> = schema
+        .iter()
+        .chain(&table)
+        .filter_map(|session| run(session, &image).err())
+        .collect();
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+}
+
+#[test]
+fn every_command_has_an_example_in_both_places_and_every_event_one() {
+    let mut daemon = Daemon::start(Program::Qblockd, &[]);
+    let schema_reply = daemon.qmp().ok("query-qmp-schema", json!({}));
+    let names = |kind: &str| -> BTreeSet<String> {
+        let entries = schema_reply.as_array().unwrap().iter();
+        entries
+            .filter(|entry| entry["meta-type"] == kind)
+            .map(|entry| entry["name"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let (schema, table) = all();
+    let shown = |sessions: &[Vec<Message>]| -> BTreeSet<String> {
+        let messages = sessions.iter().flatten();
+        messages
+            .filter(|message| message.sent || message.text.contains("\"event\""))
+            .map(Message::subject)
+            .collect()
+    };
+    assert_eq!(shown(&table), names("command"));
+    let all_names: BTreeSet<String> = names("command").union(&names("event")).cloned().collect();
+    assert_eq!(shown(&schema), all_names);
+}
+
+/// Counts the arrows without the parser, so that none is lost in it.
+#[test]
+fn no_example_is_overlooked() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("schema");
+    let mut arrows = 0;
+    for entry in fs::read_dir(folder).unwrap() {
+        let text = fs::read_to_string(entry.unwrap().path()).unwrap();
+        let is_arrow = |line: &&str| {
+            let line = line.trim_start_matches(['#', ' ']);
+            ["->", "<-"].iter().any(|arrow| {
+                line.strip_prefix(arrow)
+                    .is_some_and(|rest| rest.trim_start().starts_with('{'))
+            })
+        };
+        arrows += text.lines().filter(is_arrow).count();
+    }
+    let (schema, table) = all();
+    let messages: usize = schema.iter().chain(&table).map(Vec::len).sum();
+    assert_eq!(messages, arrows);
+    assert!(
+        schema
+            .iter()
+            .chain(&table)
+            .all(|session| !session.is_empty())
+    );
+}

@@ -195,7 +195,8 @@ pub(crate) fn server_arguments(address: Address) -> Arguments {
             ("type", leaf("unix".to_owned())),
             ("path", leaf(path.to_string_lossy().into_owned())),
         ],
-        Address::Tcp { host, port } => vec![
+        // The short form has no word for one family.
+        Address::Tcp { host, port, .. } => vec![
             ("type", leaf("inet".to_owned())),
             ("host", leaf(host)),
             ("port", leaf(port.to_string())),

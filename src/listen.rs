@@ -6,14 +6,18 @@
 use std::fmt;
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::task::{Context, Poll, ready};
 
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 /// Bytes of a socket's path with its NUL: `sun_path` of unix(7).
 const UNIX_PATH_BYTES: usize = 108;
+
+/// Clients that wait to be accepted: what `TcpListener::bind` takes too.
+const TCP_BACKLOG: u32 = 1024;
 
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,10 +30,55 @@ pub enum Address {
         host: String,
         /// The port.
         port: u16,
+        /// Which of the host's addresses.
+        family: Family,
     },
 }
 
+/// Which addresses of a host are listened on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Family {
+    /// All.
+    #[default]
+    Any,
+    /// IPv4 only.
+    V4,
+    /// IPv6 only; not IPv4 by way of it either.
+    V6,
+}
+
+impl Family {
+    /// What `ipv4=` and `ipv6=` mean together in QEMU.
+    pub fn of(ipv4: Option<bool>, ipv6: Option<bool>) -> Result<Family, String> {
+        match (ipv4, ipv6) {
+            (Some(false), Some(false)) => {
+                Err("Cannot disable IPv4 and IPv6 at same time".to_owned())
+            }
+            (None, None) | (Some(true), Some(true)) => Ok(Family::Any),
+            (Some(false), _) | (None, Some(true)) => Ok(Family::V6),
+            (_, Some(false)) | (Some(true), None) => Ok(Family::V4),
+        }
+    }
+
+    fn has(self, address: &SocketAddr) -> bool {
+        match self {
+            Family::Any => true,
+            Family::V4 => address.is_ipv4(),
+            Family::V6 => address.is_ipv6(),
+        }
+    }
+}
+
 impl Address {
+    /// All addresses of a host.
+    pub fn tcp(host: impl Into<String>, port: u16) -> Address {
+        Address::Tcp {
+            host: host.into(),
+            port,
+            family: Family::Any,
+        }
+    }
+
     /// Reads the short form, `unix:PATH` or `tcp:HOST:PORT` (an IPv6 address in brackets); `None` if it is neither.
     pub fn parse(text: &str) -> Option<Result<Address, String>> {
         if let Some(path) = text.strip_prefix("unix:") {
@@ -47,10 +96,7 @@ impl Address {
             .strip_prefix('[')
             .and_then(|host| host.strip_suffix(']'))
             .unwrap_or(host);
-        Some(parse_port(port).map(|port| Address::Tcp {
-            host: host.to_owned(),
-            port,
-        }))
+        Some(parse_port(port).map(|port| Address::tcp(host, port)))
     }
 }
 
@@ -65,8 +111,10 @@ impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Address::Unix(path) => write!(f, "unix:{}", path.display()),
-            Address::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Address::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Address::Tcp { host, port, .. } if host.contains(':') => {
+                write!(f, "tcp:[{host}]:{port}")
+            }
+            Address::Tcp { host, port, .. } => write!(f, "tcp:{host}:{port}"),
         }
     }
 }
@@ -116,7 +164,7 @@ impl Listener {
     pub async fn bind(address: &Address) -> Result<Vec<Listener>, ListenError> {
         match address {
             Address::Unix(path) => Ok(vec![bind_unix(path).await?]),
-            Address::Tcp { host, port } => bind_tcp(host, *port).await,
+            Address::Tcp { host, port, family } => bind_tcp(host, *port, *family).await,
         }
     }
 
@@ -199,7 +247,7 @@ async fn nobody_listens(path: &Path) -> bool {
     error.is_some_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
 }
 
-async fn bind_tcp(host: &str, mut port: u16) -> Result<Vec<Listener>, ListenError> {
+async fn bind_tcp(host: &str, mut port: u16, family: Family) -> Result<Vec<Listener>, ListenError> {
     // `::` takes connections over IPv4 as well; a host without IPv6 has the other one.
     let names: &[&str] = if host.is_empty() {
         &["::", "0.0.0.0"]
@@ -216,10 +264,10 @@ async fn bind_tcp(host: &str, mut port: u16) -> Result<Vec<Listener>, ListenErro
                 continue;
             }
         };
-        for mut address in addresses {
+        for mut address in addresses.filter(|address| family.has(address)) {
             address.set_port(port);
             let bound = async {
-                let socket = TcpListener::bind(address).await?;
+                let socket = listen(address, family).await?;
                 let port = socket.local_addr()?.port();
                 io::Result::Ok((socket, port))
             };
@@ -231,6 +279,7 @@ async fn bind_tcp(host: &str, mut port: u16) -> Result<Vec<Listener>, ListenErro
                         address: Some(Address::Tcp {
                             host: host.to_owned(),
                             port,
+                            family,
                         }),
                         _file: None,
                     });
@@ -243,10 +292,21 @@ async fn bind_tcp(host: &str, mut port: u16) -> Result<Vec<Listener>, ListenErro
         }
     }
     if listeners.is_empty() {
-        return Err(failure.unwrap_or_else(|| unresolved(host, port, "no address")));
+        return Err(failure.unwrap_or_else(|| unresolved(host, port, "Name or service not known")));
     }
     // One address of several will do: a host may lack IPv6.
     Ok(listeners)
+}
+
+async fn listen(address: SocketAddr, family: Family) -> io::Result<TcpListener> {
+    if family != Family::V6 {
+        return TcpListener::bind(address).await;
+    }
+    let socket = TcpSocket::new_v6()?;
+    socket.set_reuseaddr(true)?;
+    rustix::net::sockopt::set_ipv6_v6only(&socket, true)?;
+    socket.bind(address)?;
+    socket.listen(TCP_BACKLOG)
 }
 
 fn unresolved(host: &str, port: u16, reason: &str) -> ListenError {
@@ -327,6 +387,56 @@ mod tests {
         assert_eq!(Address::parse("addr.type=unix"), None);
         for text in ["unix:", "tcp:a", "tcp:a:99999", "tcp:a:"] {
             assert!(Address::parse(text).unwrap().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn families_are_named_as_in_qemu() {
+        let (on, off) = (Some(true), Some(false));
+        let cases = [
+            (None, None, Family::Any),
+            (on, on, Family::Any),
+            (on, None, Family::V4),
+            (on, off, Family::V4),
+            (None, off, Family::V4),
+            (None, on, Family::V6),
+            (off, on, Family::V6),
+            (off, None, Family::V6),
+        ];
+        for (ipv4, ipv6, expected) in cases {
+            assert_eq!(Family::of(ipv4, ipv6), Ok(expected), "{ipv4:?} {ipv6:?}");
+        }
+        assert!(Family::of(off, off).is_err());
+    }
+
+    #[tokio::test]
+    async fn only_the_family_that_was_asked_for_is_listened_on() {
+        let tcp = |host: &str, family| Address::Tcp {
+            host: host.to_owned(),
+            port: 0,
+            family,
+        };
+        let error = Listener::bind(&tcp("127.0.0.1", Family::V6))
+            .await
+            .unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("address resolution failed for 127.0.0.1:0")
+        );
+        let port = |listeners: &[Listener]| match listeners.first().and_then(Listener::address) {
+            Some(Address::Tcp { port, .. }) => *port,
+            other => panic!("{other:?}"),
+        };
+        let v4 = Listener::bind(&tcp("", Family::V4)).await.unwrap();
+        TcpStream::connect(("127.0.0.1", port(&v4))).await.unwrap();
+        TcpStream::connect(("::1", port(&v4))).await.unwrap_err();
+        // A machine may have no IPv6.
+        if let Ok(v6) = Listener::bind(&tcp("", Family::V6)).await {
+            TcpStream::connect(("::1", port(&v6))).await.unwrap();
+            TcpStream::connect(("127.0.0.1", port(&v6)))
+                .await
+                .unwrap_err();
         }
     }
 }

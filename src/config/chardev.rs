@@ -4,7 +4,7 @@ use qapi::rt::decode::{Members, boolean, string};
 use qapi::rt::{Path, Value};
 
 use super::{flat, keyval};
-use crate::listen::{Address, parse_port};
+use crate::listen::{Address, Family, parse_port};
 
 /// A socket that a `--monitor` of the same command line takes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,7 +38,6 @@ const CHARDEV_KEYS: &[&str] = &[
     "telnet",
     "websocket",
     "reconnect",
-    "logfile",
 ];
 
 impl Chardev {
@@ -57,6 +56,11 @@ impl Chardev {
                 server: members.optional("server", boolean)?.unwrap_or(false),
                 // Accepted and without effect: the daemon never waits for a client before it goes on.
                 _wait: members.optional("wait", boolean)?,
+                ipv4: members.optional("ipv4", boolean)?,
+                ipv6: members.optional("ipv6", boolean)?,
+                telnet: members.optional("telnet", boolean)?.unwrap_or(false),
+                websocket: members.optional("websocket", boolean)?.unwrap_or(false),
+                reconnect: members.optional("reconnect", string)?,
             })
         })();
         let fields = decoded.map_err(|error: qapi::rt::QmpError| error.desc)?;
@@ -73,6 +77,11 @@ struct Fields {
     port: Option<String>,
     server: bool,
     _wait: Option<bool>,
+    ipv4: Option<bool>,
+    ipv6: Option<bool>,
+    telnet: bool,
+    websocket: bool,
+    reconnect: Option<String>,
 }
 
 impl Fields {
@@ -89,6 +98,17 @@ impl Fields {
                 "chardev: socket: only listening sockets are supported (server=on)".to_owned(),
             );
         }
+        // What would change the bytes on the socket is refused. `nodelay` is always on.
+        for (name, on) in [("telnet", self.telnet), ("websocket", self.websocket)] {
+            if on {
+                return Err(format!("chardev: socket: {name}=on is not supported"));
+            }
+        }
+        if self.reconnect.is_some() {
+            return Err(
+                "'reconnect' option is incompatible with socket in server listen mode".to_owned(),
+            );
+        }
         let address = match (self.path, self.host) {
             (Some(path), None) => Address::Unix(path.into()),
             (None, Some(host)) => {
@@ -96,6 +116,7 @@ impl Fields {
                 Address::Tcp {
                     host,
                     port: parse_port(&port)?,
+                    family: Family::of(self.ipv4, self.ipv6)?,
                 }
             }
             (Some(_), Some(_)) => {
@@ -151,6 +172,22 @@ mod tests {
             (
                 "socket,id=a,path=s,server=maybe",
                 "Parameter 'server' expects 'on' or 'off'",
+            ),
+            (
+                "socket,id=a,path=s,logfile=l",
+                "Invalid parameter 'logfile'",
+            ),
+            (
+                "socket,id=a,path=s,server=on,telnet=on",
+                "chardev: socket: telnet=on is not supported",
+            ),
+            (
+                "socket,id=a,path=s,server=on,reconnect=1",
+                "'reconnect' option is incompatible with socket in server listen mode",
+            ),
+            (
+                "socket,id=a,host=h,port=1,server=on,ipv4=off,ipv6=off",
+                "Cannot disable IPv4 and IPv6 at same time",
             ),
             (
                 "socket,id=a,host=h,server=on",

@@ -6,7 +6,7 @@ use qapi::types::{
     SocketAddressLegacy, SocketAddressLegacyBranch, UnixSocketAddress, UnixSocketAddressWrapper,
 };
 
-use crate::listen::Address;
+use crate::listen::{Address, Family};
 
 /// The form of the command line.
 pub(in crate::commands) fn address(address: SocketAddress) -> Result<Address, QmpError> {
@@ -34,11 +34,22 @@ fn unix(address: UnixSocketAddress) -> Address {
 }
 
 fn inet(address: InetSocketAddress) -> Result<Address, QmpError> {
-    let InetSocketAddress { host, port } = address;
+    let InetSocketAddress {
+        host,
+        port,
+        // Clients that vanish are always noticed.
+        keep_alive: _,
+        ipv4,
+        ipv6,
+    } = address;
     let port = port.parse().map_err(|_| {
         QmpError::generic(format!(
             "address resolution failed for {host}:{port}: Servname not supported for ai_socktype"
         ))
     })?;
-    Ok(Address::Tcp { host, port })
+    Ok(Address::Tcp {
+        host,
+        port,
+        family: Family::of(ipv4, ipv6).map_err(QmpError::generic)?,
+    })
 }

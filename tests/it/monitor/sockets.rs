@@ -164,17 +164,13 @@ fn addresses_that_cannot_be_listened_on_are_explained() {
     let error = bind(&Address::Unix(long.clone().into())).unwrap_err();
     assert_eq!(error, format!("UNIX socket path '{long}' is too long"));
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let tcp = |host: &str, port| Address::Tcp {
-        host: host.to_owned(),
-        port,
-    };
     let port = taken.local_addr().unwrap().port();
-    let error = bind(&tcp("127.0.0.1", port)).unwrap_err();
+    let error = bind(&Address::tcp("127.0.0.1", port)).unwrap_err();
     assert_eq!(
         error,
         "Failed to find an available port: Address already in use"
     );
-    let error = bind(&tcp("203.0.113.7", 0)).unwrap_err();
+    let error = bind(&Address::tcp("203.0.113.7", 0)).unwrap_err();
     assert_eq!(
         error,
         "Failed to bind socket: Cannot assign requested address"
@@ -192,10 +188,7 @@ fn tcp_and_sockets_that_are_open_already_are_served() {
     let service = std::sync::Arc::clone(&mock.mock);
     let (server, tcp) = runtime.block_on(async {
         let mut server = Server::new(service, Events::new(&[]));
-        let address = Address::Tcp {
-            host: "localhost".to_owned(),
-            port: 0,
-        };
+        let address = Address::tcp("localhost", 0);
         let mut port = None;
         for listener in Listener::bind(&address).await.unwrap() {
             if let Some(Address::Tcp { port: bound, .. }) = listener.address() {

@@ -197,19 +197,13 @@ fn a_socket_that_was_left_behind_is_replaced_and_one_in_use_is_not() {
 #[test]
 fn tcp_works_and_tells_its_port() {
     let mut fixture = Fixture::with(SIZE, |options| {
-        options.addresses.push(Address::Tcp {
-            host: "127.0.0.1".into(),
-            port: 0,
-        });
+        options.addresses.push(Address::tcp("127.0.0.1", 0));
     });
     let Some(Address::Tcp { port, .. }) = fixture.server().addresses().get(1).cloned() else {
         panic!("no TCP address");
     };
     assert_ne!(port, 0);
-    let taken = NbdServerOptions::new(vec![Address::Tcp {
-        host: "127.0.0.1".into(),
-        port,
-    }]);
+    let taken = NbdServerOptions::new(vec![Address::tcp("127.0.0.1", port)]);
     let (events, _) = tokio::sync::mpsc::unbounded_channel();
     let error = fixture
         .runtime

@@ -14,7 +14,7 @@ pub struct DriveOptions {
     pub id: Option<String>,
     /// The image; without one the drive is empty.
     pub file: Option<String>,
-    /// Its format. Never guessed from the image: a guest writes those bytes.
+    /// Its format. Guessed from the image only when the user says so: a guest writes those bytes.
     pub format: DriveFormat,
     /// Create the image with this many bytes if there is none.
     pub size: Option<u64>,
@@ -37,11 +37,15 @@ pub struct DriveOptions {
 /// The format of a drive's image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum DriveFormat {
-    /// qcow2, also when nothing is said.
+    /// Nothing is said: qcow2.
     #[default]
+    Unsaid,
+    /// qcow2.
     Qcow2,
     /// The bytes as they are.
     Raw,
+    /// qcow2 if the image begins as one, else raw; backing files without a named format alike.
+    Auto,
 }
 
 const KEYS: &[&str] = &[
@@ -109,6 +113,7 @@ fn drive_format(word: &str) -> Option<DriveFormat> {
     match word {
         "qcow2" => Some(DriveFormat::Qcow2),
         "raw" => Some(DriveFormat::Raw),
+        "auto" => Some(DriveFormat::Auto),
         _ => None,
     }
 }
@@ -202,6 +207,14 @@ mod tests {
                 read_error: OnError::Report,
             }
         );
+    }
+
+    #[test]
+    fn formats_are_probed_only_by_word() {
+        let format = |text| DriveOptions::parse(text).unwrap().format;
+        assert_eq!(format("file=a"), DriveFormat::Unsaid);
+        assert_eq!(format("file=a,format=qcow2"), DriveFormat::Qcow2);
+        assert_eq!(format("file=a,format=auto"), DriveFormat::Auto);
     }
 
     #[test]

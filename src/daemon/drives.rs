@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use block::driver::{Child, Driver};
 use block::error::{Error, Result};
+use block::formats::qcow2::NOT_QCOW2;
 use block::formats::qcow2::create::{CreateOptions, create};
 use block::graph::{Drive, OnError};
 use block::io::IoContext;
 use block::open::{
-    BackingOption, CacheMode, DriverOptions, FileOptions, Locking, NodeOptions, NodeRef, Opener,
-    Qcow2Options, RawOptions, open,
+    CacheMode, DriverOptions, FileOptions, Locking, NodeOptions, NodeRef, Opener, Qcow2Options,
+    RawOptions, open,
 };
 use block::protocols::file::{File, FileAccess};
 use qapi::rt::QmpError;
@@ -80,7 +81,8 @@ pub(super) async fn add(
                 .map_err(from_engine)?;
         }
         let node = node_options(&options, file);
-        opened = Some(open(&opener, &node).await.map_err(from_engine)?);
+        let made = open(&opener, &node).await;
+        opened = Some(made.map_err(|error| from_engine(with_formats(error, options.format)))?);
     } else if options.size.is_some() {
         return Err(QmpError::generic("size= needs file="));
     }
@@ -108,6 +110,15 @@ pub(super) async fn add(
     .await
 }
 
+/// Adds what to type to the refusal of an image whose format the user did not say.
+fn with_formats(error: Error, format: DriveFormat) -> Error {
+    if format != DriveFormat::Unsaid || !error.message().ends_with(NOT_QCOW2) {
+        return error;
+    }
+    let ways = "type format=raw if it is a raw disk, or format=auto to find out";
+    Error::new(error.kind(), format!("{}; {ways}", error.message()))
+}
+
 /// The nodes of a drive: a format on a file.
 fn node_options(options: &DriveOptions, filename: &str) -> NodeOptions {
     let file = NodeOptions {
@@ -125,14 +136,8 @@ fn node_options(options: &DriveOptions, filename: &str) -> NodeOptions {
     };
     let file = NodeRef::Inline(Box::new(file));
     let format = match options.format {
-        DriveFormat::Qcow2 => DriverOptions::Qcow2(Qcow2Options {
-            file,
-            backing: BackingOption::FromImage,
-            lazy_refcounts: None,
-            pass_discard_request: None,
-            l2_cache_size: None,
-            refcount_cache_size: None,
-        }),
+        DriveFormat::Unsaid | DriveFormat::Qcow2 => DriverOptions::Qcow2(Qcow2Options::new(file)),
+        DriveFormat::Auto => DriverOptions::Probed(file),
         DriveFormat::Raw => DriverOptions::Raw(RawOptions {
             file,
             offset: None,
@@ -167,9 +172,11 @@ async fn make_missing(
     };
     let made = match format {
         DriveFormat::Raw => host.set_len(size).map_err(|error| failed(&error)),
-        DriveFormat::Qcow2 => make_qcow2(io, filename, size)
-            .await
-            .map_err(|error| error.context(format!("Could not create '{filename}'"))),
+        DriveFormat::Unsaid | DriveFormat::Qcow2 | DriveFormat::Auto => {
+            make_qcow2(io, filename, size)
+                .await
+                .map_err(|error| error.context(format!("Could not create '{filename}'")))
+        }
     };
     if made.is_err()
         && let Err(error) = fs::remove_file(filename)

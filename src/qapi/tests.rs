@@ -95,8 +95,8 @@ fn complaints_come_in_schema_order_and_name_the_place() {
             "Invalid parameter type for 'node-name', expected: string",
         ),
         (
-            json!({"driver": "raw", "file": {"driver": "file", "filename": "x", "aio": "native"}}),
-            "Parameter 'file.aio' does not accept value 'native'",
+            json!({"driver": "raw", "file": {"driver": "file", "filename": "x", "aio": "often"}}),
+            "Parameter 'file.aio' does not accept value 'often'",
         ),
     ] {
         assert_eq!(add(arguments), Err(text.to_owned()));

@@ -224,3 +224,79 @@ fn a_killed_daemon_leaves_its_flushed_writes_and_snapshots() {
     daemon.tool("qemu-io -f raw -c 'read -P 7 0 1M' one.raw");
     daemon.tool("qemu-io -f qcow2 -c 'read -P 8 0 1M' disk.qcow2");
 }
+
+/// A disk that was always raw, into which its guest wrote the header of an image with a backing file of its choice.
+#[test]
+fn a_raw_disk_with_the_header_of_an_image_stays_raw() {
+    let Some(()) = harness::need(&["qemu-img", "qemu-io"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("secret"), vec![7; 1 << 20]).unwrap();
+    let make = "qemu-img create -q -f qcow2 -b secret -F raw evil 1M && truncate -s 1M evil && cp evil disk";
+    harness::tool(folder.path(), make);
+    let driver = |format: &str| {
+        let drive = format!("id=d,file=disk,{format}readonly=on");
+        let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &["--drive", &drive]);
+        let mut qmp = daemon.qmp();
+        let drives = qmp.ok("query-block", json!({}));
+        drives[0]["inserted"]["drv"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(driver("format=raw,"), "raw");
+    assert_eq!(
+        driver("format=auto,"),
+        "qcow2",
+        "because the user asks for it"
+    );
+    // Written by the guest, the header is the disk's content and nothing else.
+    fs::write(folder.path().join("disk"), vec![0; 1 << 20]).unwrap();
+    let start = |format: &str| {
+        let drive = format!("id=d,file=disk,{format}");
+        Daemon::start_in(
+            Program::Qblockd,
+            folder.path(),
+            &["--drive", &drive, "--nbd-server", "unix:nbd.sock"],
+        )
+    };
+    let disk = "nbd+unix:///d?socket=nbd.sock";
+    for _ in 0..2 {
+        let mut daemon = start("format=raw");
+        exported(&mut daemon);
+        daemon.tool(&format!("qemu-img convert -n -f raw -O raw evil '{disk}'"));
+        daemon.tool(&format!("qemu-img compare -f raw -F raw evil '{disk}'"));
+        assert!(daemon.terminate().success());
+    }
+    // Probed as raw, it is kept from becoming an image.
+    fs::write(folder.path().join("disk"), vec![0; 1 << 20]).unwrap();
+    for _ in 0..2 {
+        let mut daemon = start("format=auto");
+        exported(&mut daemon);
+        daemon.tool(&format!(
+            "! qemu-img convert -q -n -f raw -O raw evil '{disk}' 2>/dev/null"
+        ));
+        assert!(daemon.terminate().success());
+    }
+}
+
+/// Waits for the export of a drive.
+fn exported(daemon: &mut Daemon) {
+    let qmp = std::cell::RefCell::new(daemon.qmp());
+    let is_there = || {
+        let exports = qmp.borrow_mut().ok("query-block-exports", json!({}));
+        exports.as_array().is_some_and(|list| !list.is_empty())
+    };
+    harness::until(is_there, "the export");
+}
+
+#[test]
+fn a_drive_without_a_format_is_told_what_to_type() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("disk"), vec![0; 1 << 20]).unwrap();
+    let output = run_to_end(Program::Qblockd, folder.path(), &["--drive", "file=disk"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr),
+        "qblockd: --drive file=disk: Image is not in qcow2 format; type format=raw if it is a raw disk, or format=auto \
+         to find out\n"
+    );
+}

@@ -95,6 +95,8 @@ fn sessions_get_the_same_answers_as_on_qemu_storage_daemon() {
         "snapshots",
         "transactions",
         "exports",
+        "options",
+        "csi-qsd",
     ] {
         let session = session::read(name);
         let theirs = session::run(Program::QemuStorageDaemon, &session);

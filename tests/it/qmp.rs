@@ -50,3 +50,8 @@ fn transactions() {
 fn exports() {
     golden("exports");
 }
+
+#[test]
+fn options() {
+    golden("options");
+}

@@ -15,6 +15,8 @@ pub struct Raw {
     offset: u64,
     /// `None`: up to the end of the layer below, wherever that is by then.
     len: Option<u64>,
+    /// What the disk must not begin with.
+    banned: Option<&'static [u8]>,
 }
 
 impl Raw {
@@ -51,7 +53,43 @@ impl Raw {
             filename,
             offset,
             len: size,
+            banned: None,
         })
+    }
+
+    /// All of a disk that was found to be raw because it does not begin with `magic`. It never will: a guest that could
+    /// write that would make the next look at the disk find an image, with a backing file of the guest's choice.
+    pub fn probed(file: Child, filename: String, magic: &'static [u8]) -> Self {
+        Raw {
+            file,
+            filename,
+            offset: 0,
+            len: None,
+            banned: Some(magic),
+        }
+    }
+
+    /// Refuses what could complete the banned bytes: whichever write does that agrees with them where it overlaps them.
+    fn check_banned(&self, offset: u64, data: &Data) -> Result<()> {
+        let Some(rest) = self
+            .banned
+            .and_then(|magic| magic.get(usize::try_from(offset).ok()?..))
+            .filter(|rest| !rest.is_empty() && !data.is_empty())
+        else {
+            return Ok(());
+        };
+        let start = data.slice(0, data.len().min(rest.len() as u64)).to_bytes();
+        if !rest.starts_with(&start) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::PermissionDenied,
+            format!(
+                "Writing the beginning of an image to '{}' is refused, because its format was probed; \
+                 type format=raw to allow it",
+                self.filename
+            ),
+        ))
     }
 
     /// The range in the layer below. A window of fixed size has an end; another grows with its file.
@@ -122,7 +160,8 @@ impl Requests for Raw {
     }
 
     fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        match self.shift(offset, data.len()) {
+        let allowed = self.check_banned(offset, &data);
+        match allowed.and_then(|()| self.shift(offset, data.len())) {
             Ok(below) => self.file.write(below, data, flags),
             Err(error) => Box::pin(async { Err(error) }),
         }
@@ -222,5 +261,31 @@ mod tests {
         assert!(window(Some(90), Some(10)).is_ok());
         assert!(window(Some(90), Some(11)).is_err());
         assert!(window(Some(1), Some(u64::MAX)).is_err());
+    }
+
+    #[tokio::test]
+    async fn a_probed_disk_never_begins_as_an_image() {
+        let memory = Memory::with_content(&[0; 64]);
+        let raw = Raw::probed(memory.child(), "image".to_owned(), b"QFI\xfb");
+        let write = |offset, bytes: &[u8]| {
+            raw.write(offset, Data::from(bytes.to_vec()), WriteFlags::default())
+        };
+        for (offset, bytes) in [
+            (0, &b"QFI\xfb and more"[..]),
+            (0, b"Q"),
+            (1, b"FI\xfb"),
+            (3, b"\xfb\0\0"),
+        ] {
+            let error = write(offset, bytes).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::PermissionDenied, "{bytes:?}");
+        }
+        for (offset, bytes) in [
+            (0, &b"QFI\xfc"[..]),
+            (1, b"FI\0\xfb"),
+            (4, b"QFI\xfb"),
+            (0, b""),
+        ] {
+            write(offset, bytes).await.unwrap();
+        }
     }
 }

@@ -1,13 +1,14 @@
 //! What the header of an image may refer to: a file beside it, in a format that it names.
 //!
 //! A header is written by whoever made the image, and a guest can write what looks like a header to a raw disk.
-//! So it opens plain files only, never a protocol or a `json:` description, and no format is guessed.
+//! So it opens plain files only, never a protocol or a `json:` description, and no format is guessed unless the user
+//! asked for that.
 
 use std::path::Path;
 
 use super::options::{
     Aio, BackingOption, DriverOptions, FileOptions, Locking, NodeOptions, NodeRef, Qcow2Options,
-    RawOptions,
+    RawOptions, UnnamedFormat,
 };
 use crate::error::{Error, ErrorKind, Result};
 
@@ -20,7 +21,13 @@ pub(super) struct Reference<'a> {
     pub(super) filename: &'a str,
     /// Its format, if the image names one.
     pub(super) format: Option<&'a str>,
+    /// What the user wants where it does not.
+    pub(super) unnamed: UnnamedFormat,
 }
+
+/// Why a reference without a format is refused, and the ways out.
+const NO_FORMAT: &str = "the image does not name its format, which is not guessed: give it with backing.driver=, write \
+                         it into the image (qemu-img rebase -u -F), or use --drive format=auto";
 
 /// The options of the backing node: read-only, and otherwise as the image that refers to it.
 pub(super) fn options(
@@ -29,12 +36,6 @@ pub(super) fn options(
     aio: Aio,
 ) -> Result<NodeOptions> {
     let filename = resolve(reference)?;
-    let format = reference.format.ok_or_else(|| {
-        refused(
-            reference,
-            "the image does not name its format, which is not guessed; name it in 'backing'",
-        )
-    })?;
     let file = NodeRef::Inline(Box::new(NodeOptions::new(DriverOptions::File(
         FileOptions {
             filename,
@@ -42,21 +43,21 @@ pub(super) fn options(
             locking: Locking::Auto,
         },
     ))));
-    let driver = match format {
-        "raw" => DriverOptions::Raw(RawOptions {
+    let driver = match (reference.format, reference.unnamed) {
+        (Some("raw"), _) => DriverOptions::Raw(RawOptions {
             file,
             offset: None,
             size: None,
         }),
-        "qcow2" => DriverOptions::Qcow2(Qcow2Options {
-            file,
-            backing: BackingOption::FromImage,
-            lazy_refcounts: None,
-            pass_discard_request: None,
-            l2_cache_size: None,
-            refcount_cache_size: None,
+        (Some("qcow2"), unnamed) => DriverOptions::Qcow2(Qcow2Options {
+            backing: BackingOption::FromImage(unnamed),
+            ..Qcow2Options::new(file)
         }),
-        _ => return Err(refused(reference, &format!("Unknown driver '{format}'"))),
+        (Some(format), _) => {
+            return Err(refused(reference, &format!("Unknown driver '{format}'")));
+        }
+        (None, UnnamedFormat::Probed) => DriverOptions::Probed(file),
+        (None, UnnamedFormat::Refused) => return Err(refused(reference, NO_FORMAT)),
     };
     Ok(NodeOptions {
         read_only: true,
@@ -109,6 +110,7 @@ mod tests {
             image,
             filename,
             format: Some("raw"),
+            unnamed: UnnamedFormat::Refused,
         };
         let parent = NodeOptions::new(DriverOptions::Null(super::super::NullOptions {
             size: 0,
@@ -167,6 +169,7 @@ mod tests {
                 image: "top",
                 filename: "base",
                 format,
+                unnamed: UnnamedFormat::Refused,
             };
             let error = options(reference, &parent, Aio::Threads).unwrap_err();
             assert!(error.message().contains(reason), "{error}");

@@ -2,18 +2,20 @@
 //!
 //! * `options`: what a node is made of
 //! * `backing`: what the header of an image may refer to
+//! * `caches`: how much metadata of a qcow2 image is kept in memory
 //!
 //! Opening does I/O and may take long, so it works on an [`Opener`], which knows the nodes that exist, and not on the
 //! graph. The graph is touched by `Graph::insert` only, which decides again whether names are free.
 
 mod backing;
+mod caches;
 mod options;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::driver::{BoxFuture, Child, Driver};
+use crate::driver::{BoxFuture, Child, Driver, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::{self, Qcow2};
 use crate::formats::raw::Raw;
@@ -25,7 +27,7 @@ use crate::protocols::null::Null;
 
 pub use options::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,
-    NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
+    NodeOptions, NodeRef, NullOptions, Qcow2Cache, Qcow2Options, RawOptions, UnnamedFormat,
 };
 
 /// What opening needs to know of the graph at its start.
@@ -89,8 +91,18 @@ impl Opening<'_> {
             let (driver, links, read_only) = match &options.driver {
                 DriverOptions::File(file) => self.open_file(file, options).await?,
                 DriverOptions::Null(null) => open_null(null, options)?,
-                DriverOptions::Raw(raw) => self.open_raw(raw, options, depth).await?,
-                DriverOptions::Qcow2(qcow2) => self.open_qcow2(qcow2, options, depth).await?,
+                DriverOptions::Raw(raw) => {
+                    let file = self.child(&raw.file, options, depth).await?;
+                    open_raw(raw, options, file)?
+                }
+                DriverOptions::Qcow2(qcow2) => {
+                    let file = self.child(&qcow2.file, options, depth).await?;
+                    self.open_qcow2(qcow2, options, file, depth).await?
+                }
+                DriverOptions::Probed(below) => {
+                    let file = self.child(below, options, depth).await?;
+                    self.open_probed(below, options, file, depth).await?
+                }
             };
             let node = Node::new(name, driver, behaviour(options, read_only)?, links);
             self.nodes.push(node.clone());
@@ -125,53 +137,58 @@ impl Opening<'_> {
         Ok((Arc::new(driver), Vec::new(), read_only))
     }
 
-    async fn open_raw(
+    /// The format that the file has.
+    async fn open_probed(
         &mut self,
-        raw: &RawOptions,
+        below: &NodeRef,
         options: &NodeOptions,
+        file: Arc<Node>,
         depth: usize,
     ) -> Result<Parts> {
-        let file = self.child(&raw.file, options, depth).await?;
+        let start = file.read(0, file.size().min(4)).await?.to_bytes();
+        if start[..] == qcow2::MAGIC {
+            let found = Qcow2Options {
+                backing: BackingOption::FromImage(UnnamedFormat::Probed),
+                ..Qcow2Options::new(below.clone())
+            };
+            return self.open_qcow2(&found, options, file, depth).await;
+        }
         let read_only = effective_read_only(options, &file)?;
         let filename = file.driver().info().filename;
-        let driver = Raw::new(Child::new(file.clone()), filename, raw.offset, raw.size)?;
-        // Raw adds no metadata of its own that a second writer could destroy.
-        let access = Access {
-            writes: !read_only,
-            shares_writes: true,
-        };
-        Ok((
-            Arc::new(driver),
-            vec![link("file", file, access)],
-            read_only,
-        ))
+        log::warn!(
+            "'{filename}' begins as no image does and is used as raw; type format=raw to lift the ban on \
+             writing the header of an image into it"
+        );
+        let driver = Raw::probed(Child::new(file.clone()), filename, &qcow2::MAGIC);
+        let links = vec![link("file", file, access_of_raw(read_only))];
+        Ok((Arc::new(driver), links, read_only))
     }
 
     async fn open_qcow2(
         &mut self,
         qcow2: &Qcow2Options,
         options: &NodeOptions,
+        file: Arc<Node>,
         depth: usize,
     ) -> Result<Parts> {
-        let file = self.child(&qcow2.file, options, depth).await?;
         let read_only = effective_read_only(options, &file)?;
-        let defaults = qcow2::OpenOptions::default();
+        let cache = caches::share(&qcow2.cache)?;
         let open_options = qcow2::OpenOptions {
             filename: file.driver().info().filename,
             read_only,
             pass_discard: qcow2
                 .pass_discard_request
                 .unwrap_or(options.discard == DiscardMode::Unmap),
-            l2_cache_bytes: qcow2.l2_cache_size.unwrap_or(defaults.l2_cache_bytes),
-            refcount_cache_bytes: qcow2
-                .refcount_cache_size
-                .unwrap_or(defaults.refcount_cache_bytes),
+            pass_discard_snapshot: qcow2.pass_discard_snapshot.unwrap_or(true),
+            l2_cache_bytes: cache.l2_bytes,
+            refcount_cache_bytes: cache.refcount_bytes,
         };
         let opening = Qcow2::open(Child::new(file.clone()), open_options).await?;
+        caches::check_entry(qcow2.cache.l2_entry, opening.cluster_size())?;
         let backing = match &qcow2.backing {
             BackingOption::Detached => None,
             BackingOption::Node(below) => Some(self.named_backing(below, options, depth).await?),
-            BackingOption::FromImage => match opening.backing() {
+            BackingOption::FromImage(unnamed) => match opening.backing() {
                 None => None,
                 Some(reference) => {
                     let image = file.driver().info().filename;
@@ -179,6 +196,7 @@ impl Opening<'_> {
                         image: &image,
                         filename: &reference.name,
                         format: reference.format.as_deref(),
+                        unnamed: *unnamed,
                     };
                     let aio = aio_of(&qcow2.file);
                     let backing = self.image_backing(reference, options, aio, depth).await;
@@ -315,6 +333,22 @@ fn open_null(null: &NullOptions, options: &NodeOptions) -> Result<Parts> {
     Ok((Arc::new(Null::new(null)), Vec::new(), options.read_only))
 }
 
+fn open_raw(raw: &RawOptions, options: &NodeOptions, file: Arc<Node>) -> Result<Parts> {
+    let read_only = effective_read_only(options, &file)?;
+    let filename = file.driver().info().filename;
+    let driver = Raw::new(Child::new(file.clone()), filename, raw.offset, raw.size)?;
+    let links = vec![link("file", file, access_of_raw(read_only))];
+    Ok((Arc::new(driver), links, read_only))
+}
+
+/// Raw adds no metadata of its own that a second writer could destroy.
+fn access_of_raw(read_only: bool) -> Access {
+    Access {
+        writes: !read_only,
+        shares_writes: true,
+    }
+}
+
 /// What a format does to its layers: it has metadata there that nobody else may touch, and needs a backing to stay as it is.
 fn access_of_format(writes: bool) -> Access {
     Access {
@@ -329,6 +363,7 @@ fn aio_of(file: &NodeRef) -> Aio {
         NodeRef::Inline(options) => match &options.driver {
             DriverOptions::File(file) => file.aio,
             DriverOptions::Raw(raw) => aio_of(&raw.file),
+            DriverOptions::Probed(below) => aio_of(below),
             DriverOptions::Null(_) | DriverOptions::Qcow2(_) => Aio::default(),
         },
         NodeRef::Name(_) => Aio::default(),

@@ -78,6 +78,10 @@ pub enum DriverOptions {
     Raw(RawOptions),
     /// A qcow2 image.
     Qcow2(Qcow2Options),
+    /// Whatever the layer below holds: a qcow2 image if it begins as one, else raw. The formats of its backing files are
+    /// found in the same way where headers name none. For users who ask for it, and for nobody else: a guest can
+    /// write a header into a raw disk.
+    Probed(NodeRef),
 }
 
 /// Options of `file`.
@@ -146,10 +150,37 @@ pub struct Qcow2Options {
     pub lazy_refcounts: Option<bool>,
     /// Whether discards of the guest are passed to the file (default: when the node discards).
     pub pass_discard_request: Option<bool>,
-    /// Bytes of L2 cache.
-    pub l2_cache_size: Option<u64>,
-    /// Bytes of refcount block cache.
-    pub refcount_cache_size: Option<u64>,
+    /// Whether the file gets a hole where the deletion of a snapshot frees clusters (default: yes).
+    pub pass_discard_snapshot: Option<bool>,
+    /// How much metadata is kept in memory.
+    pub cache: Qcow2Cache,
+}
+
+impl Qcow2Options {
+    /// An image in this file with nothing else asked for.
+    pub fn new(file: NodeRef) -> Self {
+        Qcow2Options {
+            file,
+            backing: BackingOption::FromImage(UnnamedFormat::Refused),
+            lazy_refcounts: None,
+            pass_discard_request: None,
+            pass_discard_snapshot: None,
+            cache: Qcow2Cache::default(),
+        }
+    }
+}
+
+/// How much metadata of a qcow2 image is kept in memory, in bytes; what is not given gets a share or a default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Qcow2Cache {
+    /// Both caches together.
+    pub total: Option<u64>,
+    /// L2 tables.
+    pub l2: Option<u64>,
+    /// Refcount blocks.
+    pub refcounts: Option<u64>,
+    /// Pieces in which QEMU would read L2 tables. Checked as QEMU does, and without effect.
+    pub l2_entry: Option<u64>,
 }
 
 /// A node that exists, or one to make.
@@ -164,11 +195,20 @@ pub enum NodeRef {
 /// Which backing file an image gets.
 #[derive(Debug, Clone, PartialEq)]
 pub enum BackingOption {
-    /// The one that the image's header names, with the format that it names; without one there it is refused
-    /// unless the user asked for probing.
-    FromImage,
+    /// The one that the image's header names, with the format that it names.
+    FromImage(UnnamedFormat),
     /// None, whatever the header says.
     Detached,
     /// This one.
     Node(NodeRef),
+}
+
+/// What happens to a backing file whose format the header that refers to it does not name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum UnnamedFormat {
+    /// It is refused.
+    #[default]
+    Refused,
+    /// It is found by a look at the file, as [`DriverOptions::Probed`].
+    Probed,
 }

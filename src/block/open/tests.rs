@@ -198,12 +198,8 @@ async fn direct_io_takes_any_request_on_a_file_of_odd_size() {
 
 fn qcow2(below: NodeRef, backing: BackingOption) -> NodeOptions {
     NodeOptions::new(DriverOptions::Qcow2(Qcow2Options {
-        file: below,
         backing,
-        lazy_refcounts: None,
-        pass_discard_request: None,
-        l2_cache_size: None,
-        refcount_cache_size: None,
+        ..Qcow2Options::new(below)
     }))
 }
 
@@ -235,7 +231,10 @@ fn path_in(folder: &tempfile::TempDir, name: &str) -> String {
 
 fn image_of(folder: &tempfile::TempDir, name: &str) -> NodeOptions {
     let below = inline(file(&path_in(folder, name)));
-    named("image", qcow2(below, BackingOption::FromImage))
+    named(
+        "image",
+        qcow2(below, BackingOption::FromImage(UnnamedFormat::Refused)),
+    )
 }
 
 #[tokio::test]
@@ -323,4 +322,82 @@ async fn a_backing_that_cannot_be_trusted_is_refused() {
     let below = inline(file(&path_in(&dir, "top.qcow2")));
     let detached = qcow2(below, BackingOption::Detached);
     add(&mut Graph::new(), &detached).await.unwrap();
+}
+
+fn probed(path: &str) -> NodeOptions {
+    named(
+        "image",
+        NodeOptions::new(DriverOptions::Probed(inline(file(path)))),
+    )
+}
+
+#[tokio::test]
+async fn formats_are_found_by_a_look_only_for_who_asks() {
+    let dir = tempfile::tempdir().unwrap();
+    if qemu_img(dir.path(), "create -q -f qcow2 base.qcow2 1M").is_none() {
+        eprintln!("skipped: qemu-img is not installed");
+        return;
+    }
+    std::fs::write(dir.path().join("base.raw"), vec![5; 1 << 20]).unwrap();
+    // middle names no format of base, top none of middle: as images of before 2010 do.
+    for (base, top) in [("base.qcow2", "a"), ("base.raw", "b")] {
+        let middle = format!("create -q -f qcow2 -b {base} -F raw {top}-middle 1M");
+        qemu_img(dir.path(), &middle).unwrap();
+        forget_backing_format(&dir.path().join(format!("{top}-middle")));
+        let above = format!("create -q -f qcow2 -b {top}-middle -F qcow2 {top} 1M");
+        qemu_img(dir.path(), &above).unwrap();
+    }
+    let mut graph = Graph::new();
+    for top in ["a", "b"] {
+        let error = add(&mut graph, &image_of(&dir, top)).await.unwrap_err();
+        assert!(
+            error.message().contains("does not name its format"),
+            "{error}"
+        );
+        assert!(error.message().contains("format=auto"), "{error}");
+        assert_eq!(graph.nodes().count(), 0);
+    }
+    for (top, depth, driver) in [("a", 6, "qcow2"), ("b", 6, "raw")] {
+        let node = add(&mut graph, &probed(&path_in(&dir, top))).await.unwrap();
+        assert_eq!(graph.nodes().count(), depth);
+        let base = node.link("backing").unwrap().link("backing").unwrap();
+        assert_eq!(base.driver().info().driver, driver);
+        let expected = if driver == "raw" { 5 } else { 0 };
+        assert_eq!(node.read(0, 1).await.unwrap().to_bytes()[0], expected);
+        graph.remove("image").unwrap().close().await.unwrap();
+    }
+}
+
+/// Turns the header extension with the backing format into one that nobody knows.
+fn forget_backing_format(path: &std::path::Path) {
+    let mut bytes = std::fs::read(path).unwrap();
+    let extension = 0xe279_2aca_u32.to_be_bytes();
+    let at = bytes[..4096].windows(4).position(|four| four == extension);
+    bytes[at.unwrap()] = 0;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[tokio::test]
+async fn a_disk_found_to_be_raw_stays_raw() {
+    let (_dir, path) = image(1 << 20);
+    let mut graph = Graph::new();
+    let node = add(&mut graph, &probed(&path)).await.unwrap();
+    assert_eq!(node.driver().info().driver, "raw");
+    let header = Data::from(b"QFI\xfb\0\0\0\x03".to_vec());
+    let write = node.write(0, header.clone(), WriteFlags::default()).await;
+    assert_eq!(write.unwrap_err().kind(), ErrorKind::PermissionDenied);
+    node.write(4096, header.clone(), WriteFlags::default())
+        .await
+        .unwrap();
+    graph.remove("image").unwrap().close().await.unwrap();
+    // Who says raw may write what they like, and it stays raw.
+    for _ in 0..2 {
+        let said = named("image", raw(inline(file(&path))));
+        let node = add(&mut graph, &said).await.unwrap();
+        assert_eq!(node.driver().info().driver, "raw");
+        node.write(0, header.clone(), WriteFlags::default())
+            .await
+            .unwrap();
+        graph.remove("image").unwrap().close().await.unwrap();
+    }
 }

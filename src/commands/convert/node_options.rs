@@ -2,7 +2,7 @@
 
 use block::open::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,
-    NodeOptions, NodeRef, NullOptions, Qcow2Options, RawOptions,
+    NodeOptions, NodeRef, NullOptions, Qcow2Cache, Qcow2Options, RawOptions, UnnamedFormat,
 };
 use qapi::rt::QmpError;
 use qapi::types::{
@@ -98,12 +98,16 @@ fn file_options(options: BlockdevOptionsFile, sharing: Sharing) -> FileOptions {
         filename,
         locking,
         aio,
+        // Sizes of batches are the engine's matter, and no image changes hands while it is open here.
+        aio_max_batch: _,
+        drop_cache: _,
     } = options;
     FileOptions {
         filename,
         aio: match aio {
             None | Some(BlockdevAioOptions::Threads) => Aio::Threads,
-            Some(BlockdevAioOptions::IoUring) => Aio::IoUring,
+            // Linux' older interface for the same purpose; io_uring does all it did.
+            Some(BlockdevAioOptions::IoUring | BlockdevAioOptions::Native) => Aio::IoUring,
         },
         locking: match locking {
             // The user takes the responsibility for what others do to the image.
@@ -138,14 +142,23 @@ fn qcow2_options(
         backing,
         lazy_refcounts,
         pass_discard_request,
+        pass_discard_snapshot,
+        // Writes are always checked against all that can be named here.
+        overlap_check: _,
+        cache_size,
         l2_cache_size,
+        l2_cache_entry_size,
         refcount_cache_size,
+        cache_clean_interval,
     } = options;
+    if cache_clean_interval.is_some_and(|seconds| u32::try_from(seconds).is_err()) {
+        return Err(QmpError::generic("Cache clean interval too big"));
+    }
     let bytes = |name, size: Option<i64>| size.map(|size| unsigned(name, size)).transpose();
     Ok(Qcow2Options {
         file: reference(file, sharing)?,
         backing: match backing {
-            None => BackingOption::FromImage,
+            None => BackingOption::FromImage(UnnamedFormat::Refused),
             Some(BlockdevRefOrNull::Null) => BackingOption::Detached,
             Some(BlockdevRefOrNull::Reference(name)) if name.is_empty() => BackingOption::Detached,
             Some(BlockdevRefOrNull::Reference(name)) => BackingOption::Node(NodeRef::Name(name)),
@@ -155,8 +168,13 @@ fn qcow2_options(
         },
         lazy_refcounts,
         pass_discard_request,
-        l2_cache_size: bytes("l2-cache-size", l2_cache_size)?,
-        refcount_cache_size: bytes("refcount-cache-size", refcount_cache_size)?,
+        pass_discard_snapshot,
+        cache: Qcow2Cache {
+            total: bytes("cache-size", cache_size)?,
+            l2: bytes("l2-cache-size", l2_cache_size)?,
+            refcounts: bytes("refcount-cache-size", refcount_cache_size)?,
+            l2_entry: bytes("l2-cache-entry-size", l2_cache_entry_size)?,
+        },
     })
 }
 

@@ -16,7 +16,10 @@ mod features;
 
 pub(crate) use features::{Autoclear, Compatible, Incompatible};
 
-const MAGIC: u32 = 0x5146_49fb;
+/// The first bytes of every image.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+/// What is said of a file that begins otherwise.
+pub const NOT_QCOW2: &str = "Image is not in qcow2 format";
 const V2_LENGTH: usize = 72;
 const V3_LENGTH: usize = 104;
 /// Where the fields start that one write switches together.
@@ -77,11 +80,8 @@ impl Header {
     /// Bytes from the start of the image that `parse` needs: a cluster. Takes the first 24 bytes or more.
     pub(crate) fn bytes_needed(start: &[u8]) -> Result<u64> {
         let mut fields = Fields::new(start);
-        if fields.u32()? != MAGIC {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                "Image is not in qcow2 format",
-            ));
+        if fields.u32()?.to_be_bytes() != MAGIC {
+            return Err(Error::new(ErrorKind::InvalidInput, NOT_QCOW2));
         }
         let version = fields.u32()?;
         if !(2..=3).contains(&version) {
@@ -343,7 +343,7 @@ impl Header {
     /// The fields up to the end of the header; those of the backing name are zero here.
     pub(crate) fn fixed_fields(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(512);
-        out.extend(MAGIC.to_be_bytes());
+        out.extend(MAGIC);
         let version: u32 = match self.version {
             Version::V2 => 2,
             Version::V3 => 3,

@@ -45,6 +45,8 @@ pub(crate) struct Image {
     pub(super) read_only: bool,
     /// Holes are punched where clusters are freed.
     pub(super) pass_discard: bool,
+    /// Whether the clusters that a deleted snapshot frees become holes of the file.
+    pub(super) pass_discard_snapshot: bool,
     /// Version 3: zeroes need no cluster.
     pub(super) has_zero_flag: bool,
     pub(super) header: Arc<HeaderCell>,

@@ -60,6 +60,7 @@ mod zero;
 
 use std::sync::Arc;
 
+pub use header::{MAGIC, NOT_QCOW2};
 pub use open::{BackingReference, OpenOptions, Opening};
 
 /// An open image: the driver of a node.

@@ -33,8 +33,10 @@ pub struct OpenOptions {
     pub filename: String,
     /// Refuse writes, and change nothing in the file.
     pub read_only: bool,
-    /// Punch holes into the file where clusters are freed.
+    /// Punch holes into the file where clusters are freed, but by the deletion of a snapshot.
     pub pass_discard: bool,
+    /// Punch holes into the file where the deletion of a snapshot frees clusters.
+    pub pass_discard_snapshot: bool,
     /// Bytes of L2 tables kept in memory.
     pub l2_cache_bytes: u64,
     /// Bytes of refcount blocks kept in memory.
@@ -47,6 +49,7 @@ impl Default for OpenOptions {
             filename: String::new(),
             read_only: false,
             pass_discard: true,
+            pass_discard_snapshot: true,
             l2_cache_bytes: limits::QCOW2_L2_CACHE_BYTES,
             refcount_cache_bytes: limits::QCOW2_REFCOUNT_CACHE_BYTES,
         }
@@ -121,6 +124,11 @@ impl Opening {
         self.header.size
     }
 
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        self.header.geometry().cluster_size()
+    }
+
     /// Reads the tables and makes the node. `backing` is what unallocated clusters show; none means zeroes.
     /// Cancellation: safe.
     pub async fn finish(self, backing: Option<Child>) -> Result<Arc<Qcow2>> {
@@ -164,6 +172,7 @@ impl Opening {
             backing,
             read_only: options.read_only,
             pass_discard: options.pass_discard,
+            pass_discard_snapshot: options.pass_discard_snapshot,
             has_zero_flag,
             header,
             size: size.into(),

@@ -88,7 +88,7 @@ impl Image {
         let index = old.find(&which).ok_or_else(not_found)?;
         self.make_quiet().await?;
         let info = old.entries()[index].info(self.size());
-        let discard = match self.pass_discard {
+        let discard = match self.pass_discard_snapshot {
             true => Discard::Yes,
             false => Discard::No,
         };

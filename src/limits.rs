@@ -102,3 +102,12 @@ pub const QMP_EVENT_WINDOWS: usize = 1024;
 
 /// The pause after a client could not be accepted, for instance for want of file descriptors.
 pub const QMP_ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+// Snapshots.
+
+/// Flushes before a snapshot holds guests back. Each makes durable what was written during the one before, so the third
+/// finds little even where guests write as fast as the disk.
+pub const SNAPSHOT_FLUSHES_AHEAD: usize = 3;
+
+/// A flush that ends sooner than this leaves nothing worth another one: guests may wait for what is left.
+pub const SNAPSHOT_SHORT_FLUSH: Duration = Duration::from_millis(20);

@@ -1,9 +1,11 @@
 //! Internal snapshots, and transactions of them.
 
 use std::sync::Arc;
+use std::time::Instant;
 
-use block::driver::SnapshotSelector;
+use block::driver::{Requests as _, SnapshotSelector};
 use block::graph::{Graph, Node};
+use futures_util::future::join_all;
 use qapi::commands::{
     BlockdevSnapshotDeleteInternalSync, BlockdevSnapshotInternalSync, Transaction as Arguments,
 };
@@ -16,6 +18,7 @@ use qapi::types::{
 
 use super::{Handlers, convert};
 use crate::daemon::{Control, Cx};
+use crate::limits;
 use crate::transaction::{self, Action, SnapshotInternal};
 
 /// Answers `blockdev-snapshot-internal-sync`: a transaction of one action.
@@ -60,6 +63,7 @@ async fn run(cx: &Cx, actions: Vec<TransactionAction>) -> Result<(), QmpError> {
             Ok((actions?, nodes))
         })
         .await?;
+    flush_ahead(&nodes).await;
     // All snapshots show the same moment: nothing is written between the first and the last.
     let mut quiesced = Vec::new();
     for node in &nodes {
@@ -68,6 +72,20 @@ async fn run(cx: &Cx, actions: Vec<TransactionAction>) -> Result<(), QmpError> {
     let result = transaction::run(actions).await;
     drop(quiesced);
     result
+}
+
+/// Makes durable what has been written, while guests go on, until a flush ends soon: the flushes of a snapshot, for which
+/// guests wait, have little left to do then.
+async fn flush_ahead(nodes: &[Arc<Node>]) {
+    for _ in 0..limits::SNAPSHOT_FLUSHES_AHEAD {
+        let start = Instant::now();
+        let flushes = nodes.iter().map(|node| node.flush());
+        // An error is the snapshot's to report: it flushes again.
+        let failed = join_all(flushes).await.iter().any(Result::is_err);
+        if failed || start.elapsed() < limits::SNAPSHOT_SHORT_FLUSH {
+            return;
+        }
+    }
 }
 
 /// Wire to action. Notes the node that must be held back, once however often it occurs.
@@ -139,6 +157,7 @@ pub(super) async fn delete(
             "Failed to remove snapshot from snapshot list: Operation not permitted",
         ));
     }
+    flush_ahead(std::slice::from_ref(&node)).await;
     let deleted = snapshots.delete(SnapshotSelector { id, name }).await;
     deleted.map(convert::snapshot).map_err(convert::from_engine)
 }

@@ -72,6 +72,8 @@ impl Image {
             .await;
         let table = self.own_table(self.g.l1_index(cluster)).await?;
         let index = self.g.l2_index(cluster);
+        // A damaged entry is found before anything is written.
+        self.decode_to_replace(table.get(index), cluster)?;
         let len = bytes.len() as u64;
         let (host, mut reserved) = self.alloc.lock().await.allocate_stream(len).await?;
         let stream = Compressed {

@@ -1,4 +1,7 @@
 //! Images made to hurt: every field of the format's limits damaged in turn, and random damage.
+//!
+//! The sample that is damaged, by clusters of 4 KiB: header, refcount table, refcount block, L1 table, L2 table of guest
+//! 0, data of guest 0 and of guest 8 KiB, L2 table of guest 2 MiB, data of guest 3 MiB.
 
 use super::*;
 use crate::driver::{NewSnapshot, Snapshots};
@@ -6,6 +9,8 @@ use crate::formats::qcow2::create::{BackingFile, Compat};
 use crate::formats::qcow2::testing::{block_on, qemu_io};
 use crate::protocols::memory::Change;
 
+mod fields;
+mod headers;
 mod mutations;
 
 /// Puts a big-endian number of `width` bytes into the image.
@@ -108,4 +113,55 @@ fn images_of_qemu() -> Vec<Arc<Memory>> {
         images.push(scratch.load(name));
     }
     images
+}
+
+const CLUSTER: usize = 4096;
+const REFTABLE: usize = CLUSTER;
+const REFBLOCK: usize = 2 * CLUSTER;
+const L1: usize = 3 * CLUSTER;
+const L2: usize = 4 * CLUSTER;
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
+const FAR: u64 = 3 << 20;
+
+fn options() -> CreateOptions {
+    let mut options = CreateOptions::new(4 << 20);
+    options.cluster_size = CLUSTER as u64;
+    options
+}
+
+async fn sample() -> Vec<u8> {
+    let disk = new_image(&options()).await;
+    let image = open(&disk).await;
+    write(&image, 0, vec![1; CLUSTER]).await.unwrap();
+    write(&image, 8192, vec![2; CLUSTER]).await.unwrap();
+    write(&image, FAR, vec![3; CLUSTER]).await.unwrap();
+    image.close().await.unwrap();
+    let bytes = disk.content();
+    // What the tests below rely on.
+    assert_eq!(&bytes[L1..L1 + 8], &(COPIED | L2 as u64).to_be_bytes());
+    let first = COPIED | (5 * CLUSTER as u64);
+    assert_eq!(&bytes[L2..L2 + 8], &first.to_be_bytes());
+    bytes
+}
+
+async fn try_open(disk: &Arc<Memory>, read_only: bool) -> Result<Arc<Qcow2>> {
+    let options = OpenOptions {
+        read_only,
+        ..OpenOptions::default()
+    };
+    Qcow2::open(disk.child(), options).await?.finish(None).await
+}
+
+/// Gives the image a snapshot `s` with this L1 table. Its clusters are not counted.
+fn snapshot(image: &mut Vec<u8>, l1_offset: u64, l1_entries: u64) {
+    image.resize(20 * CLUSTER, 0);
+    let at = 16 * CLUSTER;
+    put(image, 60, 4, 1);
+    put(image, 64, 8, at as u64);
+    put(image, at, 8, l1_offset);
+    put(image, at + 8, 4, l1_entries);
+    put(image, at + 12, 4, 0x0001_0001);
+    put(image, at + 36, 4, 16);
+    image[at + 56..at + 58].copy_from_slice(b"1s");
 }

@@ -1,0 +1,345 @@
+//! One entry damaged at a time in an image that opens: only its own range fails, and no metadata changes.
+
+use super::*;
+use crate::error::{Error, ErrorKind};
+use crate::formats::qcow2::check::check;
+
+/// A damage that does not keep the image from being opened.
+type Damage = (&'static str, fn(&mut Vec<u8>));
+
+fn assert_corrupt<T>(what: &str, result: Result<T>) {
+    match result {
+        Ok(_) => panic!("{what}: worked"),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}: {error}"),
+    }
+}
+
+/// Everything that changes guest cluster 0.
+async fn changes(image: &Qcow2) -> Vec<(&'static str, std::result::Result<(), Error>)> {
+    let cluster = CLUSTER as u64;
+    let data = || Data::from(vec![9; CLUSTER]);
+    vec![
+        ("write", image.write(0, data(), WriteFlags::default()).await),
+        ("small write", write(image, 100, vec![9; 100]).await),
+        (
+            "zeroes",
+            image.write_zeroes(0, cluster, ZeroFlags::default()).await,
+        ),
+        ("unmap", image.write_zeroes(0, cluster, unmap()).await),
+        ("discard", image.discard(0, cluster).await),
+        ("compressed", image.write_compressed(0, data()).await),
+    ]
+}
+
+/// The rest of the disk reads and takes writes.
+async fn assert_rest_works(what: &str, image: &Qcow2) {
+    assert_eq!(read(image, FAR, 10).await, [3; 10], "{what}");
+    write(image, FAR + 8192, vec![7; CLUSTER]).await.unwrap();
+    assert_eq!(read(image, FAR + 8192, 10).await, [7; 10], "{what}");
+}
+
+#[test]
+fn a_damaged_entry_fails_its_own_range_only() {
+    let cases: &[Damage] = &[
+        ("an unaligned L2 table", |i| put(i, L1, 8, COPIED | 0x4200)),
+        ("reserved bits in an L1 entry", |i| {
+            put(i, L1, 8, COPIED | 0x4001)
+        }),
+        ("high reserved bits in an L1 entry", |i| {
+            put(i, L1, 8, 1 << 57 | 0x4000)
+        }),
+        ("an L2 table behind the end", |i| {
+            put(i, L1, 8, COPIED | 1 << 50)
+        }),
+        ("an unaligned data cluster", |i| {
+            put(i, L2, 8, COPIED | 0x5200)
+        }),
+        ("reserved bits in an L2 entry", |i| {
+            put(i, L2, 8, COPIED | 0x5002)
+        }),
+        ("COPIED without a cluster", |i| put(i, L2, 8, COPIED)),
+        ("a compressed cluster with COPIED", |i| {
+            put(i, L2, 8, COPIED | COMPRESSED | 0x5000)
+        }),
+    ];
+    block_on(async {
+        let image = sample().await;
+        for (what, damage) in cases {
+            let mut damaged = image.clone();
+            damage(&mut damaged);
+            let disk = Memory::with_content(&damaged);
+            let image = open(&disk).await;
+            assert_corrupt(what, image.read(0, 512).await);
+            assert_corrupt(what, image.block_status(0, 512).await);
+            for (_, result) in changes(&image).await {
+                assert_corrupt(what, result);
+            }
+            image.flush().await.unwrap();
+            assert_same(&disk.content(), &damaged);
+            assert_rest_works(what, &image).await;
+            image.close().await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn a_compressed_cluster_that_cannot_be_read_can_be_replaced() {
+    let descriptors = [
+        ("behind the end", COMPRESSED | 1 << 50),
+        ("nonsense", COMPRESSED | 0x5000),
+        (
+            "over the end and three clusters long",
+            COMPRESSED | 0xf << 58 | 0x8fff,
+        ),
+    ];
+    block_on(async {
+        let image = sample().await;
+        for (what, descriptor) in descriptors {
+            let mut damaged = image.clone();
+            put(&mut damaged, L2, 8, descriptor);
+            let disk = Memory::with_content(&damaged);
+            let image = open(&disk).await;
+            assert_corrupt(what, image.read(0, 512).await);
+            assert_rest_works(what, &image).await;
+            // All of it is replaced, so nothing of it must be read.
+            write(&image, 0, vec![5; CLUSTER]).await.unwrap();
+            assert_eq!(
+                read(&image, 0, CLUSTER as u64).await,
+                vec![5; CLUSTER],
+                "{what}"
+            );
+            image.close().await.unwrap();
+        }
+    });
+}
+
+#[test]
+fn an_entry_that_points_to_metadata_changes_none() {
+    let places = [
+        ("the refcount table", REFTABLE),
+        ("a refcount block", REFBLOCK),
+        ("the L1 table", L1),
+        ("its own L2 table", L2),
+        ("another L2 table", 7 * CLUSTER),
+    ];
+    block_on(async {
+        let image = sample().await;
+        for (place, at) in places {
+            for flags in [COPIED, 0, COPIED | 1, 1, COMPRESSED] {
+                let what = format!("{place} with {flags:#x}");
+                let mut damaged = image.clone();
+                put(&mut damaged, L2, 8, flags | at as u64);
+                let disk = Memory::with_content(&damaged);
+                let image = open(&disk).await;
+                for (change, result) in changes(&image).await {
+                    // Allocated zeroes are zeroes already: keeping them changes nothing.
+                    if change != "zeroes" || result.is_err() {
+                        assert_corrupt(&format!("{change} on {what}"), result);
+                    }
+                }
+                image.flush().await.unwrap();
+                assert_same(&disk.content(), &damaged);
+                assert_rest_works(&what, &image).await;
+                image.close().await.unwrap();
+            }
+        }
+    });
+}
+
+#[test]
+fn a_damaged_snapshot_is_not_deleted_and_harms_nothing() {
+    let l1 = 17 * CLUSTER as u64;
+    let l2 = 18 * CLUSTER;
+    let cases: &[Damage] = &[
+        ("an L1 table behind the end", |i| snapshot(i, 1 << 50, 2)),
+        ("a large L1 table", |i| {
+            snapshot(i, 17 * CLUSTER as u64, u32::MAX.into())
+        }),
+        ("an unaligned L1 table", |i| {
+            snapshot(i, 17 * CLUSTER as u64 + 8, 2)
+        }),
+        ("clusters that are not counted", |_| {}),
+        ("an L2 table behind the end", |i| {
+            put(i, 17 * CLUSTER, 8, 1 << 50)
+        }),
+        ("an L2 table twice", |i| {
+            put(i, 17 * CLUSTER + 8, 8, 18 * CLUSTER as u64)
+        }),
+        ("the active L2 table", |i| {
+            put(i, 17 * CLUSTER, 8, L2 as u64)
+        }),
+        ("the header as an L2 table", |i| {
+            put(i, 17 * CLUSTER, 8, 512)
+        }),
+        ("the refcount block as data", |i| {
+            put(i, 18 * CLUSTER, 8, REFBLOCK as u64)
+        }),
+        ("the active L1 table as data", |i| {
+            put(i, 18 * CLUSTER, 8, L1 as u64)
+        }),
+        ("a compressed stream on the refcount table", |i| {
+            put(i, 18 * CLUSTER, 8, COMPRESSED | REFTABLE as u64)
+        }),
+    ];
+    block_on(async {
+        let image = sample().await;
+        for (what, damage) in cases {
+            let mut damaged = image.clone();
+            snapshot(&mut damaged, l1, 2);
+            put(&mut damaged, l1 as usize, 8, l2 as u64);
+            if *what != "clusters that are not counted" {
+                for cluster in 16..20 {
+                    put(&mut damaged, REFBLOCK + 2 * cluster, 2, 1);
+                }
+            }
+            damage(&mut damaged);
+            let disk = Memory::with_content(&damaged);
+            let image = open(&disk).await;
+            assert_eq!(image.list().len(), 1, "{what}");
+            let which = crate::driver::SnapshotSelector {
+                id: None,
+                name: Some("s".to_owned()),
+            };
+            assert_corrupt(what, Snapshots::delete(&*image, which).await);
+            assert_eq!(image.list().len(), 1, "{what}");
+            assert_eq!(read(&image, 0, 10).await, [1; 10], "{what}");
+            assert_rest_works(what, &image).await;
+            image.close().await.unwrap();
+            let (after, len) = (disk.content(), 8 * CLUSTER);
+            let same_tables =
+                |from: usize| after[from..from + CLUSTER] == damaged[from..from + CLUSTER];
+            assert!(
+                same_tables(0) && same_tables(REFTABLE) && same_tables(L1),
+                "{what}"
+            );
+            assert!(after.len() >= len);
+        }
+    });
+}
+
+#[test]
+fn snapshots_of_one_name_or_id_are_told_apart_by_what_is_given() {
+    block_on(async {
+        let disk = new_image(&options()).await;
+        let image = open(&disk).await;
+        let long = "x".repeat(65535);
+        for name in ["a", "b", &long] {
+            Snapshots::create(&*image, named(name)).await.unwrap();
+        }
+        let error = Snapshots::create(&*image, named(&"x".repeat(65536))).await;
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidInput);
+        image.close().await.unwrap();
+        // The second becomes another `1` and another `a`.
+        let mut bytes = disk.content();
+        let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+        let second = table + 72;
+        assert_eq!(&bytes[second + 64..second + 66], b"2b");
+        bytes[second + 64..second + 66].copy_from_slice(b"1a");
+        replace(&disk, &bytes);
+        let image = open(&disk).await;
+        let names: Vec<_> = image.list().into_iter().map(|s| (s.id, s.name)).collect();
+        assert_eq!(names[1], ("1".to_owned(), "a".to_owned()));
+        assert_eq!(names[2], ("3".to_owned(), long));
+        for left in [2, 1] {
+            let which = crate::driver::SnapshotSelector {
+                id: Some("1".to_owned()),
+                name: Some("a".to_owned()),
+            };
+            Snapshots::delete(&*image, which).await.unwrap();
+            assert_eq!(image.list().len(), left);
+        }
+        image.close().await.unwrap();
+        assert_qemu_clean(&Scratch::new().save("image.qcow2", &disk));
+    });
+}
+
+#[test]
+fn extra_data_and_the_length_of_the_snapshot_table_are_bounded() {
+    block_on(async {
+        let image = sample().await;
+        let at = 16 * CLUSTER;
+        let mut long_extra = image.clone();
+        snapshot(&mut long_extra, 17 * CLUSTER as u64, 0);
+        put(&mut long_extra, at + 36, 4, 1025);
+        let error = try_open(&Memory::with_content(&long_extra), true).await;
+        let error = error.err().map(|error| error.message().to_owned());
+        let text = "Could not read snapshots: Too much extra metadata in snapshot table entry 0";
+        assert_eq!(error.as_deref(), Some(text));
+        // 65536 names of 65535 bytes in a sparse file would be 4 GiB.
+        let mut many = image;
+        snapshot(&mut many, 17 * CLUSTER as u64, 0);
+        put(&mut many, 60, 4, 65536);
+        let disk = Memory::with_content(&many);
+        disk.apply(&Change::Resize { size: 1 << 40 }).unwrap();
+        // Empty entries of 40 bytes each: few enough, and refused for no other reason than their number or places.
+        let opened = try_open(&disk, true).await;
+        assert_eq!(opened.unwrap().list().len(), 65536);
+    });
+}
+
+#[test]
+fn one_host_cluster_for_two_guest_clusters_stays_a_matter_of_guest_data() {
+    block_on(async {
+        let mut image = sample().await;
+        let first = image[L2..L2 + 8].to_vec();
+        image[L2 + 16..L2 + 24].copy_from_slice(&first);
+        let disk = Memory::with_content(&image);
+        let report = check(&disk.child()).await.unwrap();
+        assert!(report.corruptions > 0, "{report:?}");
+        let image = open(&disk).await;
+        assert_eq!(read(&image, 8192, 4).await, [1; 4]);
+        image.discard(0, 4096).await.unwrap();
+        image.flush().await.unwrap();
+        write(&image, 65536, vec![8; 65536]).await.unwrap();
+        image.discard(8192, 4096).await.unwrap();
+        image.flush().await.unwrap();
+        assert_rest_works("shared", &image).await;
+        image.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_huge_disk_in_a_tiny_file_costs_its_l1_table_and_no_more() {
+    block_on(async {
+        let mut options = CreateOptions::new(1 << 20);
+        options.cluster_size = 2 << 20;
+        let disk = new_image(&options).await;
+        let mut bytes = disk.content();
+        // The largest L1 table, behind the end of the file.
+        put(&mut bytes, 24, 8, 1 << 61);
+        put(&mut bytes, 36, 4, 4 << 20);
+        put(&mut bytes, 40, 8, 1 << 40);
+        replace(&disk, &bytes);
+        disk.set_space_limit(Some(64 << 20));
+        let began = std::time::Instant::now();
+        let image = open(&disk).await;
+        assert_eq!(read(&image, 1 << 60, 10).await, [0; 10]);
+        image.discard(0, 1 << 61).await.unwrap();
+        let status = image.block_status(0, 1 << 61).await.unwrap();
+        assert!(!status.allocated);
+        image
+            .resize(1 << 30, crate::driver::Preallocation::Off)
+            .await
+            .unwrap();
+        image.close().await.unwrap();
+        assert!(began.elapsed().as_secs() < 30);
+        assert!(disk.allocated() < 64 << 20);
+    });
+}
+
+#[test]
+fn the_repair_of_a_truncated_file_spares_its_last_table() {
+    block_on(async {
+        let mut image = sample().await;
+        // The file ends in front of the L1 table, of which nothing is left but its place.
+        image.truncate(L1);
+        image[79] |= 1;
+        put(&mut image, 96, 4, 0);
+        let disk = Memory::with_content(&image);
+        crate::formats::qcow2::check::repair(&disk.child())
+            .await
+            .unwrap();
+        let report = check(&disk.child()).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+    });
+}

@@ -4,7 +4,6 @@
 //! seed of its load; the seed is printed.
 
 mod full;
-mod guest;
 mod load;
 mod transactions;
 

@@ -7,8 +7,8 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use super::super::guest::{Guest, Request};
 use super::super::harness::{self, Daemon, Program, Qmp};
-use super::guest::{Guest, Request};
 
 const CLUSTER: usize = 65536;
 const ENOSPC: u32 = 28;

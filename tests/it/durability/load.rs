@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::guest::{Guest, Request};
+use super::super::guest::{Guest, Request};
 
 /// Bytes of a block: a page, which a write either changes or does not.
 pub(super) const BLOCK: usize = 4096;

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::super::harness::PATIENCE;
+use super::harness::PATIENCE;
 
 const READ: u16 = 0;
 const WRITE: u16 = 1;
@@ -17,21 +17,21 @@ const PIECE: u32 = 1 << 20;
 
 /// A request that changes the disk.
 #[derive(Debug, Clone)]
-pub(super) enum Request {
+pub(crate) enum Request {
     Write { offset: u64, data: Vec<u8> },
     Zero { offset: u64, length: u32 },
     Flush,
 }
 
 /// A connection in its transmission phase, with simple replies.
-pub(super) struct Guest {
+pub(crate) struct Guest {
     stream: UnixStream,
     size: u64,
 }
 
 impl Guest {
     /// Connects to an export.
-    pub(super) fn connect(socket: &Path, export: &str) -> io::Result<Guest> {
+    pub(crate) fn connect(socket: &Path, export: &str) -> io::Result<Guest> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
@@ -88,7 +88,7 @@ impl Guest {
     }
 
     /// Sends a request and does not wait for its reply.
-    pub(super) fn submit(&mut self, cookie: u64, request: &Request) -> io::Result<()> {
+    pub(crate) fn submit(&mut self, cookie: u64, request: &Request) -> io::Result<()> {
         match request {
             Request::Write { offset, data } => {
                 self.send(WRITE, cookie, *offset, data.len() as u32)?;
@@ -100,7 +100,7 @@ impl Guest {
     }
 
     /// The next reply: its cookie and its error, 0 for none.
-    pub(super) fn reply(&mut self) -> io::Result<(u64, u32)> {
+    pub(crate) fn reply(&mut self) -> io::Result<(u64, u32)> {
         let reply: [u8; 16] = self.take()?;
         assert_eq!(reply[..4], 0x6744_6698u32.to_be_bytes());
         let error = u32::from_be_bytes(reply[4..8].try_into().unwrap());
@@ -108,13 +108,13 @@ impl Guest {
     }
 
     /// Runs one request: its error, 0 for none.
-    pub(super) fn run(&mut self, request: &Request) -> io::Result<u32> {
+    pub(crate) fn run(&mut self, request: &Request) -> io::Result<u32> {
         self.submit(0, request)?;
         Ok(self.reply()?.1)
     }
 
     /// Reads all of the disk.
-    pub(super) fn content(&mut self) -> io::Result<Vec<u8>> {
+    pub(crate) fn content(&mut self) -> io::Result<Vec<u8>> {
         let mut content = vec![0; self.size as usize];
         for (at, piece) in content.chunks_mut(PIECE as usize).enumerate() {
             self.send(READ, 0, at as u64 * u64::from(PIECE), piece.len() as u32)?;

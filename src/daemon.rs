@@ -39,6 +39,7 @@ use self::service::DaemonService;
 use self::startup::Started;
 use crate::config::Config;
 use crate::exports::ExportEvent;
+use crate::limits;
 use crate::listen::Address;
 use crate::monitor::{self, Events, Session};
 
@@ -72,8 +73,9 @@ pub fn run(config: Config) -> ExitCode {
 
 async fn live(config: Config) -> Result<(), String> {
     let signals = Signals::take().map_err(|error| format!("cannot take signals over: {error}"))?;
-    let (queue, commands) = mpsc::unbounded_channel();
-    let (handle, commits) = mpsc::unbounded_channel();
+    let (queue, commands) = mpsc::channel(limits::QMP_CLIENTS);
+    let (handle, commits) = mpsc::channel(limits::COMMITS);
+    // Unbounded, because who sends cannot wait; it takes one message per export, of which there are `limits::EXPORTS`.
     let (closed, exports) = mpsc::unbounded_channel();
     let handle = ControlHandle(handle);
     let events = Events::new(monitor::RATE_LIMITS);

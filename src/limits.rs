@@ -2,6 +2,15 @@
 
 use std::time::Duration;
 
+// The control loop.
+
+/// Commits that wait for the loop. A handler has one at a time, and one handler runs.
+pub const COMMITS: usize = 4;
+
+/// Exports at once, those that shut down included. As many as nodes: a client that adds them in a loop must not take all
+/// memory.
+pub const EXPORTS: usize = block::limits::MAX_NODES;
+
 // The NBD server.
 
 /// Payload of one request. The protocol's default, which clients rely on without asking, and what QEMU offers.
@@ -59,9 +68,18 @@ pub const NBD_ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 // The QMP server.
 
-/// QMP clients at once, over all sockets. A management stack has a handful; each may make the
-/// reader hold one message of `qapi::rt::json::limits` in memory.
+/// QMP clients at once, over all sockets. A management stack has a handful.
 pub const QMP_CLIENTS: usize = 128;
+
+/// Bytes of one message before the negotiation of capabilities: `qmp_capabilities`, many times over.
+pub const QMP_STRANGER_BYTES: usize = 16 << 10;
+
+/// Memory that a message may take without asking: any common command, and as many of them as wait in a session's queue.
+pub const QMP_MESSAGE_BYTES: usize = 64 << 10;
+
+/// Memory that the larger messages of all clients take together: one of the largest that QEMU takes (64 MiB of text, or
+/// 2 Mi tokens), which no real command comes near. Where it is used up, larger messages are refused.
+pub const QMP_LARGE_MESSAGES_BYTES: usize = 320 << 20;
 
 /// Bytes of one read of a QMP socket: several commands, and small beside what else a session has.
 pub const QMP_READ_BYTES: usize = 16 << 10;

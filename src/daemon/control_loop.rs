@@ -47,8 +47,8 @@ pub(super) struct Finished {
 
 /// The receiving ends of what the loop waits for.
 pub(super) struct Inputs {
-    pub(super) commands: mpsc::UnboundedReceiver<Queued>,
-    pub(super) commits: mpsc::UnboundedReceiver<Commit>,
+    pub(super) commands: mpsc::Receiver<Queued>,
+    pub(super) commits: mpsc::Receiver<Commit>,
     pub(super) exports: mpsc::UnboundedReceiver<ExportEvent>,
     pub(super) signals: Signals,
 }

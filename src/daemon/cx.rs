@@ -47,7 +47,7 @@ impl Cx {
             // Nobody waits any more when the handler was dropped at shutdown.
             let _ = answer.send(result);
         }));
-        if self.control.0.send(commit).is_err() {
+        if self.control.0.send(commit).await.is_err() {
             return Err(ending());
         }
         answered.await.unwrap_or_else(|_| Err(ending()))
@@ -56,7 +56,7 @@ impl Cx {
 
 /// Sends commits to the loop.
 #[derive(Debug, Clone)]
-pub(super) struct ControlHandle(pub(super) mpsc::UnboundedSender<Commit>);
+pub(super) struct ControlHandle(pub(super) mpsc::Sender<Commit>);
 
 /// A change to the control state, on its way to the loop.
 pub(super) struct Commit(pub(super) Box<dyn FnOnce(&mut Control) + Send>);

@@ -10,6 +10,7 @@ use tokio::sync::mpsc;
 
 use crate::exports::nbd::{NbdExportOptions, NbdServer};
 use crate::exports::{ExportEvent, ExportInfo, RemoveMode};
+use crate::limits;
 
 /// The NBD server, if there is one, and what is exported.
 pub struct Exports {
@@ -79,6 +80,12 @@ impl Exports {
         options: NbdExportOptions,
         node: &Arc<Node>,
     ) -> Result<()> {
+        if self.nodes.len() >= limits::EXPORTS {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!("There are {} exports and can be no more", limits::EXPORTS),
+            ));
+        }
         let user = User::Export(options.id.clone());
         let access = Access {
             writes: options.writable,

@@ -20,12 +20,12 @@ pub(super) struct Queued {
 /// to the last, so that first come, first served is fair.
 #[derive(Debug)]
 pub(super) struct DaemonService {
-    queue: mpsc::UnboundedSender<Queued>,
+    queue: mpsc::Sender<Queued>,
     control: ControlHandle,
 }
 
 impl DaemonService {
-    pub(super) fn new(queue: mpsc::UnboundedSender<Queued>, control: ControlHandle) -> Self {
+    pub(super) fn new(queue: mpsc::Sender<Queued>, control: ControlHandle) -> Self {
         DaemonService { queue, control }
     }
 }
@@ -52,7 +52,7 @@ impl Service for DaemonService {
                 session: session.clone(),
                 reply,
             };
-            if self.queue.send(queued).is_err() {
+            if self.queue.send(queued).await.is_err() {
                 return Err(ending());
             }
             answer.await.unwrap_or_else(|_| Err(ending()))

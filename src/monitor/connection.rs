@@ -15,6 +15,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use qapi::rt::json::{Decoder, JsonError, Style};
 use qapi::rt::{ErrorClass, QmpError, Value};
 
+use super::budget::{Budget, Share};
 use super::events::{Events, Subscription};
 use super::outbox::Outbox;
 use super::service::{Request, Service};
@@ -42,14 +43,21 @@ pub(super) struct Shared {
     pub(super) phase: watch::Receiver<Phase>,
     /// Dropped by a connection when all its replies are queued: how the server knows.
     pub(super) draining: mpsc::Sender<Infallible>,
+    /// The memory for large messages.
+    pub(super) budget: Budget,
 }
 
 /// A message in its place in the queue: a broken one is answered there too.
-type Queued = Result<Value, JsonError>;
+struct Queued {
+    message: Result<Value, JsonError>,
+    /// The memory that it takes, until it is answered.
+    _share: Share,
+}
 
 struct Connection {
     service: Arc<dyn Service>,
     events: Events,
+    budget: Budget,
     session: Session,
     outbox: Arc<Outbox>,
     /// Set once negotiation has ended. Lives as long as the connection: the last event comes when
@@ -69,6 +77,7 @@ pub(super) async fn serve(shared: Shared, style: Style, stream: Stream) {
     let connection = Connection {
         service: shared.service,
         events: shared.events,
+        budget: shared.budget,
         outbox: Arc::new(Outbox::new(session.id(), style)),
         session,
         subscription: OnceLock::new(),
@@ -145,7 +154,8 @@ impl Connection {
 
     /// Reads until the client closes its side or executing has ended.
     async fn read<R: AsyncRead + Unpin>(&self, mut reader: R, queue: mpsc::Sender<Queued>) {
-        let mut decoder = Decoder::default();
+        let mut decoder = Share::stranger();
+        let mut share = self.budget.share();
         let mut buffer = vec![0; limits::QMP_READ_BYTES];
         loop {
             // An unreadable socket is a closed one: what was read is still answered.
@@ -157,13 +167,26 @@ impl Connection {
                     _ => decoder.next(&mut rest),
                 };
                 let Some(message) = message else { break };
+                let message = Queued {
+                    message,
+                    _share: std::mem::replace(&mut share, self.budget.share()),
+                };
                 if self.take(message, &queue).await.is_err() {
                     return;
                 }
+                // What comes behind the negotiation may be large.
+                self.settle(&mut share, &mut decoder);
             }
+            self.settle(&mut share, &mut decoder);
             if length == 0 {
                 return;
             }
+        }
+    }
+
+    fn settle(&self, share: &mut Share, decoder: &mut Decoder) {
+        if self.session.is_negotiated() {
+            share.settle(decoder);
         }
     }
 
@@ -172,7 +195,9 @@ impl Connection {
     /// Fails when executing has ended.
     async fn take(&self, message: Queued, queue: &mpsc::Sender<Queued>) -> Result<(), Ended> {
         let message = match message {
-            Ok(value) if wire::overtakes(&value) => {
+            Queued {
+                message: Ok(value), ..
+            } if wire::overtakes(&value) => {
                 self.execute_oob(value);
                 // A client that does not read is not read from either.
                 self.outbox.room().await;
@@ -200,7 +225,7 @@ impl Connection {
                 () = self.stopping() => return,
                 () = self.outbox.room() => {}
             }
-            match message {
+            match message.message {
                 Ok(value) => self.execute_in_band(value).await,
                 Err(error) => self.reply(None, Err(error.into())),
             }

@@ -14,6 +14,7 @@
 //!                                      +------ Events::emit, rate limited, to every session
 //! ```
 
+mod budget;
 mod connection;
 mod descriptors;
 mod events;

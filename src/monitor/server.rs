@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 
 use qapi::rt::json::Style;
 
+use super::budget::Budget;
 use super::connection::{self, Phase, Shared};
 use super::events::{Event, Events};
 use super::service::Service;
@@ -27,6 +28,7 @@ pub struct Server {
     draining: mpsc::Sender<Infallible>,
     drained: mpsc::Receiver<Infallible>,
     clients: Arc<Semaphore>,
+    budget: Budget,
     listeners: JoinSet<()>,
     timer: JoinSet<()>,
 }
@@ -45,6 +47,7 @@ impl Server {
             draining,
             drained,
             clients: Arc::new(Semaphore::new(limits::QMP_CLIENTS)),
+            budget: Budget::default(),
             listeners: JoinSet::new(),
             timer,
         }
@@ -57,6 +60,7 @@ impl Server {
             events: self.events.clone(),
             phase: self.phase.subscribe(),
             draining: self.draining.clone(),
+            budget: self.budget.clone(),
         };
         let clients = Arc::clone(&self.clients);
         self.listeners

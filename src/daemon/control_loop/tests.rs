@@ -9,12 +9,13 @@ use qapi::rt::Object;
 use super::*;
 use crate::daemon::exports::Exports;
 use crate::daemon::service::DaemonService;
+use crate::limits;
 use crate::monitor::{Events, RATE_LIMITS, Request, Server, Service, Session};
 
 /// A loop that has not begun, and the service in front of it.
 fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
-    let (queue, commands) = mpsc::unbounded_channel();
-    let (handle, commits) = mpsc::unbounded_channel();
+    let (queue, commands) = mpsc::channel(limits::QMP_CLIENTS);
+    let (handle, commits) = mpsc::channel(limits::COMMITS);
     let (closed, exports) = mpsc::unbounded_channel();
     let handle = ControlHandle(handle);
     let events = Events::new(RATE_LIMITS);

@@ -46,6 +46,7 @@ async fn a_client_that_takes_nothing_for_a_minute_is_dropped() {
         events: Events::new(&[]),
         phase: phase.subscribe(),
         draining: mpsc::channel(1).0,
+        budget: Budget::default(),
     };
     // Smaller than the greeting: the first write is cut short and the next one waits.
     let (ours, theirs) = tokio::io::duplex(16);

@@ -4,7 +4,7 @@ use std::fmt;
 
 use super::builder::Builder;
 use super::lexer::{Kind, Lexer, Token};
-use super::limits::Limits;
+use super::limits::{Limits, TOKEN_COST};
 use super::text;
 use crate::rt::{QmpError, Value};
 
@@ -80,6 +80,17 @@ impl Decoder {
             }
         }
         None
+    }
+
+    /// Other limits from now on, also for a message that has begun.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+        self.lexer.set_limits(limits);
+    }
+
+    /// About how much memory the message that has begun takes, in bytes.
+    pub fn held_bytes(&self) -> usize {
+        self.lexer.held_bytes() + self.token_bytes + self.tokens * TOKEN_COST
     }
 
     /// Ends the stream: what was begun is a message, or an error.

@@ -86,6 +86,16 @@ impl Lexer {
         }
     }
 
+    /// Bytes kept of a token whose end has not arrived.
+    pub(super) fn held_bytes(&self) -> usize {
+        self.partial.len()
+    }
+
+    /// Other limits from now on.
+    pub(super) fn set_limits(&mut self, limits: Limits) {
+        self.max_token = limits.token_bytes;
+    }
+
     /// Takes the next token and its bytes from `input`; `None` once all of it has been consumed.
     pub(super) fn next<'a>(&mut self, input: &mut &'a [u8]) -> Option<Token<'a>> {
         let bytes = *input;

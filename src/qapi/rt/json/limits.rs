@@ -12,6 +12,9 @@ pub const TOKENS: usize = 2 << 20;
 /// a value takes (as QEMU).
 pub const NESTING: usize = 1 << 10;
 
+/// What a token costs beside its text, in bytes: a value, or its share of an object.
+pub const TOKEN_COST: usize = 100;
+
 /// The longest part of a broken message that an error repeats, in bytes. QEMU bounds only the
 /// parser's messages so; here the lexer's are bounded too, or one stray byte after a long string
 /// would send all of it back.

@@ -2,6 +2,8 @@
 // A panic is how a test fails, in its helpers too.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+mod clients;
+mod consistency;
 mod daemon;
 mod differential;
 mod durability;

@@ -6,70 +6,70 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-pub(super) const EXPORT_NAME: u32 = 1;
-pub(super) const ABORT: u32 = 2;
-pub(super) const LIST: u32 = 3;
-pub(super) const STARTTLS: u32 = 5;
-pub(super) const INFO: u32 = 6;
-pub(super) const GO: u32 = 7;
-pub(super) const STRUCTURED_REPLY: u32 = 8;
-pub(super) const LIST_META: u32 = 9;
-pub(super) const SET_META: u32 = 10;
+pub(crate) const EXPORT_NAME: u32 = 1;
+pub(crate) const ABORT: u32 = 2;
+pub(crate) const LIST: u32 = 3;
+pub(crate) const STARTTLS: u32 = 5;
+pub(crate) const INFO: u32 = 6;
+pub(crate) const GO: u32 = 7;
+pub(crate) const STRUCTURED_REPLY: u32 = 8;
+pub(crate) const LIST_META: u32 = 9;
+pub(crate) const SET_META: u32 = 10;
 
-pub(super) const ACK: u32 = 1;
-pub(super) const ERR_UNSUP: u32 = 0x8000_0001;
-pub(super) const ERR_POLICY: u32 = 0x8000_0002;
-pub(super) const ERR_INVALID: u32 = 0x8000_0003;
-pub(super) const ERR_UNKNOWN: u32 = 0x8000_0006;
-pub(super) const ERR_BLOCK_SIZE_REQD: u32 = 0x8000_0008;
-pub(super) const ERR_TOO_BIG: u32 = 0x8000_0009;
+pub(crate) const ACK: u32 = 1;
+pub(crate) const ERR_UNSUP: u32 = 0x8000_0001;
+pub(crate) const ERR_POLICY: u32 = 0x8000_0002;
+pub(crate) const ERR_INVALID: u32 = 0x8000_0003;
+pub(crate) const ERR_UNKNOWN: u32 = 0x8000_0006;
+pub(crate) const ERR_BLOCK_SIZE_REQD: u32 = 0x8000_0008;
+pub(crate) const ERR_TOO_BIG: u32 = 0x8000_0009;
 
-pub(super) const READ: u16 = 0;
-pub(super) const WRITE: u16 = 1;
-pub(super) const DISC: u16 = 2;
-pub(super) const FLUSH: u16 = 3;
-pub(super) const TRIM: u16 = 4;
-pub(super) const CACHE: u16 = 5;
-pub(super) const WRITE_ZEROES: u16 = 6;
-pub(super) const BLOCK_STATUS: u16 = 7;
+pub(crate) const READ: u16 = 0;
+pub(crate) const WRITE: u16 = 1;
+pub(crate) const DISC: u16 = 2;
+pub(crate) const FLUSH: u16 = 3;
+pub(crate) const TRIM: u16 = 4;
+pub(crate) const CACHE: u16 = 5;
+pub(crate) const WRITE_ZEROES: u16 = 6;
+pub(crate) const BLOCK_STATUS: u16 = 7;
 
-pub(super) const FUA: u16 = 1;
-pub(super) const NO_HOLE: u16 = 2;
-pub(super) const DF: u16 = 4;
-pub(super) const REQ_ONE: u16 = 8;
-pub(super) const FAST_ZERO: u16 = 16;
+pub(crate) const FUA: u16 = 1;
+pub(crate) const NO_HOLE: u16 = 2;
+pub(crate) const DF: u16 = 4;
+pub(crate) const REQ_ONE: u16 = 8;
+pub(crate) const FAST_ZERO: u16 = 16;
 
-pub(super) const EPERM: u32 = 1;
-pub(super) const EIO: u32 = 5;
-pub(super) const EINVAL: u32 = 22;
-pub(super) const ENOSPC: u32 = 28;
+pub(crate) const EPERM: u32 = 1;
+pub(crate) const EIO: u32 = 5;
+pub(crate) const EINVAL: u32 = 22;
+pub(crate) const ENOSPC: u32 = 28;
 
-pub(super) struct Client(pub(super) UnixStream);
+pub(crate) struct Client(pub(super) UnixStream);
 
 /// A reply to an option.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct OptionReply {
-    pub(super) option: u32,
-    pub(super) kind: u32,
-    pub(super) data: Vec<u8>,
+pub(crate) struct OptionReply {
+    pub(crate) option: u32,
+    pub(crate) kind: u32,
+    pub(crate) data: Vec<u8>,
 }
 
 /// A chunk of a structured reply.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Chunk {
-    pub(super) done: bool,
-    pub(super) kind: u16,
-    pub(super) cookie: u64,
-    pub(super) payload: Vec<u8>,
+pub(crate) struct Chunk {
+    pub(crate) done: bool,
+    pub(crate) kind: u16,
+    pub(crate) cookie: u64,
+    pub(crate) payload: Vec<u8>,
 }
 
 /// A string with its length in front.
-pub(super) fn counted(text: &str) -> Vec<u8> {
+pub(crate) fn counted(text: &str) -> Vec<u8> {
     [&(text.len() as u32).to_be_bytes()[..], text.as_bytes()].concat()
 }
 
 /// The bytes of an option.
-pub(super) fn option(number: u32, data: &[u8]) -> Vec<u8> {
+pub(crate) fn option(number: u32, data: &[u8]) -> Vec<u8> {
     let mut bytes = b"IHAVEOPT".to_vec();
     bytes.extend(number.to_be_bytes());
     bytes.extend((data.len() as u32).to_be_bytes());
@@ -78,7 +78,7 @@ pub(super) fn option(number: u32, data: &[u8]) -> Vec<u8> {
 }
 
 /// The data of NBD_OPT_INFO and NBD_OPT_GO.
-pub(super) fn info_data(name: &str, requests: &[u16]) -> Vec<u8> {
+pub(crate) fn info_data(name: &str, requests: &[u16]) -> Vec<u8> {
     let mut data = counted(name);
     data.extend((requests.len() as u16).to_be_bytes());
     data.extend(requests.iter().flat_map(|request| request.to_be_bytes()));
@@ -86,7 +86,7 @@ pub(super) fn info_data(name: &str, requests: &[u16]) -> Vec<u8> {
 }
 
 /// The data of NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
-pub(super) fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
+pub(crate) fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
     let mut data = counted(name);
     data.extend((queries.len() as u32).to_be_bytes());
     data.extend(queries.iter().flat_map(|query| counted(query)));
@@ -94,7 +94,7 @@ pub(super) fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
 }
 
 /// The header of a request.
-pub(super) fn request(flags: u16, command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
+pub(crate) fn request(flags: u16, command: u16, cookie: u64, offset: u64, length: u32) -> Vec<u8> {
     let mut bytes = 0x2560_9513u32.to_be_bytes().to_vec();
     bytes.extend(flags.to_be_bytes());
     bytes.extend(command.to_be_bytes());
@@ -105,7 +105,7 @@ pub(super) fn request(flags: u16, command: u16, cookie: u64, offset: u64, length
 }
 
 impl Client {
-    pub(super) fn connect(path: &Path) -> Self {
+    pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).expect("a listening server");
         stream
             .set_read_timeout(Some(Duration::from_secs(10)))
@@ -116,11 +116,11 @@ impl Client {
         Client(stream)
     }
 
-    pub(super) fn send(&mut self, bytes: &[u8]) {
+    pub(crate) fn send(&mut self, bytes: &[u8]) {
         self.0.write_all(bytes).expect("a server that reads");
     }
 
-    pub(super) fn take(&mut self, length: usize) -> Vec<u8> {
+    pub(crate) fn take(&mut self, length: usize) -> Vec<u8> {
         let mut bytes = vec![0; length];
         self.0
             .read_exact(&mut bytes)
@@ -141,12 +141,12 @@ impl Client {
     }
 
     /// Reads the greeting and answers with these flags.
-    pub(super) fn handshake(&mut self, flags: u32) {
+    pub(crate) fn handshake(&mut self, flags: u32) {
         assert_eq!(self.take(18), b"NBDMAGICIHAVEOPT\x00\x03");
         self.send(&flags.to_be_bytes());
     }
 
-    pub(super) fn reply(&mut self) -> OptionReply {
+    pub(crate) fn reply(&mut self) -> OptionReply {
         assert_eq!(self.take_u64(), 0x0003_e889_0455_65a9);
         let (option, kind) = (self.take_u32(), self.take_u32());
         let length = self.take_u32();
@@ -158,19 +158,19 @@ impl Client {
     }
 
     /// Sends an option and expects one reply of this kind; answers its text.
-    pub(super) fn refused(&mut self, number: u32, data: &[u8], kind: u32) -> String {
+    pub(crate) fn refused(&mut self, number: u32, data: &[u8], kind: u32) -> String {
         self.send(&option(number, data));
         let reply = self.reply();
         assert_eq!((reply.option, reply.kind), (number, kind));
         String::from_utf8(reply.data).expect("a text")
     }
 
-    pub(super) fn structured(&mut self) {
+    pub(crate) fn structured(&mut self) {
         self.send(&option(STRUCTURED_REPLY, b""));
         assert_eq!(self.reply().kind, ACK);
     }
 
-    pub(super) fn select_base_allocation(&mut self, name: &str) {
+    pub(crate) fn select_base_allocation(&mut self, name: &str) {
         self.send(&option(SET_META, &meta_data(name, &["base:allocation"])));
         let selected = self.reply();
         assert_eq!(
@@ -181,7 +181,7 @@ impl Client {
     }
 
     /// Chooses the export; answers the information sent.
-    pub(super) fn go(&mut self, name: &str) -> Vec<Vec<u8>> {
+    pub(crate) fn go(&mut self, name: &str) -> Vec<Vec<u8>> {
         self.send(&option(GO, &info_data(name, &[])));
         let mut information = Vec::new();
         loop {
@@ -195,32 +195,32 @@ impl Client {
     }
 
     /// Reads a simple reply: cookie and error.
-    pub(super) fn simple_reply(&mut self) -> (u64, u32) {
+    pub(crate) fn simple_reply(&mut self) -> (u64, u32) {
         assert_eq!(self.take_u32(), 0x6744_6698);
         let error = self.take_u32();
         (self.take_u64(), error)
     }
 
     /// Sends a request and reads its simple reply: the error.
-    pub(super) fn simple(&mut self, request: &[u8]) -> u32 {
+    pub(crate) fn simple(&mut self, request: &[u8]) -> u32 {
         self.send(request);
         self.simple_reply().1
     }
 
     /// Reads with simple replies.
-    pub(super) fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
+    pub(crate) fn read(&mut self, offset: u64, length: u32) -> Vec<u8> {
         assert_eq!(self.simple(&request(0, READ, 1, offset, length)), 0);
         self.take(length as usize)
     }
 
     /// Writes, with simple replies or structured ones (success is a simple reply in both).
-    pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
         let mut message = request(0, WRITE, 1, offset, data.len() as u32);
         message.extend(data);
         assert_eq!(self.simple(&message), 0);
     }
 
-    pub(super) fn chunk(&mut self) -> Chunk {
+    pub(crate) fn chunk(&mut self) -> Chunk {
         assert_eq!(self.take_u32(), 0x668e_33ef);
         let (flags, kind) = (self.take_u16(), self.take_u16());
         let cookie = self.take_u64();
@@ -234,7 +234,7 @@ impl Client {
     }
 
     /// Sends a request and reads the chunks of its reply.
-    pub(super) fn chunks(&mut self, request: &[u8]) -> Vec<Chunk> {
+    pub(crate) fn chunks(&mut self, request: &[u8]) -> Vec<Chunk> {
         self.send(request);
         let mut chunks = Vec::new();
         loop {
@@ -246,7 +246,7 @@ impl Client {
     }
 
     /// Sends a request that fails with a structured reply: error, text, offset.
-    pub(super) fn error(&mut self, request: &[u8]) -> (u32, String, Option<u64>) {
+    pub(crate) fn error(&mut self, request: &[u8]) -> (u32, String, Option<u64>) {
         let chunks = self.chunks(request);
         assert_eq!(chunks.len(), 1, "{chunks:?}");
         let Chunk { kind, payload, .. } = &chunks[0];
@@ -263,7 +263,7 @@ impl Client {
     }
 
     /// Whether the server has closed the connection, with nothing more to read.
-    pub(super) fn is_closed(&mut self) -> bool {
+    pub(crate) fn is_closed(&mut self) -> bool {
         let mut byte = [0];
         match self.0.read(&mut byte) {
             Ok(0) => true,

@@ -1,6 +1,6 @@
 //! The NBD server, from outside: a raw client that says what no good client would, and the tools that people use.
 
-mod client;
+pub(crate) mod client;
 mod flags;
 mod fuzz;
 mod handshake;

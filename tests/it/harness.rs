@@ -1,5 +1,6 @@
 //! Daemons under test: started in a folder of their own, spoken to over a raw socket, always ended.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,21 @@ pub(crate) fn need(tools: &[&str]) -> Option<()> {
         }
     }
     Some(())
+}
+
+/// A Python with QEMU's `qemu.qmp`: that of `tests/run`, or else the one that is there. If it has none, the test
+/// says so and passes.
+pub(crate) fn python() -> Option<OsString> {
+    let python = std::env::var_os("QBLOCKD_TEST_PYTHON").unwrap_or_else(|| "python3".into());
+    let installed = Command::new(&python)
+        .args(["-c", "import qemu.qmp"])
+        .stderr(Stdio::null())
+        .status();
+    if !installed.is_ok_and(|status| status.success()) {
+        eprintln!("Python's qemu.qmp is not installed: nothing is tested");
+        return None;
+    }
+    Some(python)
 }
 
 /// Waits until something is so.

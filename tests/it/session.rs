@@ -94,6 +94,13 @@ fn when_free(qmp: &mut Qmp, line: &str) -> Value {
     }
 }
 
+/// Replies without what differs from run to run.
+pub(crate) fn normalised(replies: Vec<Value>) -> Vec<String> {
+    let mut names = Names::default();
+    let normalise = |reply| names.normalise(reply);
+    replies.into_iter().map(normalise).collect()
+}
+
 /// The exchanges as a transcript.
 pub(crate) fn transcript(exchanges: &[Exchange]) -> String {
     let mut text = String::new();

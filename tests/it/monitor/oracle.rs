@@ -3,7 +3,7 @@
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -219,16 +219,11 @@ asyncio.run(main())
 
 #[test]
 fn the_python_client_works() {
-    let installed = Command::new("python3")
-        .args(["-c", "import qemu.qmp"])
-        .stderr(Stdio::null())
-        .status();
-    if !installed.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: Python's qemu.qmp is not installed");
+    let Some(python) = crate::harness::python() else {
         return;
-    }
+    };
     let server = Running::start();
-    let output = Command::new("python3")
+    let output = Command::new(python)
         .args(["-c", PYTHON])
         .arg(server.socket())
         .output()

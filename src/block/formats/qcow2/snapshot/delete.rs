@@ -12,6 +12,9 @@ use crate::formats::qcow2::owners::Owner;
 use crate::limits::QCOW2_MAX_L1_BYTES;
 use crate::units::HostOffset;
 
+/// Places that are tried for a table on a full disk.
+const MAX_HOLES: usize = 32;
+
 /// What is known before the header is switched.
 struct Prepared<'a> {
     table: SnapshotTable,
@@ -74,7 +77,7 @@ async fn prepare<'a>(
 ) -> Result<Prepared<'a>> {
     let l1 = read_l1(image, old, index).await?;
     let mut table = old.without(index);
-    let (table_area, bytes) = image.place_table(&mut table).await?;
+    let table_area = write_table(image, &mut table).await?;
     // Counters of the new clusters, and all others, are in the file before they are changed there.
     image.allocator.write_back().await?;
     let reftable = image.allocator.refcount_table().to_vec();
@@ -113,9 +116,6 @@ async fn prepare<'a>(
                 && active.binary_search(&host).is_err();
             is_own_area || is_own_table
         })?;
-    if let Some(area) = &table_area {
-        image.write_area(area, bytes).await?;
-    }
     image.file.flush().await?;
     Ok(Prepared {
         table,
@@ -123,6 +123,28 @@ async fn prepare<'a>(
         l1,
         bulk,
     })
+}
+
+/// Writes the table to free clusters; nothing points to it yet.
+///
+/// On a full disk a free cluster may be a hole, which cannot be written, and another may not: after a creation there is the
+/// one that the table before was in. So several are tried: taking back a snapshot must not need space.
+async fn write_table(image: &mut Quiet<'_>, table: &mut SnapshotTable) -> Result<Option<Reserved>> {
+    // Kept until the end, so that each try gets another place.
+    let mut holes = Vec::new();
+    let written = loop {
+        let (area, bytes) = image.place_table(table).await?;
+        let Some(area) = area else { break Ok(None) };
+        match image.write_area(&area, bytes).await {
+            Err(error) if error.kind() == ErrorKind::NoSpace && holes.len() < MAX_HOLES => {
+                holes.push(area);
+            }
+            result => break result.map(|()| Some(area)),
+        }
+    };
+    drop(holes);
+    image.allocator.reclaim().await?;
+    written
 }
 
 /// The L1 table of a snapshot, held against the limits: nobody has looked at it before.

@@ -335,6 +335,26 @@ fn a_fault_anywhere_in_a_deletion_changes_nothing_or_leaks() {
 }
 
 #[test]
+fn a_deletion_on_a_full_disk_finds_a_free_cluster_that_is_no_hole() {
+    let scratch = Scratch::new();
+    let sample = sample(&scratch, "cluster_size=4k");
+    let theirs = content(&scratch, &sample, Some("theirs"));
+    let mut image = Open::new(&sample);
+    image.create("ours").unwrap();
+    for holes in 1..4 {
+        let disk = sample.fork();
+        let mut image = Open::new(&disk);
+        for write in 0..holes {
+            disk.fail_once(OpKind::Write, write, Fault::NoSpace);
+        }
+        image.delete("ours").unwrap();
+        image.flush();
+        assert_eq!(image.assert_clean().leaks, 0);
+        assert_eq!(content(&scratch, &disk, Some("theirs")), theirs);
+    }
+}
+
+#[test]
 fn a_disk_that_fails_for_good_loses_space_at_most() {
     let scratch = Scratch::new();
     let sample = sample(&scratch, "cluster_size=4k");

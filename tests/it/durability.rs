@@ -308,6 +308,7 @@ const IMAGES: &[&str] = &[
     "-o cluster_size=4k,refcount_bits=8",
     "",
     "-o compat=0.10,cluster_size=16k",
+    "-o lazy_refcounts=on,cluster_size=512,refcount_bits=64",
 ];
 
 #[test]
@@ -346,7 +347,10 @@ fn an_end_under_load_keeps_everything_and_leaks_nothing() {
     };
     let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..));
     println!("QBLOCKD_CRASH_SEED={seed}");
-    for (options, end) in IMAGES.iter().zip([End::Terminate, End::Quit, End::Quit]) {
+    for (options, end) in IMAGES
+        .iter()
+        .zip([End::Terminate, End::Quit, End::Quit, End::Terminate])
+    {
         let mut victim = Victim::new(options, seed);
         for _ in 0..2 {
             victim.round(end);

@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use super::super::guest::{Guest, Request};
 
-/// Bytes of a block: a page, which a write either changes or does not.
-pub(super) const BLOCK: usize = 4096;
+/// Bytes of a block: the smallest cluster, which a write either changes or does not.
+pub(super) const BLOCK: usize = 512;
 
 /// Most blocks of one request, and most requests in flight.
-const RUN: usize = 24;
+const RUN: usize = 192;
 const DEPTH: usize = 8;
 
 /// A time that has not come.

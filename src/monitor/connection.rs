@@ -96,8 +96,17 @@ pub(super) async fn serve(shared: Shared, style: Style, stream: Stream) {
         .await
     {
         Ok(()) => log::debug!("QMP client {id}: disconnected"),
+        // How most clients leave is not worth a line of the log, which strangers could fill with it.
+        Err(error) if is_hang_up(&error) => log::debug!("QMP client {id}: gone: {error}"),
         Err(error) => log::warn!("QMP client {id}: dropped: {error}"),
     }
+}
+
+fn is_hang_up(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+    )
 }
 
 impl Connection {

@@ -10,6 +10,7 @@ mod durability;
 mod examples;
 mod guest;
 mod harness;
+mod hostile;
 mod interop;
 mod monitor;
 mod nbd;

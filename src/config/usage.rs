@@ -26,7 +26,7 @@ As in qemu-storage-daemon; values are key=value lists or, with nodes and exports
              [,cache.direct=on|off][,cache.no-flush=on|off]
              [,read-only=on|off][,auto-read-only=on|off]
              [,detect-zeroes=on|off|unmap][,<driver's own parameters>...]
-                         add a node (file, raw, qcow2, null-co)
+                         add a node (file, host_device, raw, qcow2, null-co)
   --chardev socket,id=<id>,path=<path>|host=<host>,port=<port>,server=on,wait=off
   --monitor [chardev=]<id>[,mode=control][,pretty=on|off]
                          serve QMP on a character device

@@ -543,3 +543,68 @@ fn write_through(qmp: &mut Qmp, daemon: &Daemon) {
     daemon.tool("qemu-io -f raw -c 'write -P 2 0 4M' 'nbd+unix:///a?socket=nbd.sock'");
     qmp.ok("nbd-server-stop", json!({}));
 }
+
+/// A block device on a file; detached on drop.
+struct Loop(String);
+
+impl Loop {
+    fn attach(file: &Path) -> Option<Loop> {
+        let output = Command::new("losetup")
+            .args(["-f", "--show"])
+            .arg(file)
+            .output()
+            .ok()?;
+        let device = text(&output.stdout).trim().to_owned();
+        (output.status.success() && !device.is_empty()).then_some(Loop(device))
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).output();
+    }
+}
+
+/// Volumes of a volume manager are opened as `host_device`, with an image or raw bytes in them.
+#[test]
+fn devices_are_opened_by_their_own_driver() {
+    let Some(()) = harness::need(&["qemu-img", "losetup"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    tool(folder.path(), "truncate -s 32M volume");
+    let Some(device) = Loop::attach(&folder.path().join("volume")) else {
+        eprintln!("no loop device can be attached here: nothing is tested");
+        return;
+    };
+    tool(
+        folder.path(),
+        &format!("qemu-img create -q -f qcow2 {} 16M", device.0),
+    );
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &[]);
+    let mut qmp = daemon.qmp();
+    let file = json!({"driver": "host_device", "node-name": "f", "filename": device.0, "aio": "native",
+                      "cache": {"direct": true}});
+    qmp.ok(
+        "blockdev-add",
+        json!({"driver": "qcow2", "node-name": "a", "file": file}),
+    );
+    qmp.ok(
+        "blockdev-snapshot-internal-sync",
+        json!({"device": "a", "name": "s"}),
+    );
+    let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+    let drivers: Vec<&Value> = nodes
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|node| &node["drv"])
+        .collect();
+    assert_eq!(drivers, ["qcow2", "host_device"]);
+    qmp.ok("quit", json!({}));
+    assert!(daemon.exited().success());
+    tool(
+        folder.path(),
+        &format!("qemu-img check -q -f qcow2 {}", device.0),
+    );
+}

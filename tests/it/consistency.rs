@@ -178,13 +178,9 @@ fn run(daemon: &mut Daemon) -> Seen {
     let socket = daemon.path("nbd.sock");
     let progress: Vec<Progress> = (0..WRITERS).map(|_| Progress::default()).collect();
     let stop = AtomicBool::new(false);
-    let is_exported = |qmp: &mut Qmp| {
-        let exports = qmp.ok("query-block-exports", json!({}));
-        exports.as_array().map_or(0, Vec::len) == DISKS.len()
-    };
-    while !is_exported(&mut qmp) {
-        thread::sleep(Duration::from_millis(5));
-    }
+    // Commands wait until the command line has been followed.
+    let exports = qmp.ok("query-block-exports", json!({}));
+    assert_eq!(exports.as_array().map(Vec::len), Some(DISKS.len()));
     let (cuts, apart, longest_write) = thread::scope(|scope| {
         let writers: Vec<_> = progress
             .iter()

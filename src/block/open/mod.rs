@@ -90,6 +90,10 @@ impl Opening<'_> {
             let name = self.name(options)?;
             let (driver, links, read_only) = match &options.driver {
                 DriverOptions::File(file) => self.open_file(file, options).await?,
+                DriverOptions::HostDevice(device) => {
+                    let opened = self.open_file(device, options).await?;
+                    require_device(&device.filename, opened)?
+                }
                 DriverOptions::Null(null) => open_null(null, options)?,
                 DriverOptions::Raw(raw) => {
                     let file = self.child(&raw.file, options, depth).await?;
@@ -323,6 +327,15 @@ fn effective_read_only(options: &NodeOptions, below: &Node) -> Result<bool> {
     Ok(options.read_only || below.behaviour().read_only)
 }
 
+fn require_device(filename: &str, opened: Parts) -> Result<Parts> {
+    if opened.0.info().driver == "host_device" {
+        return Ok(opened);
+    }
+    Err(invalid(format!(
+        "'host_device' driver requires '{filename}' to be either a character or block device"
+    )))
+}
+
 fn open_null(null: &NullOptions, options: &NodeOptions) -> Result<Parts> {
     if null.size > MAX_DISK_SIZE {
         return Err(invalid(format!(
@@ -361,7 +374,7 @@ fn access_of_format(writes: bool) -> Access {
 fn aio_of(file: &NodeRef) -> Aio {
     match file {
         NodeRef::Inline(options) => match &options.driver {
-            DriverOptions::File(file) => file.aio,
+            DriverOptions::File(file) | DriverOptions::HostDevice(file) => file.aio,
             DriverOptions::Raw(raw) => aio_of(&raw.file),
             DriverOptions::Probed(below) => aio_of(below),
             DriverOptions::Null(_) | DriverOptions::Qcow2(_) => Aio::default(),

@@ -72,6 +72,8 @@ pub struct CacheMode {
 pub enum DriverOptions {
     /// A file or block device of the host.
     File(FileOptions),
+    /// A block device of the host, and nothing else.
+    HostDevice(FileOptions),
     /// Reads zeroes, swallows writes.
     Null(NullOptions),
     /// The child's bytes as they are, or a window of them.

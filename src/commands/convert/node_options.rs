@@ -76,6 +76,9 @@ fn driver_options(
 ) -> Result<DriverOptions, QmpError> {
     Ok(match driver {
         BlockdevOptionsBranch::File(options) => DriverOptions::File(file_options(options, sharing)),
+        BlockdevOptionsBranch::HostDevice(options) => {
+            DriverOptions::HostDevice(file_options(options, sharing))
+        }
         BlockdevOptionsBranch::NullCo(options) => DriverOptions::Null(null_options(options)?),
         BlockdevOptionsBranch::Raw(options) => {
             let BlockdevOptionsRaw { file, offset, size } = options;

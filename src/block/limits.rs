@@ -1,5 +1,7 @@
 //! Every bound of the engine, with its reason. Formats keep the bounds of their specification here too.
 
+use std::time::Duration;
+
 /// How many images a chain may have, from the active layer to the base. QEMU has no bound and recurses;
 /// 200 is what QEMU's own tests go up to, and each layer costs a file handle and a request per read.
 pub const MAX_CHAIN_DEPTH: usize = 200;
@@ -80,6 +82,24 @@ pub const QCOW2_MAX_HOST_OFFSET: u64 = 1 << 56;
 
 /// Threads of the pool for blocking calls, as many as QEMU's: more only queue up in the kernel.
 pub const MAX_POOL_THREADS: usize = 64;
+
+/// The longest write that is run on the thread that asks for it: copying it takes about ten microseconds, as long as the
+/// hand-off to another thread would.
+pub const MAX_INLINE_WRITE: u64 = 64 << 10;
+
+/// A write on the thread that asked for it that takes longer has waited for the disk, or its thread for a processor:
+/// the copy alone takes a fiftieth.
+pub const SLOW_INLINE_WRITE: Duration = Duration::from_micros(500);
+
+/// After a slow write the file's next ones go to the engine for so many times what it took: threads that serve guests
+/// are held up for a thirtieth of the time at most, however long the disk is overloaded.
+pub const INLINE_PAUSE_FACTOR: u32 = 32;
+
+/// The longest such pause: a disk that hung for minutes once need not be slow for the rest of the day.
+pub const MAX_INLINE_PAUSE: Duration = Duration::from_secs(60);
+
+/// For how long after a pause it is found out why a write is slow. It costs a system call per write, so not for ever.
+pub const INLINE_WATCH: Duration = Duration::from_secs(1);
 
 /// Operations that a ring has in the kernel at once; what is beyond waits in its queue. Bounds the memory of
 /// completions, and is far above what a disk needs to be busy.

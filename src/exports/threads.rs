@@ -2,7 +2,8 @@
 //!
 //! Each runs a scheduler of its own, and a connection stays on the thread that it was given: a request is then woken,
 //! served and answered without another thread being asked. (A work-stealing scheduler answers a quarter fewer small
-//! requests per second: with one connection it wakes a second thread for nothing.) Control work stays off these threads.
+//! requests per second: with one connection it wakes a second thread for nothing.) Control work stays off these threads:
+//! short writes to the page cache run on them, which may hold one up now and then.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -92,6 +93,7 @@ impl IoThread {
         let thread = thread::Builder::new()
             .name(format!("export-{number}"))
             .spawn(move || {
+                block::io::allow_inline_writes();
                 // Nothing is ever sent: the sender is dropped, which is an error here and the end.
                 let _ = runtime.block_on(stopped);
             })?;

@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Stat
 use super::buffer::Buffer;
 use super::context::{EngineKind, IoContext};
 use super::data::{Data, Segment};
+use super::inline::InlineWrites;
 use super::operation::{Operation, Progress, Work};
 use super::sys::{self, LockKind};
 use crate::limits::MAX_ALIGNMENT;
@@ -59,6 +60,8 @@ pub(crate) struct HostFile {
     /// Whether the kernel can tell for this file what would block.
     nowait_reads: AtomicBool,
     nowait_writes: AtomicBool,
+    /// For writes to the page cache of which the kernel cannot tell; `None` for direct I/O.
+    inline_writes: Option<InlineWrites>,
 }
 
 impl HostFile {
@@ -80,6 +83,7 @@ impl HostFile {
             // A direct read waits for the disk even when asked not to block.
             nowait_reads: AtomicBool::new(!mode.direct),
             nowait_writes: AtomicBool::new(!mode.direct),
+            inline_writes: (!mode.direct).then(InlineWrites::new),
         })
     }
 
@@ -108,12 +112,15 @@ impl HostFile {
     /// Reads `len` bytes; those behind the end of the file are zeroes.
     pub(crate) async fn read(&self, offset: u64, len: u64) -> io::Result<Bytes> {
         let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
-        let work = Work::Read {
+        let mut operation = self.operation(Work::Read {
             offset,
             buffer: Buffer::new(len, self.memory_alignment as usize)?,
             alignment: self.alignment as usize,
-        };
-        match self.transfer(work, &self.nowait_reads).await? {
+        });
+        if without_waiting(&mut operation, &self.nowait_reads)? == Progress::More {
+            operation = self.context.run(self.engine, operation).await?;
+        }
+        match operation.into_work() {
             Work::Read { buffer, .. } => Ok(buffer.freeze()),
             _ => unreachable!("a read came back as something else"),
         }
@@ -121,24 +128,31 @@ impl HostFile {
 
     /// Writes all of `data`, durably (as by `fdatasync`) if asked.
     pub(crate) async fn write(&self, offset: u64, data: Data, durable: bool) -> io::Result<()> {
-        let work = Work::Write {
+        let len = data.len();
+        let mut operation = self.operation(Work::Write {
             offset,
             data: self.fit_memory(data)?,
             done: 0,
             durable,
-        };
+        });
         // A durable write waits for the disk in any case.
-        let nowait = if durable {
-            &AtomicBool::new(false)
-        } else {
-            &self.nowait_writes
-        };
-        self.transfer(work, nowait).await.map(|_| ())
+        if !durable {
+            if without_waiting(&mut operation, &self.nowait_writes)? == Progress::Done {
+                return Ok(());
+            }
+            if !self.nowait_writes.load(Ordering::Relaxed)
+                && let Some(inline) = &self.inline_writes
+                && let Some(written) = inline.run(offset, len, || operation.run())
+            {
+                return written;
+            }
+        }
+        self.change(operation).await
     }
 
     /// Makes everything written so far durable.
     pub(crate) async fn sync(&self) -> io::Result<()> {
-        self.run(Work::Sync).await.map(|_| ())
+        self.change(self.operation(Work::Sync)).await
     }
 
     /// Frees a range, which reads as zeroes then; the size stays.
@@ -204,30 +218,17 @@ impl HostFile {
             offset,
             len,
         };
-        self.run(work).await.map(|_| ())
+        self.change(self.operation(work)).await
     }
 
-    /// Runs inline what the page cache can serve, and the rest by the engine.
-    async fn transfer(&self, work: Work, nowait: &AtomicBool) -> io::Result<Work> {
-        let mut operation = Operation::new(self.file.clone(), work);
-        if nowait.load(Ordering::Relaxed) {
-            match operation.run_without_blocking() {
-                Ok(Progress::Done) => return Ok(operation.into_work()),
-                Ok(Progress::More) => {}
-                Err(error) if is_unsupported(&error) => nowait.store(false, Ordering::Relaxed),
-                Err(error) => return Err(error),
-            }
-        }
-        self.finish(operation).await
+    fn operation(&self, work: Work) -> Operation {
+        Operation::new(self.file.clone(), work)
     }
 
-    async fn run(&self, work: Work) -> io::Result<Work> {
-        self.finish(Operation::new(self.file.clone(), work)).await
-    }
-
-    async fn finish(&self, operation: Operation) -> io::Result<Work> {
-        let operation = self.context.run(self.engine, operation).await?;
-        Ok(operation.into_work())
+    /// Runs by the engine what changes or syncs the file.
+    async fn change(&self, operation: Operation) -> io::Result<()> {
+        let _changing = self.inline_writes.as_ref().map(InlineWrites::changing);
+        self.context.run(self.engine, operation).await.map(|_| ())
     }
 
     /// The payload, copied if its memory does not suit direct I/O.
@@ -258,6 +259,21 @@ impl HostFile {
             }
         }
         Ok(buffer.freeze().into())
+    }
+}
+
+/// Runs an operation as far as the page cache serves it. `More` when it would wait, or when the kernel cannot tell for
+/// this file, which is remembered.
+fn without_waiting(operation: &mut Operation, nowait: &AtomicBool) -> io::Result<Progress> {
+    if !nowait.load(Ordering::Relaxed) {
+        return Ok(Progress::More);
+    }
+    match operation.run_without_blocking() {
+        Err(error) if is_unsupported(&error) => {
+            nowait.store(false, Ordering::Relaxed);
+            Ok(Progress::More)
+        }
+        progress => progress,
     }
 }
 

@@ -7,8 +7,9 @@
 //! * [`RangeLock`]: mutual exclusion by byte range
 //!
 //! ```text
-//!   HostFile ── read that hits the page cache: preadv2(RWF_NOWAIT) on the calling task
-//!      │
+//!   HostFile ── what the page cache serves without waiting: RWF_NOWAIT on the calling task
+//!      ├─ short write where the kernel cannot tell whether it waits: on the calling task too,
+//!      │  while it is quick and the thread has been allowed to (`inline`)
 //!      └─ what would block ── Operation ──> Ring thread (io_uring) or Pool (threads)
 //! ```
 //! An operation owns its file and its memory until the kernel is done with both, whoever still waits for it.
@@ -19,6 +20,7 @@ mod context;
 mod data;
 mod gate;
 mod host_file;
+mod inline;
 mod operation;
 mod pool;
 mod range_lock;
@@ -30,6 +32,7 @@ pub use context::IoContext;
 pub use data::{Data, Segment};
 pub use gate::{Closed, Entered, Gate};
 pub(crate) use host_file::{Extent, FileKind, HostFile, OpenMode, is_unsupported};
+pub use inline::allow_inline_writes;
 pub use range_lock::{Access, RangeGuard, RangeLock};
 pub use run_to_end::RunToEnd;
 pub(crate) use sys::LockKind;

@@ -20,6 +20,17 @@ pub(crate) struct Iovecs(pub(crate) Vec<libc::iovec>);
 // memory is alive, wherever that operation has moved to.
 unsafe impl Send for Iovecs {}
 
+/// How often the calling thread has slept in the kernel so far; being preempted does not count.
+pub(crate) fn sleeps_of_this_thread() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the call fills the structure, all of whose fields are integers, for which zero is valid as well.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_nvcsw
+}
+
 /// `preadv2`.
 ///
 /// # Safety

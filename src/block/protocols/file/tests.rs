@@ -528,3 +528,39 @@ async fn a_block_device_is_zeroed_discarded_and_never_grown() {
         file.flush().await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn a_short_write_needs_no_thread_of_the_pool_where_it_may_be_inline() {
+    let dir = scratch();
+    let path = create(&dir, 1 << 20);
+    let context = IoContext::new();
+    let options = options(&path, Aio::Threads, Locking::Auto);
+    let file = File::open(&context, &options, FileAccess::default()).await;
+    let file = Arc::new(file.unwrap());
+    let (release, released) = std::sync::mpsc::channel::<()>();
+    let released = Arc::new(std::sync::Mutex::new(released));
+    // Each takes a thread of the pool and waits for the first, which waits for the release.
+    for _ in 0..crate::limits::MAX_POOL_THREADS {
+        let (context, released) = (context.clone(), released.clone());
+        tokio::spawn(async move {
+            let wait = move || {
+                let _ = released.lock().unwrap().recv();
+                Ok(())
+            };
+            context.call(wait).await
+        });
+    }
+    tokio::task::yield_now().await;
+    let (written, done) = tokio::sync::oneshot::channel();
+    let writer = file.clone();
+    std::thread::spawn(move || {
+        crate::io::allow_inline_writes();
+        let data = Data::from(vec![7; 64 << 10]);
+        let write = writer.write(64 << 10, data, WriteFlags::default());
+        let _ = written.send(futures_util::FutureExt::now_or_never(write));
+    });
+    done.await.unwrap().expect("is inline").unwrap();
+    drop(release);
+    let read = file.read(64 << 10, 64 << 10).await.unwrap();
+    assert_eq!(read.to_bytes(), vec![7; 64 << 10]);
+}

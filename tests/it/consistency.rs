@@ -75,6 +75,8 @@ fn write_numbers(socket: &Path, writer: usize, progress: &Progress, stop: &Atomi
 struct Cut {
     name: String,
     bounds: Vec<(u64, u64)>,
+    /// How long the reply to the transaction took.
+    took: Duration,
 }
 
 fn numbers(progress: &[Progress], of: fn(&Progress) -> &AtomicU64) -> Vec<u64> {
@@ -104,11 +106,14 @@ fn cut(qmp: &mut Qmp, progress: &[Progress], name: String) -> Cut {
     let actions = DISKS.map(|(disk, _)| {
         json!({"type": "blockdev-snapshot-internal-sync", "data": snapshot_of(disk, &name)})
     });
+    let begin = Instant::now();
     qmp.ok("transaction", json!({"actions": actions}));
+    let took = begin.elapsed();
     let most = numbers(progress, |each| &each.sent);
     Cut {
         name,
         bounds: least.into_iter().zip(most).collect(),
+        took,
     }
 }
 
@@ -217,6 +222,7 @@ fn run(daemon: &mut Daemon) -> Seen {
         let apart = Cut {
             name: "apart".to_owned(),
             bounds: vec![(0, u64::MAX); WRITERS],
+            took: Duration::ZERO,
         };
         stop.store(true, Ordering::SeqCst);
         let longest = writers
@@ -281,9 +287,15 @@ fn snapshots_of_one_transaction_show_one_moment_of_a_guest_that_writes() {
     let apart = check(folder.path(), &seen.apart);
     assert!(apart.is_err(), "snapshots of different times look like one");
     eprintln!(
-        "{CUTS} transactions over {} disks under {} writes in {ran:.1?}; the longest write took {:.1?}",
+        "{CUTS} transactions over {} disks under {} writes in {ran:.1?}; the longest write took {:.1?}, \
+         the longest transaction {:.1?}",
         DISKS.len(),
         seen.last.iter().sum::<u64>(),
-        seen.longest_write
+        seen.longest_write,
+        seen.cuts
+            .iter()
+            .map(|cut| cut.took)
+            .max()
+            .unwrap_or_default()
     );
 }

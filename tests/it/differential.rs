@@ -167,6 +167,23 @@ fn wrong_command_lines_get_the_same_messages_as_from_qemu_storage_daemon() {
         &["--blockdev", r#"{"driver":"null-co","node-name":"a"}x"#],
         &["--blockdev", "[1]"],
         &["--blockdev", "help"],
+        &[
+            "--blockdev",
+            "driver=qcow2,node-name=a,file=f,cache-size=1M",
+        ],
+        &[
+            "--blockdev",
+            "driver=qcow2,node-name=a,file=f,overlap-check=bogus",
+        ],
+        &[
+            "--blockdev",
+            "driver=qcow2,node-name=a,file=f,overlap-check.bogus=on",
+        ],
+        &["--blockdev", "driver=file,node-name=a,filename=f,aio=bogus"],
+        &[
+            "--blockdev",
+            "driver=host_device,node-name=a,filename=/etc/passwd,read-only=on",
+        ],
         &["--bogus"],
         &["--blockdev"],
         &["extra"],
@@ -187,6 +204,18 @@ fn wrong_command_lines_get_the_same_messages_as_from_qemu_storage_daemon() {
         &["--nbd-server", "addr.type=unix,addr.path=/nonexistent/n"],
         &["--nbd-server", "addr.type=bogus"],
         &["--nbd-server", "addr.type=inet,addr.host=127.0.0.1"],
+        &[
+            "--nbd-server",
+            "addr.type=inet,addr.host=127.0.0.1,addr.port=0,addr.ipv4=off,addr.ipv6=off",
+        ],
+        &[
+            "--chardev",
+            "socket,id=a,host=127.0.0.1,port=0,server=on,wait=off,ipv4=off,ipv6=off",
+        ],
+        &[
+            "--chardev",
+            "socket,id=a,path=s,server=on,wait=off,reconnect=1",
+        ],
         &[
             "--nbd-server",
             "addr.type=inet,addr.host=127.0.0.1,addr.port=x",

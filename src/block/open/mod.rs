@@ -177,13 +177,12 @@ impl Opening<'_> {
     ) -> Result<Parts> {
         let read_only = effective_read_only(options, &file)?;
         let cache = caches::share(&qcow2.cache)?;
+        let unmaps = options.discard == DiscardMode::Unmap;
         let open_options = qcow2::OpenOptions {
             filename: file.driver().info().filename,
             read_only,
-            pass_discard: qcow2
-                .pass_discard_request
-                .unwrap_or(options.discard == DiscardMode::Unmap),
-            pass_discard_snapshot: qcow2.pass_discard_snapshot.unwrap_or(true),
+            pass_discard: qcow2.pass_discard_request.unwrap_or(unmaps),
+            pass_discard_snapshot: qcow2.pass_discard_snapshot.unwrap_or(unmaps),
             l2_cache_bytes: cache.l2_bytes,
             refcount_cache_bytes: cache.refcount_bytes,
         };

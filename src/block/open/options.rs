@@ -152,7 +152,7 @@ pub struct Qcow2Options {
     pub lazy_refcounts: Option<bool>,
     /// Whether discards of the guest are passed to the file (default: when the node discards).
     pub pass_discard_request: Option<bool>,
-    /// Whether the file gets a hole where the deletion of a snapshot frees clusters (default: yes).
+    /// Whether the file gets a hole where the deletion of a snapshot frees clusters (default: when the node discards).
     pub pass_discard_snapshot: Option<bool>,
     /// How much metadata is kept in memory.
     pub cache: Qcow2Cache,

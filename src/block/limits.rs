@@ -19,6 +19,9 @@ pub const MAX_REQUEST: u64 = 64 << 20;
 /// The largest disk, in bytes: file offsets are signed, and rounding up to any cluster size must not overflow.
 pub const MAX_DISK_SIZE: u64 = i64::MAX as u64 & !((64 << 20) - 1);
 
+/// The longest delay of a null disk in nanoseconds: far slower than any disk. Control commands flush, so they wait for it.
+pub const MAX_NULL_LATENCY_NS: u64 = 1_000_000_000;
+
 /// How many pieces of memory one system call takes (`UIO_MAXIOV` of Linux).
 pub const MAX_IOVECS: usize = 1024;
 

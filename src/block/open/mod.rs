@@ -21,7 +21,7 @@ use crate::formats::qcow2::{self, Qcow2};
 use crate::formats::raw::Raw;
 use crate::graph::{Access, Behaviour, Graph, Link, NameSource, Node, NodeName, Opened};
 use crate::io::IoContext;
-use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE};
+use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS};
 use crate::protocols::file::{File, FileAccess};
 use crate::protocols::null::Null;
 
@@ -340,6 +340,12 @@ fn open_null(null: &NullOptions, options: &NodeOptions) -> Result<Parts> {
         return Err(invalid(format!(
             "A disk of {} bytes is larger than the {MAX_DISK_SIZE} allowed",
             null.size
+        )));
+    }
+    if null.latency_ns > MAX_NULL_LATENCY_NS {
+        return Err(invalid(format!(
+            "A delay of {} ns is longer than the {MAX_NULL_LATENCY_NS} allowed",
+            null.latency_ns
         )));
     }
     Ok((Arc::new(Null::new(null)), Vec::new(), options.read_only))

@@ -153,6 +153,17 @@ async fn a_second_writer_of_the_same_file_is_refused_by_its_lock() {
 }
 
 #[tokio::test]
+async fn a_null_disk_that_never_answers_is_refused() {
+    let mut options = null(512);
+    let DriverOptions::Null(null) = &mut options.driver else {
+        unreachable!("made above");
+    };
+    null.latency_ns = u64::MAX;
+    let error = add(&mut Graph::new(), &options).await.unwrap_err();
+    assert!(error.message().contains("A delay of"), "{error}");
+}
+
+#[tokio::test]
 async fn too_many_layers_are_refused() {
     let mut options = null(512);
     for _ in 0..=MAX_CHAIN_DEPTH {

@@ -52,6 +52,10 @@ pub const QCOW2_MAX_BITMAP_TABLE_ENTRIES: u32 = 0x800_0000;
 /// qcow2: memory for the counters of a check or repair: 32 TiB of used clusters at 64 KiB. Untouched ranges cost nothing.
 pub const QCOW2_MAX_CHECK_BYTES: u64 = 1 << 30;
 
+/// qcow2: bytes of L1 tables, bitmap tables and refcount blocks that a check or repair reads: seconds of work. The blocks of
+/// 32 TiB at 64 KiB and 16 bits take 1 GiB, read twice; the L1 tables of 65536 snapshots of 1 TiB another.
+pub const QCOW2_MAX_CHECK_TABLE_BYTES: u64 = 8 << 30;
+
 /// qcow2: most different L2 tables that a check keeps track of: 8 EiB at 64 KiB clusters, 32 GiB at 512 bytes
 /// sixteen times over.
 pub const QCOW2_MAX_CHECK_L2_TABLES: usize = 16 << 20;

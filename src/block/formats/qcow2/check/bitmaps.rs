@@ -66,6 +66,7 @@ impl Scan<'_> {
         let bytes = u64::from(entries) * 8;
         self.use_metadata("bitmap table", offset, bytes)?;
         let end = offset.saturating_add(bytes).min(self.file.size());
+        self.spend(end.saturating_sub(offset))?;
         let mut at = offset;
         while at < end {
             let piece = self.file.read(at, PIECE.min(end - at)).await?.to_bytes();

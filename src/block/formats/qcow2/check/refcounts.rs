@@ -70,6 +70,9 @@ impl Scan<'_> {
             .collect();
         let width = CounterWidth::new(self.g.refcount_order());
         self.each_block(|scan, clusters, counters| {
+            if counters.iter().all(|byte| *byte == 0) {
+                return Ok(());
+            }
             for (nth, cluster) in clusters.enumerate() {
                 if width.get(counters, nth) == 1 {
                     scan.stored_ones.set(cluster)?;
@@ -213,6 +216,7 @@ impl Scan<'_> {
             .filter(|block| g.is_aligned(block.offset.0) && block.offset.0 != 0)
             .filter(|block| self.is_readable(block.offset))
             .collect();
+        self.spend(blocks.len() as u64 * g.cluster_size())?;
         let per_block = g.refcounts_per_block();
         // In the table's order; blocks usually ascend in the file as well, and then many are read at once.
         for ascending in blocks.chunk_by(|a, b| a.offset < b.offset) {

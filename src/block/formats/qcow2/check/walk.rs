@@ -43,7 +43,11 @@ impl Scan<'_> {
         let (offset, entries) = (self.header.l1_table_offset.0, self.header.l1_size);
         self.use_metadata("active L1 table", offset, u64::from(entries) * ENTRY_SIZE)?;
         self.l1_table(offset, entries, 1, &mut uses, true).await?;
-        for (offset, entries, times) in self.snapshot_l1_tables()? {
+        let snapshots = self.snapshot_l1_tables()?;
+        // All of them before the first is read: an image with too many is refused at once.
+        let l1_bytes = |table: &(u64, u32, u64)| u64::from(table.1) * ENTRY_SIZE;
+        self.spend(snapshots.iter().map(l1_bytes).sum())?;
+        for (offset, entries, times) in snapshots {
             self.l1_table(offset, entries, times, &mut uses, false)
                 .await?;
         }

@@ -328,6 +328,35 @@ fn a_huge_disk_in_a_tiny_file_costs_its_l1_table_and_no_more() {
 }
 
 #[test]
+fn a_repair_is_not_kept_busy_by_tables_that_overlap() {
+    block_on(async {
+        let mut image = sample().await;
+        image[79] |= 1;
+        // 1024 snapshots whose L1 tables of 32 MiB lie over each other in a hole, each a cluster further.
+        snapshot(&mut image, 0, 0);
+        let entry = image[16 * CLUSTER..16 * CLUSTER + 58].to_vec();
+        put(&mut image, 60, 4, 1024);
+        image.resize(64 * CLUSTER, 0);
+        for index in 0..1024 {
+            let at = 16 * CLUSTER + 64 * index;
+            image[at..at + 58].copy_from_slice(&entry);
+            put(&mut image, at, 8, ((100 + index) * CLUSTER) as u64);
+            put(&mut image, at + 8, 4, 4 << 20);
+        }
+        // And as many refcount blocks as the table has entries, none of them readable.
+        for entry in 1..512 {
+            put(&mut image, REFTABLE + 8 * entry, 8, (1 << 40) | 512);
+        }
+        let disk = Memory::with_content(&image);
+        disk.apply(&Change::Resize { size: 1 << 32 }).unwrap();
+        let began = std::time::Instant::now();
+        let error = try_open(&disk, false).await.err().unwrap();
+        assert!(error.message().contains("too many tables"), "{error}");
+        assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
+    });
+}
+
+#[test]
 fn the_repair_of_a_truncated_file_spares_its_last_table() {
     block_on(async {
         let mut image = sample().await;

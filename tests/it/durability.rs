@@ -137,7 +137,7 @@ impl Victim {
             .iter()
             .map(History::acknowledged)
             .sum::<usize>();
-        let leaks = self.check_image();
+        let leaks = self.check_image(end);
         assert!(
             end == End::Kill || leaks == 0,
             "{leaks} leaks after {end:?}"
@@ -146,19 +146,42 @@ impl Victim {
         self.check_snapshots();
     }
 
-    /// No errors according to qemu-img; gives back the leaks.
-    fn check_image(&self) -> u64 {
-        let check = Command::new("qemu-img")
-            .args(["check", "--output=json", "disk.qcow2"])
-            .current_dir(self.folder.path())
-            .output()
-            .unwrap();
-        let report: Value = serde_json::from_slice(&check.stdout).unwrap();
-        for wrong in ["corruptions", "check-errors"] {
-            let count = report.get(wrong).and_then(Value::as_u64).unwrap_or(0);
-            assert_eq!(count, 0, "{check:?}");
+    /// Nothing is wrong according to qemu-img; gives back the leaks.
+    ///
+    /// A kill inside a snapshot command can leave COPIED flags that do not agree with a count, which qemu-img calls
+    /// errors. Two kinds are harmless: the count is too high, so that it is right when the leaks are repaired, or the
+    /// flag is missing, which costs a copy. Any other is not.
+    fn check_image(&self, end: End) -> u64 {
+        let folder = self.folder.path();
+        let report = |image: &str| {
+            let check = Command::new("qemu-img")
+                .args(["check", "--output=json", image])
+                .current_dir(folder)
+                .output()
+                .unwrap();
+            let report: Value = serde_json::from_slice(&check.stdout).unwrap();
+            (report, String::from_utf8_lossy(&check.stderr).into_owned())
+        };
+        let (found, text) = report("disk.qcow2");
+        let count = |key: &str| found.get(key).and_then(Value::as_u64).unwrap_or(0);
+        assert_eq!(count("check-errors"), 0, "{text}");
+        if count("corruptions") > 0 {
+            assert_eq!(end, End::Kill, "{text}");
+            let line =
+                "cp disk.qcow2 repaired.qcow2; qemu-img check -q -r leaks repaired.qcow2 || true";
+            harness::tool(folder, line);
+            let (_, text) = report("repaired.qcow2");
+            let is_missing_flag = |line: &&str| {
+                line.starts_with("ERROR OFLAG_COPIED") && line.ends_with("refcount=1")
+            };
+            let wrong: Vec<&str> = text
+                .lines()
+                .filter(|line| line.starts_with("ERROR") && !is_missing_flag(line))
+                .collect();
+            assert!(wrong.is_empty(), "{wrong:#?}");
+            println!("{} COPIED flags and counts disagree", count("corruptions"));
         }
-        report.get("leaks").and_then(Value::as_u64).unwrap_or(0)
+        count("leaks")
     }
 
     /// Every acknowledged snapshot is there and holds what it must; what became of the others is noted.
@@ -328,7 +351,7 @@ fn a_killed_daemon_keeps_every_flushed_write_and_every_snapshot() {
         let mut daemon = victim.start();
         victim.see(&daemon);
         assert!(daemon.terminated().success());
-        let left = victim.check_image();
+        let left = victim.check_image(End::Kill);
         victim.check_snapshots();
         let (writes, snapshots) = victim.acknowledged;
         println!(

@@ -24,16 +24,8 @@ pub(super) fn text(text: &str) -> TokenStream {
 /// The documentation of a type or event.
 pub(super) fn definition(plan: &Plan<'_>, id: DefId) -> TokenStream {
     let def = plan.schema.def(id);
-    let mut parts = vec![body_or(&def.doc.body, &format!("`{}`.", def.name))];
-    parts.extend(features(&def.features));
-    parts.extend(
-        def.doc
-            .since
-            .as_ref()
-            .map(|since| format!("Since {}.", escape(since))),
-    );
-    parts.push(format!("`{}`, {}.", def.name, plan.location(id)));
-    text(&parts.join("\n\n"))
+    let parts = vec![body_or(&def.doc.body, &format!("`{}`.", def.name))];
+    end(plan, id, parts)
 }
 
 /// The documentation of a handler.
@@ -47,14 +39,16 @@ pub(super) fn command(plan: &Plan<'_>, id: DefId) -> TokenStream {
             parts.push(format!("# {title}\n{}", blocks(section)));
         }
     }
+    end(plan, id, parts)
+}
+
+/// What every definition's documentation ends with: its features, its age and its place in the schema.
+fn end(plan: &Plan<'_>, id: DefId, mut parts: Vec<String>) -> TokenStream {
+    let def = plan.schema.def(id);
     parts.extend(features(&def.features));
-    parts.extend(
-        def.doc
-            .since
-            .as_ref()
-            .map(|since| format!("Since {}.", escape(since))),
-    );
-    parts.push(format!("`{name}`, {}.", plan.location(id)));
+    let since = def.doc.since.as_ref();
+    parts.extend(since.map(|since| format!("Since {}.", escape(since))));
+    parts.push(format!("`{}`, {}.", def.name, plan.location(id)));
     text(&parts.join("\n\n"))
 }
 

@@ -8,9 +8,11 @@ use super::{Quiet, create, delete};
 use crate::driver::{BoxFuture, Child, NewSnapshot, SnapshotInfo, SnapshotSelector, Snapshots};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::Qcow2;
+use crate::formats::qcow2::alloc::Allocator;
 use crate::formats::qcow2::geometry::ENTRY_SIZE;
 use crate::formats::qcow2::header::Header;
 use crate::formats::qcow2::image::Image;
+use crate::formats::qcow2::l1::L1Table;
 use crate::formats::qcow2::owners::{Owner, Owners};
 use crate::limits;
 use crate::units::HostOffset;
@@ -67,13 +69,7 @@ impl Image {
         let old = self.snapshots.get();
         let mut allocator = self.alloc.lock().await;
         let l1 = self.l1();
-        let mut quiet = Quiet {
-            file: &self.file,
-            header: &self.header,
-            allocator: &mut allocator,
-            l1: &l1,
-            l2: &self.l2,
-        };
+        let mut quiet = self.quiet(&mut allocator, &l1);
         let created = create::create(&mut quiet, &old, &new).await;
         self.commits.touch();
         let table = created?;
@@ -94,17 +90,22 @@ impl Image {
         };
         let mut allocator = self.alloc.lock().await;
         let l1 = self.l1();
-        let mut quiet = Quiet {
-            file: &self.file,
-            header: &self.header,
-            allocator: &mut allocator,
-            l1: &l1,
-            l2: &self.l2,
-        };
+        let mut quiet = self.quiet(&mut allocator, &l1);
         let deleted = delete::delete(&mut quiet, &old, index, discard).await;
         self.commits.touch();
         self.snapshots.set(deleted?);
         Ok(info)
+    }
+
+    /// What the operations work on. Under the closed gate, after `make_quiet`.
+    fn quiet<'a>(&'a self, allocator: &'a mut Allocator, l1: &'a L1Table) -> Quiet<'a> {
+        Quiet {
+            file: &self.file,
+            header: &self.header,
+            allocator,
+            l1,
+            l2: &self.l2,
+        }
     }
 
     /// Under the closed gate: the image may be changed, and the file has all of its metadata.

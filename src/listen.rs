@@ -11,6 +11,7 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::task::{Context, Poll, ready};
 
+use block::error::system_text;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 /// Bytes of a socket's path with its NUL: `sun_path` of unix(7).
@@ -329,12 +330,11 @@ fn refused(desc: String) -> ListenError {
 
 /// The system's words for an error, without Rust's additions.
 fn reason(error: &io::Error) -> String {
-    let text = error.to_string();
-    let text = text
-        .strip_prefix("failed to lookup address information: ")
-        .unwrap_or(&text);
-    let end = text.find(" (os error").unwrap_or(text.len());
-    text[..end].to_owned()
+    let text = system_text(error);
+    match text.strip_prefix("failed to lookup address information: ") {
+        Some(reason) => reason.to_owned(),
+        None => text,
+    }
 }
 
 /// A socket's file, removed on drop unless another one has taken its place.

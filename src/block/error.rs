@@ -125,7 +125,7 @@ impl ErrorKind {
 }
 
 /// strerror without Rust's ` (os error N)` tail, as QEMU's users know it.
-fn system_text(source: &io::Error) -> String {
+pub fn system_text(source: &io::Error) -> String {
     let text = source.to_string();
     match text.find(" (os error") {
         Some(at) => text[..at].to_owned(),

@@ -8,7 +8,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 
 /// A boxed future: what makes the contracts object safe.
@@ -133,6 +133,8 @@ pub struct DriverInfo {
     pub specific: FormatSpecific,
     /// The image's refcounts are known to need repair (qcow2's dirty bit).
     pub dirty: bool,
+    /// L2 tables whose refcounts are still to be brought up to date behind snapshot operations.
+    pub unsettled_tables: u64,
 }
 
 /// Format-specific facts for queries.
@@ -229,6 +231,60 @@ pub trait Snapshots: Send + Sync {
 
     /// Deletes the one that matches and answers what it was. `NotFound` when none does.
     fn delete(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>>;
+
+    /// Begins a change of several steps that happen all at once. Requests wait until it is finished or dropped.
+    /// Cancellation: nothing has happened.
+    fn change(&self) -> BoxFuture<'_, Result<Box<dyn SnapshotChange>>> {
+        Box::pin(async { Err(unsupported("Snapshots in several steps")) })
+    }
+
+    /// The disk as the snapshot has it, read-only, while the image goes on being written. The snapshot cannot be deleted
+    /// (`InUse`) until the view is closed. `NotFound` when none matches.
+    fn view(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<Arc<dyn Driver>>> {
+        let _ = which;
+        Box::pin(async { Err(unsupported("Reading a snapshot")) })
+    }
+}
+
+fn unsupported(what: &str) -> Error {
+    Error::new(ErrorKind::Unsupported, format!("{what} is not supported"))
+}
+
+/// A change of an image's snapshots, under way.
+///
+/// ```text
+/// steps in any number and order -> prepare -> commit -> finish
+///                                             commit -> roll_back
+/// ```
+///
+/// Steps see what earlier ones have done. Nothing of it is visible, in the file or to others, before `commit`. Dropped before
+/// that, nothing has happened; dropped behind it, it is finished.
+pub trait SnapshotChange: Send {
+    /// Takes a snapshot of the disk as it is at this step. Errors as [`Snapshots::create`]; the change goes on without the step.
+    fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>>;
+
+    /// Deletes a snapshot; answers what it was.
+    fn delete(&mut self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>>;
+
+    /// Makes the disk what it was when the snapshot was taken, its size included; answers which it is. The snapshot stays.
+    fn revert(&mut self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>>;
+
+    /// The size of the disk after the steps so far, in bytes.
+    fn size(&self) -> u64;
+
+    /// Makes durable all that the steps need. Space is taken and everything that can fail has been done, except for `commit`'s one
+    /// write. No step may follow.
+    fn prepare(&mut self) -> BoxFuture<'_, Result<()>>;
+
+    /// Makes the change with one durable write of the image's header. After an error nothing has changed.
+    fn commit(&mut self) -> BoxFuture<'_, Result<()>>;
+
+    /// Takes back a commit, because another image's has failed. On error the image takes no more changes until it is
+    /// opened again.
+    fn roll_back(&mut self) -> BoxFuture<'_, Result<()>>;
+
+    /// The change stays; requests go on.
+    fn finish(self: Box<Self>);
 }
 
 /// A driver's handle on a layer below it.

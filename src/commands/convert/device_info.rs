@@ -116,6 +116,7 @@ fn image(node: &Node, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -
         actual_size,
         specific,
         dirty,
+        unsettled_tables: _,
     } = info;
     let snapshots: Vec<SnapshotInfo> = node
         .driver()

@@ -32,6 +32,8 @@ pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDevice
         cache,
     } = node.behaviour();
     let chain_below = chain(node).skip(1);
+    let unsettled = info.unsettled_tables;
+    let unsettled = (unsettled > 0).then(|| signed(unsettled));
     BlockDeviceInfo {
         file: info.filename.clone(),
         node_name: Some(node.name().to_owned()),
@@ -58,6 +60,7 @@ pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDevice
         image: image_chain(node, info, depth),
         cache: cache_info(cache),
         write_threshold: 0,
+        x_unsettled_tables: unsettled,
     }
 }
 
@@ -116,6 +119,7 @@ fn image(node: &Node, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -
         actual_size,
         specific,
         dirty,
+        // Of the node, not of the image.
         unsettled_tables: _,
     } = info;
     let snapshots: Vec<SnapshotInfo> = node

@@ -77,6 +77,10 @@ pub const QCOW2_MIN_CLUSTER_BITS: u32 = 9;
 /// qcow2: largest cluster, as a power of two. QEMU's bound: 2 MiB.
 pub const QCOW2_MAX_CLUSTER_BITS: u32 = 21;
 
+/// qcow2: largest window of a zstd stream that is decoded, as a power of two: 8 MiB, which RFC 8878 recommends to support.
+/// A decoder takes that much memory, and no window of use is larger than a cluster.
+pub const QCOW2_ZSTD_WINDOW_BITS: u32 = 23;
+
 /// qcow2: bytes of L2 tables kept in memory unless configured: 1 TiB of guest disk at 64 KiB clusters. Taken as
 /// tables are used, so small disks pay little.
 pub const QCOW2_L2_CACHE_BYTES: u64 = 128 << 20;

@@ -172,6 +172,9 @@ const MAKE: &[&str] = &[
     // Compressed clusters, and some that cannot be compressed.
     "head -c 4M /dev/urandom >some.raw && head -c 8M /dev/zero | tr '\\0' x >>some.raw &&
      truncate -s 16M some.raw && qemu-img convert -f raw -O qcow2 -c some.raw disk.qcow2",
+    "head -c 4M /dev/urandom >some.raw && head -c 8M /dev/zero | tr '\\0' x >>some.raw &&
+     truncate -s 16M some.raw &&
+     qemu-img convert -f raw -O qcow2 -c -o compression_type=zstd some.raw disk.qcow2",
 ];
 
 /// An image of qemu-img's, with a snapshot of qemu-img's, gets snapshots and loses some here.
@@ -215,7 +218,6 @@ fn use_image(make: &str, random: &mut fastrand::Rng) {
 /// Features that are not there yet: the image is refused, with the feature's name, and left as it was.
 const REFUSED: &[(&str, &str)] = &[
     ("extended_l2=on", "Extended L2 entries"),
-    ("compression_type=zstd", "zstd"),
     ("data_file=data.raw", "data file"),
     (
         "encrypt.format=luks,encrypt.key-secret=s --object secret,id=s,data=x",

@@ -12,6 +12,7 @@
 
 use bytes::Bytes;
 
+use super::codec::CompressionType;
 use super::counters::CounterWidth;
 use super::entry::{L1Entry, L2Entry};
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -63,6 +64,8 @@ pub struct CreateOptions {
     pub refcount_bits: u32,
     /// Allow refcount updates to be postponed under the dirty bit; version 3 only.
     pub lazy_refcounts: bool,
+    /// How clusters are compressed; `Zlib` only in version 2.
+    pub compression_type: CompressionType,
     /// `Off` or `Metadata`.
     pub preallocation: Preallocation,
     /// The backing file, as text.
@@ -78,6 +81,7 @@ impl CreateOptions {
             compat: Compat::default(),
             refcount_bits: 16,
             lazy_refcounts: false,
+            compression_type: CompressionType::default(),
             preallocation: Preallocation::Off,
             backing: BackingFile::default(),
         }
@@ -126,6 +130,12 @@ impl CreateOptions {
         if self.lazy_refcounts {
             return Err(invalid(
                 "Lazy refcounts only supported with compatibility level 1.1 and above \
+                 (use version=v3 or greater)",
+            ));
+        }
+        if self.compression_type != CompressionType::Zlib {
+            return Err(invalid(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and above \
                  (use version=v3 or greater)",
             ));
         }
@@ -274,6 +284,10 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
         Compat::V0_10 => Version::V2,
         Compat::V1_1 => Version::V3,
     };
+    let compression = match options.compression_type {
+        CompressionType::Zlib => 0,
+        CompressionType::Zstd => Incompatible::COMPRESSION,
+    };
     let lazy = match options.lazy_refcounts {
         true => Compatible::LAZY_REFCOUNTS,
         false => 0,
@@ -290,13 +304,13 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
         refcount_table_clusters: layout.reftable_clusters as u32,
         nb_snapshots: 0,
         snapshots_offset: HostOffset(0),
-        incompatible: Incompatible(0),
+        incompatible: Incompatible(compression),
         compatible: Compatible(lazy),
         autoclear: Autoclear(0),
         refcount_order: layout.geometry.refcount_order(),
         trailing: match version {
             Version::V2 => Vec::new(),
-            Version::V3 => vec![0; TRAILING_BYTES],
+            Version::V3 => trailing(options.compression_type),
         },
         extensions: Vec::new(),
     };
@@ -311,6 +325,13 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
     }
     header.validate()?;
     header.to_bytes()
+}
+
+/// The header's bytes behind the fields of version 3.
+fn trailing(compression: CompressionType) -> Vec<u8> {
+    let mut bytes = vec![0; TRAILING_BYTES];
+    bytes[0] = compression.field();
+    bytes
 }
 
 /// Drops what `file` holds, and makes it large enough.

@@ -7,6 +7,7 @@
 //! | fixed fields (72 or 104) | more header bytes | extensions ... end | backing name | rest of cluster 0 |
 //! ```
 
+use super::codec::CompressionType;
 use super::geometry::Geometry;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
@@ -180,7 +181,7 @@ impl Header {
             ));
         }
         let g = Geometry::new(self.cluster_bits, self.refcount_order);
-        let compression = self.compression_type();
+        let compression = self.compression_field();
         if (compression != 0) != self.incompatible.has(Incompatible::COMPRESSION) {
             return Err(invalid(
                 "Compression type field does not match the compression type feature bit",
@@ -241,10 +242,11 @@ impl Header {
         if self.incompatible.has(Incompatible::EXTENDED_L2) {
             return Err(unsupported("Extended L2 entries are not supported yet"));
         }
-        match self.compression_type() {
-            0 => {}
-            1 => return Err(unsupported("Compression type 'zstd' is not supported yet")),
-            other => return Err(unsupported(format!("Unknown compression type {other}"))),
+        if self.compression_type().is_none() {
+            return Err(unsupported(format!(
+                "qcow2: unknown compression type: {}",
+                self.compression_field()
+            )));
         }
         match self.crypt_method {
             0 => Ok(()),
@@ -269,8 +271,12 @@ impl Header {
         Geometry::new(self.cluster_bits, self.refcount_order)
     }
 
-    /// How clusters are compressed: 0 deflate, 1 zstd.
-    pub(crate) fn compression_type(&self) -> u8 {
+    /// How clusters are compressed; always known in headers that passed `validate`.
+    pub(crate) fn compression_type(&self) -> Option<CompressionType> {
+        CompressionType::from_field(self.compression_field())
+    }
+
+    fn compression_field(&self) -> u8 {
         self.trailing.first().copied().unwrap_or(0)
     }
 

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::alloc::{Allocator, Run};
+use super::codec::CompressionType;
 use super::entry::{BadEntry, L1Entry, L2Entry, Mapping};
 use super::gate::Gate;
 use super::geometry::{Geometry, GuestCluster};
@@ -49,6 +50,7 @@ pub(crate) struct Image {
     pub(super) pass_discard_snapshot: bool,
     /// Version 3: zeroes need no cluster.
     pub(super) has_zero_flag: bool,
+    pub(super) compression: CompressionType,
     pub(super) header: Arc<HeaderCell>,
     /// Disk size in bytes.
     pub(super) size: AtomicU64,

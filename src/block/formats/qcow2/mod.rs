@@ -14,6 +14,7 @@
 //! * `owners`: which host clusters hold metadata
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
 //! * `open`, `read`, `write`, `zero`, `resize`, `compress`: the operations; `requests`: the driver made of them
+//! * `codec`: the bytes of a compressed cluster
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
 //! * `gate`, `parallel`: what runs at the same time
 //!
@@ -29,6 +30,7 @@
 
 mod alloc;
 pub mod check;
+mod codec;
 mod compress;
 mod counters;
 pub mod create;
@@ -60,6 +62,7 @@ mod zero;
 
 use std::sync::Arc;
 
+pub use codec::CompressionType;
 pub use header::{MAGIC, NOT_QCOW2};
 pub use open::{BackingReference, OpenOptions, Opening};
 

@@ -152,6 +152,7 @@ impl Opening {
         }
         let size = header.size;
         let has_zero_flag = header.version == Version::V3;
+        let compression = header.compression_type().unwrap_or_default();
         let names_backing = header.backing_name.is_some();
         let l1 = L1Table::new(header.l1_table_offset, l1);
         let header = Arc::new(HeaderCell::new(file.clone(), header));
@@ -174,6 +175,7 @@ impl Opening {
             pass_discard: options.pass_discard,
             pass_discard_snapshot: options.pass_discard_snapshot,
             has_zero_flag,
+            compression,
             header,
             size: size.into(),
             l1: RwLock::new(Arc::new(l1)),

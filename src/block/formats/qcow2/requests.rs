@@ -159,7 +159,7 @@ impl Driver for Qcow2 {
                 refcount_bits: self.image.g.refcount_bits(),
                 corrupt: v3.then(|| header.incompatible.has(Incompatible::CORRUPT)),
                 extended_l2: v3.then(|| header.incompatible.has(Incompatible::EXTENDED_L2)),
-                compression_type: "zlib",
+                compression_type: self.image.compression.name(),
             },
             dirty: header.incompatible.has(Incompatible::DIRTY),
             ..DriverInfo::default()

@@ -25,6 +25,9 @@ fn qemu_finds_every_geometry_sound_and_shows_what_was_asked() {
                 o.cluster_size = 1 << cluster_bits;
                 o.refcount_bits = 1 << order;
                 o.lazy_refcounts = order % 2 == 0;
+                if order % 2 == 1 {
+                    o.compression_type = CompressionType::Zstd;
+                }
                 if order % 3 == 0 && cluster_bits < 14 {
                     o.preallocation = Preallocation::Metadata;
                 }
@@ -42,6 +45,7 @@ fn qemu_finds_every_geometry_sound_and_shows_what_was_asked() {
             let data = &info["format-specific"]["data"];
             assert_eq!(data["refcount-bits"], 1 << order);
             assert_eq!(data["lazy-refcounts"], made.lazy_refcounts);
+            assert_eq!(data["compression-type"], made.compression_type.name());
             assert_eq!(data["compat"], "1.1");
         }
     }
@@ -145,7 +149,7 @@ fn a_device_of_fixed_size_gets_zero_clusters_over_its_old_bytes() {
 
 #[test]
 fn wrong_options_are_refused_with_qemus_texts_and_nothing_is_written() {
-    let cases: [(&str, CreateOptions); 8] = [
+    let cases: [(&str, CreateOptions); 9] = [
         (
             "Cluster size must be a power of two between 512 and 2048k",
             options(|o| o.cluster_size = 1000),
@@ -171,6 +175,14 @@ fn wrong_options_are_refused_with_qemus_texts_and_nothing_is_written() {
              (use version=v3 or greater)",
             options(|o| {
                 o.lazy_refcounts = true;
+                o.compat = Compat::V0_10;
+            }),
+        ),
+        (
+            "Non-zlib compression type is only supported with compatibility level 1.1 and above \
+             (use version=v3 or greater)",
+            options(|o| {
+                o.compression_type = CompressionType::Zstd;
                 o.compat = Compat::V0_10;
             }),
         ),

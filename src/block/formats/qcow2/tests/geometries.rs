@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::driver::Preallocation;
+use crate::formats::qcow2::CompressionType;
 use crate::formats::qcow2::create::Compat;
 
 const SIZE: u64 = 6 << 20;
@@ -25,6 +26,12 @@ fn geometries() -> Vec<CreateOptions> {
         options.cluster_size = 1 << cluster_bits;
         options.refcount_bits = refcount_bits;
         options.compat = compat;
+        all.push(options);
+    }
+    for cluster_bits in [9, 12, 16, 21] {
+        let mut options = CreateOptions::new(SIZE);
+        options.cluster_size = 1 << cluster_bits;
+        options.compression_type = CompressionType::Zstd;
         all.push(options);
     }
     all
@@ -140,6 +147,9 @@ async fn images_of_qemu_img_are_read_and_written() {
         ("64k", "refcount_bits=64,lazy_refcounts=on"),
         ("64k", "preallocation=metadata"),
         ("2M", "refcount_bits=8"),
+        ("512", "compression_type=zstd"),
+        ("64k", "compression_type=zstd"),
+        ("2M", "compression_type=zstd"),
     ] {
         for compressed in [false, true] {
             let options = format!("cluster_size={cluster_size},{more}");

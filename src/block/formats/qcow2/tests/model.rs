@@ -10,7 +10,7 @@ use std::sync::Arc;
 use super::super::check::check;
 use super::super::create::{BackingFile, Compat, CreateOptions, create};
 use super::super::testing::{Scratch, assert_qemu_clean, block_on, qemu_img};
-use super::super::{OpenOptions, Qcow2};
+use super::super::{CompressionType, OpenOptions, Qcow2};
 use crate::driver::{
     Driver, NewSnapshot, Preallocation, Requests, SnapshotSelector, Snapshots, WriteFlags,
     ZeroFlags,
@@ -30,6 +30,7 @@ struct Case {
     compat: Compat,
     backed: bool,
     preallocated: bool,
+    compression: CompressionType,
     steps: usize,
 }
 
@@ -41,6 +42,7 @@ impl Case {
             compat: Compat::V1_1,
             backed: false,
             preallocated: false,
+            compression: CompressionType::Zlib,
             steps,
         }
     }
@@ -55,6 +57,13 @@ impl Case {
     const fn backed(self) -> Self {
         Case {
             backed: true,
+            ..self
+        }
+    }
+
+    const fn zstd(self) -> Self {
+        Case {
+            compression: CompressionType::Zstd,
             ..self
         }
     }
@@ -123,6 +132,7 @@ impl Run {
         options.cluster_size = 1 << case.cluster_bits;
         options.refcount_bits = case.refcount_bits;
         options.compat = case.compat;
+        options.compression_type = case.compression;
         if case.preallocated {
             options.preallocation = Preallocation::Metadata;
         }
@@ -467,7 +477,7 @@ impl Run {
 }
 
 /// 20,000 steps in all; the seeds are fixed, so that a failure comes again.
-const CASES: [Case; 16] = [
+const CASES: [Case; 17] = [
     Case::new(9, 16, 2500),
     Case::new(9, 64, 1500).backed(),
     Case::new(9, 2, 1500),
@@ -478,10 +488,11 @@ const CASES: [Case; 16] = [
     Case::new(12, 16, 1000).v2(),
     Case::new(12, 32, 1000).preallocated(),
     Case::new(12, 1, 1000),
-    Case::new(14, 4, 1500),
+    Case::new(14, 4, 1500).zstd(),
     Case::new(16, 16, 1500),
     Case::new(16, 16, 1000).v2().backed(),
     Case::new(16, 16, 500).preallocated(),
+    Case::new(17, 16, 500).zstd().backed(),
     Case::new(18, 8, 500),
     Case::new(21, 16, 250).backed(),
 ];

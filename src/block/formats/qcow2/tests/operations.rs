@@ -1,8 +1,11 @@
 //! Each operation by itself.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::*;
 use crate::driver::Preallocation;
 use crate::error::ErrorKind;
+use crate::formats::qcow2::CompressionType;
 
 const MIB: u64 = 1 << 20;
 
@@ -332,4 +335,66 @@ async fn metadata_that_overlap_refuse_to_be_written() {
         .unwrap();
     let error = opening.finish(None).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+}
+
+/// An image with compressed clusters of 2 MiB.
+async fn compressed_image(compression_type: CompressionType) -> Arc<Qcow2> {
+    let mut options = CreateOptions::new(16 * MIB);
+    options.cluster_size = 2 * MIB;
+    options.compression_type = compression_type;
+    let image = open(&new_image(&options).await).await;
+    for at in (0..16 * MIB).step_by(2 << 20) {
+        let cluster: Vec<u8> = (0..2_u32 << 20).map(|byte| (byte / 7) as u8).collect();
+        let data = Data::from(cluster);
+        image.write_compressed(at, data).await.unwrap();
+        assert!(image.block_status(at, 1).await.unwrap().compressed);
+    }
+    image
+}
+
+#[tokio::test]
+async fn large_compressed_clusters_do_not_hold_the_reactor() {
+    for compression_type in [CompressionType::Zlib, CompressionType::Zstd] {
+        let image = compressed_image(compression_type).await;
+        let turns = AtomicU64::new(0);
+        let others = async {
+            loop {
+                turns.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::select! {
+            biased;
+            content = read(&image, 0, 16 * MIB) => assert_eq!(content[7 * 9], 9),
+            () = others => {}
+        }
+        // Decoded here, all eight would take one turn or a few.
+        let turns = turns.into_inner();
+        assert!(turns > 100, "{compression_type:?}: {turns}");
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_stream_is_an_io_error_of_its_cluster_only() {
+    for compression_type in [CompressionType::Zlib, CompressionType::Zstd] {
+        let mut options = CreateOptions::new(4 * MIB);
+        options.compression_type = compression_type;
+        let disk = new_image(&options).await;
+        let image = open(&disk).await;
+        for at in [0, 65536] {
+            let cluster: Vec<u8> = (0..65536_u32).map(|byte| (byte / 7) as u8).collect();
+            image.write_compressed(at, cluster.into()).await.unwrap();
+        }
+        image.close().await.unwrap();
+        // The streams are in the cluster behind the L2 table.
+        let mut content = disk.content();
+        content[5 * 65536..][..8].fill(0xff);
+        let image = open(&Memory::with_content(&content)).await;
+        let error = image.read(0, 512).await.unwrap_err();
+        assert_eq!(error.errno(), libc::EIO, "{error}");
+        assert_eq!(read(&image, 65536, 8).await, [0, 0, 0, 0, 0, 0, 0, 1]);
+        write(&image, 100, vec![9; 10]).await.unwrap_err();
+        write(&image, 0, vec![9; 65536]).await.unwrap();
+        assert_eq!(read(&image, 0, 2).await, [9, 9]);
+    }
 }

@@ -94,9 +94,14 @@ fn a_compressed_cluster_that_cannot_be_read_can_be_replaced() {
     ];
     block_on(async {
         let image = sample().await;
-        for (what, descriptor) in descriptors {
+        let cases = descriptors
+            .iter()
+            .flat_map(|(what, descriptor)| [(*what, *descriptor, 0), (*what, *descriptor, 1)]);
+        for (what, descriptor, compression) in cases {
             let mut damaged = image.clone();
             put(&mut damaged, L2, 8, descriptor);
+            put(&mut damaged, 72, 8, compression << 3);
+            damaged[104] = compression as u8;
             let disk = Memory::with_content(&damaged);
             let image = open(&disk).await;
             assert_corrupt(what, image.read(0, 512).await);

@@ -212,6 +212,14 @@ const NEVER: &[Case] = &[
         "Compression type field does not match",
     ),
     (
+        "an unknown compression type",
+        |i| {
+            put(i, 72, 8, 8);
+            i[104] = 2;
+        },
+        "unknown compression type: 2",
+    ),
+    (
         "wide refcounts",
         |i| put(i, 96, 4, 7),
         "Reference count entry width too large",

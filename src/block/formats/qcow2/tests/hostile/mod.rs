@@ -5,6 +5,7 @@
 
 use super::*;
 use crate::driver::{NewSnapshot, Snapshots};
+use crate::formats::qcow2::CompressionType;
 use crate::formats::qcow2::create::{BackingFile, Compat};
 use crate::formats::qcow2::testing::{block_on, qemu_io};
 use crate::protocols::memory::Change;
@@ -49,6 +50,9 @@ async fn valid_images() -> Vec<Arc<Memory>> {
         (16, 16, Compat::V1_1, false),
     ] {
         let mut options = CreateOptions::new(300 << 10);
+        if cluster_bits == 10 {
+            options.compression_type = CompressionType::Zstd;
+        }
         options.cluster_size = 1 << cluster_bits;
         options.refcount_bits = refcount_bits;
         options.compat = compat;
@@ -96,6 +100,7 @@ fn images_of_qemu() -> Vec<Arc<Memory>> {
         ("plain.qcow2", "cluster_size=512"),
         ("lazy.qcow2", "cluster_size=4k,lazy_refcounts=on"),
         ("bitmaps.qcow2", "cluster_size=1k"),
+        ("zstd.qcow2", "cluster_size=2k,compression_type=zstd"),
     ] {
         let path = scratch.path(name);
         let path = path.to_str().unwrap();

@@ -81,6 +81,10 @@ pub const QCOW2_MAX_CLUSTER_BITS: u32 = 21;
 /// A decoder takes that much memory, and no window of use is larger than a cluster.
 pub const QCOW2_ZSTD_WINDOW_BITS: u32 = 23;
 
+/// qcow2: smallest cluster with extended L2 entries, as a power of two. The specification's bound: a subcluster is a sector
+/// or more.
+pub const QCOW2_MIN_EXTENDED_CLUSTER_BITS: u32 = 14;
+
 /// qcow2: bytes of L2 tables kept in memory unless configured: 1 TiB of guest disk at 64 KiB clusters. Taken as
 /// tables are used, so small disks pay little.
 pub const QCOW2_L2_CACHE_BYTES: u64 = 128 << 20;

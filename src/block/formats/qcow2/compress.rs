@@ -10,7 +10,7 @@ use super::entry::{Compressed, L2Entry, Mapping};
 use super::image::Image;
 use crate::driver::WriteFlags;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, Data};
+use crate::io::Data;
 use crate::units::HostOffset;
 
 /// Clusters from this size on are encoded and decoded on a thread for blocking work. At 64 KiB decoding takes 50 (zstd) to
@@ -87,10 +87,7 @@ impl Image {
 
     async fn link_stream(&self, offset: u64, bytes: Vec<u8>) -> Result<()> {
         let cluster = self.cluster_at(offset);
-        let _lock = self
-            .clusters
-            .lock(cluster.0..cluster.0 + 1, Access::Exclusive)
-            .await;
+        let _lock = self.lock_clusters(cluster, cluster).await;
         let table = self.own_table(self.g.l1_index(cluster)).await?;
         let index = self.g.l2_index(cluster);
         // A damaged entry is found before anything is written.

@@ -418,9 +418,9 @@ async fn write_l2_tables(
     for index in 0..layout.l2_tables {
         let first = index * g.l2_entries();
         let count = g.l2_entries().min(layout.data_clusters - first);
-        let mut bytes = table(
-            (first..first + count).map(|data| entry(layout.offset(layout.first_data() + data)).0),
-        );
+        let mut bytes: Vec<u8> = (first..first + count)
+            .flat_map(|data| entry(layout.offset(layout.first_data() + data)).to_bytes(g))
+            .collect();
         bytes.resize(g.cluster_size() as usize, 0);
         pieces.push(bytes.into()).await?;
     }

@@ -1,6 +1,8 @@
 //! Entries of L1, L2 and refcount tables, and what they mean.
 //!
-//! The types wrap the 64-bit value in host byte order; tables are big endian on disk.
+//! The types wrap the 64-bit values in host byte order; tables are big endian on disk.
+
+use std::fmt;
 
 use super::geometry::Geometry;
 use crate::units::{ClusterIndex, HostOffset};
@@ -67,9 +69,23 @@ impl L1Entry {
     }
 }
 
-/// An entry of an L2 table ("L2 table entry", standard and compressed cluster descriptors).
+/// An entry of an L2 table ("L2 table entry", standard and compressed cluster descriptors, "Extended L2 Entries").
+///
+/// To go through a table: `L2Table::iter` in memory, [`l2_entries`] for bytes as they lie in the file. What an entry refers to
+/// is one cluster at most ([`L2Entry::host_cluster`]) or a compressed stream, with subclusters as without them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) struct L2Entry(pub(crate) u64);
+pub(crate) struct L2Entry {
+    /// The cluster descriptor with its flags: all there is of a standard entry.
+    pub(super) descriptor: u64,
+    /// The second word of an extended entry: which subclusters are allocated, and which read as zeroes. 0 in standard ones.
+    pub(super) bitmap: u64,
+}
+
+/// The entries of an L2 table, or of a part of one, as it lies in the file.
+pub(crate) fn l2_entries(g: Geometry, table: &[u8]) -> impl Iterator<Item = L2Entry> {
+    let size = g.l2_entry_size() as usize;
+    table.chunks_exact(size).map(L2Entry::from_bytes)
+}
 
 /// What an L2 entry says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,20 +113,66 @@ pub(crate) enum Mapping {
 }
 
 impl L2Entry {
+    /// A standard entry.
+    pub(crate) const fn standard(descriptor: u64) -> Self {
+        L2Entry {
+            descriptor,
+            bitmap: 0,
+        }
+    }
+
+    /// The entry in one or two big-endian words.
+    fn from_bytes(bytes: &[u8]) -> Self {
+        let word = |bytes: Option<&[u8; 8]>| bytes.map_or(0, |bytes| u64::from_be_bytes(*bytes));
+        L2Entry {
+            descriptor: word(bytes.first_chunk()),
+            bitmap: word(bytes.get(8..).and_then(<[u8]>::first_chunk)),
+        }
+    }
+
+    /// The entry as it lies in the file, in an image of this geometry.
+    pub(crate) fn to_bytes(self, g: Geometry) -> impl Iterator<Item = u8> {
+        let both = [self.descriptor.to_be_bytes(), self.bitmap.to_be_bytes()];
+        let size = g.l2_entry_size() as usize;
+        both.into_iter().flatten().take(size)
+    }
+
+    /// Overwrites the entry at `index` of a table as it lies in the file.
+    ///
+    /// # Panics
+    /// When the index is beyond the end: a caller's error.
+    pub(crate) fn put(self, g: Geometry, table: &mut [u8], index: usize) {
+        let size = g.l2_entry_size() as usize;
+        let place = &mut table[index * size..][..size];
+        for (place, byte) in place.iter_mut().zip(self.to_bytes(g)) {
+            *place = byte;
+        }
+    }
+
+    /// The first word: the cluster descriptor with its flags.
+    pub(crate) fn descriptor(self) -> u64 {
+        self.descriptor
+    }
+
+    /// Nothing at all is said: the cluster is unallocated.
+    pub(crate) fn is_empty(self) -> bool {
+        self == Self::default()
+    }
+
     /// A data cluster of our own.
     pub(crate) fn normal(host: HostOffset) -> Self {
         debug_assert_eq!(host.0 & !OFFSET_MASK, 0);
-        L2Entry(host.0 | COPIED)
+        L2Entry::standard(host.0 | COPIED)
     }
 
     /// Zeroes without a host cluster.
     pub(crate) fn zero_plain() -> Self {
-        L2Entry(ZERO)
+        L2Entry::standard(ZERO)
     }
 
     /// Zeroes with a host cluster of our own kept behind.
     pub(crate) fn zero_allocated(host: HostOffset) -> Self {
-        L2Entry(host.0 | COPIED | ZERO)
+        L2Entry::standard(host.0 | COPIED | ZERO)
     }
 
     /// A compressed stream.
@@ -118,23 +180,23 @@ impl L2Entry {
         let shift = 62 - (g.cluster_bits() - 8);
         let first = stream.host.0 >> 9;
         let last = (stream.host.0 + stream.len - 1) >> 9;
-        L2Entry(COMPRESSED | (last - first) << shift | stream.host.0)
+        L2Entry::standard(COMPRESSED | (last - first) << shift | stream.host.0)
     }
 
     /// What the entry says. `has_zero_flag` is false for version 2.
     pub(crate) fn decode(self, g: Geometry, has_zero_flag: bool) -> Result<Mapping, BadEntry> {
-        if self.0 & COMPRESSED != 0 {
+        if self.descriptor & COMPRESSED != 0 {
             return self.decode_compressed(g);
         }
-        let reserved = self.0 & !(OFFSET_MASK | COPIED | ZERO);
+        let reserved = self.descriptor & !(OFFSET_MASK | COPIED | ZERO);
         if reserved != 0 {
             return Err(BadEntry::Reserved(reserved));
         }
-        let zero = self.0 & ZERO != 0;
+        let zero = self.descriptor & ZERO != 0;
         if zero && !has_zero_flag {
             return Err(BadEntry::ZeroInV2);
         }
-        let host = HostOffset(self.0 & OFFSET_MASK);
+        let host = HostOffset(self.descriptor & OFFSET_MASK);
         let copied = self.is_copied();
         if !g.is_aligned(host.0) {
             return Err(BadEntry::Unaligned(host));
@@ -151,12 +213,12 @@ impl L2Entry {
 
     fn decode_compressed(self, g: Geometry) -> Result<Mapping, BadEntry> {
         let shift = 62 - (g.cluster_bits() - 8);
-        let host = self.0 & ((1 << shift) - 1);
+        let host = self.descriptor & ((1 << shift) - 1);
         let above = host & !((1 << 56) - 1);
         if self.is_copied() || above != 0 {
-            return Err(BadEntry::Reserved(self.0 & COPIED | above));
+            return Err(BadEntry::Reserved(self.descriptor & COPIED | above));
         }
-        let sectors = ((self.0 & !(COPIED | COMPRESSED)) >> shift) + 1;
+        let sectors = ((self.descriptor & !(COPIED | COMPRESSED)) >> shift) + 1;
         Ok(Mapping::Compressed(Compressed {
             host: HostOffset(host),
             len: sectors * 512 - (host & 511),
@@ -165,18 +227,21 @@ impl L2Entry {
 
     /// The COPIED flag as it stands.
     pub(crate) fn is_copied(self) -> bool {
-        self.0 & COPIED != 0
+        self.descriptor & COPIED != 0
     }
 
     /// The same with the COPIED flag as given; for entries with an uncompressed host cluster.
     pub(crate) fn with_copied(self, copied: bool) -> Self {
-        L2Entry(self.0 & !COPIED | if copied { COPIED } else { 0 })
+        L2Entry {
+            descriptor: self.descriptor & !COPIED | if copied { COPIED } else { 0 },
+            ..self
+        }
     }
 
     /// The uncompressed host cluster behind the entry, by its bits alone: for bulk walks.
     pub(crate) fn host_cluster(self) -> Option<HostOffset> {
-        match self.0 & OFFSET_MASK {
-            _ if self.0 & COMPRESSED != 0 => None,
+        match self.descriptor & OFFSET_MASK {
+            _ if self.descriptor & COMPRESSED != 0 => None,
             0 => None,
             offset => Some(HostOffset(offset)),
         }
@@ -184,7 +249,17 @@ impl L2Entry {
 
     /// Whether the entry holds a compressed stream, by its bits alone.
     pub(crate) fn is_compressed(self) -> bool {
-        self.0 & COMPRESSED != 0
+        self.descriptor & COMPRESSED != 0
+    }
+}
+
+impl fmt::Display for L2Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}", self.descriptor)?;
+        match self.bitmap {
+            0 => Ok(()),
+            bitmap => write!(f, " (subclusters {bitmap:#018x})"),
+        }
     }
 }
 
@@ -220,14 +295,14 @@ mod tests {
         let g = geometry();
         let host = HostOffset(0x50000);
         let cases = [
-            (L2Entry(0), Mapping::Unallocated),
-            (L2Entry(1), Mapping::ZeroPlain),
+            (L2Entry::standard(0), Mapping::Unallocated),
+            (L2Entry::standard(1), Mapping::ZeroPlain),
             (
                 L2Entry::normal(host),
                 Mapping::Normal { host, copied: true },
             ),
             (
-                L2Entry(0x50000),
+                L2Entry::standard(0x50000),
                 Mapping::Normal {
                     host,
                     copied: false,
@@ -246,18 +321,24 @@ mod tests {
     #[test]
     fn entries_that_break_the_specification_are_refused() {
         let g = geometry();
-        let unaligned = L2Entry(0x50200).decode(g, true);
+        let unaligned = L2Entry::standard(0x50200).decode(g, true);
         assert_eq!(unaligned, Err(BadEntry::Unaligned(HostOffset(0x50200))));
-        assert_eq!(L2Entry(1).decode(g, false), Err(BadEntry::ZeroInV2));
-        assert_eq!(L2Entry(0x50002).decode(g, true), Err(BadEntry::Reserved(2)));
-        let high = L2Entry(1 << 57 | 0x50000).decode(g, true);
+        assert_eq!(
+            L2Entry::standard(1).decode(g, false),
+            Err(BadEntry::ZeroInV2)
+        );
+        assert_eq!(
+            L2Entry::standard(0x50002).decode(g, true),
+            Err(BadEntry::Reserved(2))
+        );
+        let high = L2Entry::standard(1 << 57 | 0x50000).decode(g, true);
         assert_eq!(high, Err(BadEntry::Reserved(1 << 57)));
         assert_eq!(
             L1Entry(0x50001).checked(g),
             Err(BadEntry::Reserved(1)),
             "the zero flag means nothing in an L1 entry"
         );
-        let copied = L2Entry(COMPRESSED | COPIED | 0x50000).decode(g, true);
+        let copied = L2Entry::standard(COMPRESSED | COPIED | 0x50000).decode(g, true);
         assert_eq!(copied, Err(BadEntry::Reserved(COPIED)));
     }
 

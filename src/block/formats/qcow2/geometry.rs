@@ -2,20 +2,22 @@
 //!
 //! Everything here is total for values that passed `Header::validate`.
 
+use crate::limits::QCOW2_MIN_EXTENDED_CLUSTER_BITS;
 use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 
-/// Bytes of an L1 or L2 entry, and of a refcount table entry.
+/// Bytes of an L1 entry, and of a refcount table entry. L2 entries may be larger: [`Geometry::l2_entry_size`].
 pub(crate) const ENTRY_SIZE: u64 = 8;
 
 /// The number of a cluster of the guest's disk; `ClusterIndex` numbers those of the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct GuestCluster(pub(crate) u64);
 
-/// What cluster size and refcount width fix.
+/// What cluster size, refcount width and the kind of L2 entries fix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Geometry {
     cluster_bits: u32,
     refcount_order: u32,
+    extended_l2: bool,
 }
 
 impl Geometry {
@@ -28,7 +30,25 @@ impl Geometry {
         Geometry {
             cluster_bits,
             refcount_order,
+            extended_l2: false,
         }
+    }
+
+    /// The same with extended L2 entries: two words each, and clusters of 32 subclusters.
+    ///
+    /// # Panics
+    /// When a subcluster would be smaller than a sector; the header's validation comes first.
+    pub(crate) fn with_extended_l2(self) -> Self {
+        assert!(self.cluster_bits >= QCOW2_MIN_EXTENDED_CLUSTER_BITS);
+        Geometry {
+            extended_l2: true,
+            ..self
+        }
+    }
+
+    /// Whether L2 entries are extended.
+    pub(crate) fn has_extended_l2(self) -> bool {
+        self.extended_l2
     }
 
     /// log2 of the cluster size.
@@ -56,9 +76,19 @@ impl Geometry {
         u64::MAX >> (64 - self.refcount_bits())
     }
 
+    /// Bytes of an L2 entry.
+    pub(crate) fn l2_entry_size(self) -> u64 {
+        ENTRY_SIZE << u32::from(self.extended_l2)
+    }
+
+    /// log2 of the entries of an L2 table.
+    fn l2_bits(self) -> u32 {
+        self.cluster_bits - ENTRY_SIZE.trailing_zeros() - u32::from(self.extended_l2)
+    }
+
     /// Entries of an L2 table.
     pub(crate) fn l2_entries(self) -> u64 {
-        self.cluster_size() / ENTRY_SIZE
+        1 << self.l2_bits()
     }
 
     /// Bytes of guest disk behind one L2 table.
@@ -103,7 +133,7 @@ impl Geometry {
 
     /// Index in the L1 table of the entry for a guest cluster.
     pub(crate) fn l1_index(self, cluster: GuestCluster) -> usize {
-        (cluster.0 >> (self.cluster_bits - 3)) as usize
+        (cluster.0 >> self.l2_bits()) as usize
     }
 
     /// Index in the L2 table of the entry for a guest cluster.
@@ -145,6 +175,14 @@ mod tests {
         assert_eq!(g.refcount_max(), 65535);
         assert_eq!(g.l1_entries_for(1 << 40), 2048);
         assert_eq!(g.l1_entries_for((1 << 40) + 1), 2049);
+    }
+
+    #[test]
+    fn extended_entries_halve_the_tables() {
+        let g = Geometry::new(17, 4).with_extended_l2();
+        assert_eq!(g.l2_entries(), 8192);
+        assert_eq!(g.l2_span(), 1 << 30);
+        assert_eq!(g.l1_index(g.guest_cluster(GuestOffset(5 << 30))), 5);
     }
 
     #[test]

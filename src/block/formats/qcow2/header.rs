@@ -180,7 +180,10 @@ impl Header {
                 "Reference count entry width too large; may not exceed 64 bits",
             ));
         }
-        let g = Geometry::new(self.cluster_bits, self.refcount_order);
+        if self.incompatible.has(Incompatible::EXTENDED_L2) {
+            return Err(unsupported("Extended L2 entries are not supported yet"));
+        }
+        let g = self.geometry();
         let compression = self.compression_field();
         if (compression != 0) != self.incompatible.has(Incompatible::COMPRESSION) {
             return Err(invalid(
@@ -239,9 +242,6 @@ impl Header {
         if self.incompatible.has(Incompatible::DATA_FILE) {
             return Err(unsupported("External data files are not supported yet"));
         }
-        if self.incompatible.has(Incompatible::EXTENDED_L2) {
-            return Err(unsupported("Extended L2 entries are not supported yet"));
-        }
         if self.compression_type().is_none() {
             return Err(unsupported(format!(
                 "qcow2: unknown compression type: {}",
@@ -268,7 +268,11 @@ impl Header {
 
     /// The geometry; for headers that passed `validate`.
     pub(crate) fn geometry(&self) -> Geometry {
-        Geometry::new(self.cluster_bits, self.refcount_order)
+        let g = Geometry::new(self.cluster_bits, self.refcount_order);
+        match self.incompatible.has(Incompatible::EXTENDED_L2) {
+            true => g.with_extended_l2(),
+            false => g,
+        }
     }
 
     /// How clusters are compressed; always known in headers that passed `validate`.

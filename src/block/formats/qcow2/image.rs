@@ -30,7 +30,7 @@ use super::snapshot::SnapshotList;
 use super::write_back::Commits;
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, Data, RangeLock};
+use crate::io::{Access, Data, RangeGuard, RangeLock};
 use crate::units::{GuestOffset, HostOffset};
 
 /// An open image.
@@ -144,7 +144,7 @@ impl Image {
             let what = match bad {
                 BadEntry::Unaligned(host) => format!("data cluster {host} is unaligned"),
                 BadEntry::Reserved(bits) => {
-                    format!("L2 entry {:#x} has reserved bits {bits:#x} set", entry.0)
+                    format!("L2 entry {entry} has reserved bits {bits:#x} set")
                 }
                 BadEntry::ZeroInV2 => "zero cluster in a version 2 image".to_owned(),
             };
@@ -192,11 +192,10 @@ impl Image {
             alloc.allocate_metadata(1, Owner::L2Table).await?
         };
         let host = self.g.host_offset(reserved.run().start);
-        let entries = match &old {
-            Some(old) => old.entries(),
-            None => vec![0; self.g.l2_entries() as usize],
+        let table = match &old {
+            Some(old) => old.copy_to(host),
+            None => L2Table::empty(self.g, host),
         };
-        let table = L2Table::new(host, entries);
         let bytes = Data::from(table.to_bytes());
         self.file
             .write(host.0, bytes, WriteFlags::default())
@@ -209,6 +208,16 @@ impl Image {
         }
         self.commits.touch();
         Ok(table)
+    }
+
+    /// Has the guest clusters from `first` to `last` alone: lock 2 (see the module's documentation).
+    pub(super) async fn lock_clusters(
+        &self,
+        first: GuestCluster,
+        last: GuestCluster,
+    ) -> RangeGuard<'_> {
+        let clusters = first.0..last.0 + 1;
+        self.clusters.lock(clusters, Access::Exclusive).await
     }
 
     /// The run of the one cluster at `host`.

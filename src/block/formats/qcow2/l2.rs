@@ -3,25 +3,29 @@
 //! A table that is in use, or has changes that are not written yet, is never evicted: whoever holds it holds an `Arc`, and
 //! so does the list of dirty tables. So there is never a second copy of a table.
 
+mod entries;
+
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::alloc::{dirty_ranges, slice_mask};
 use super::entry::L2Entry;
-use super::geometry::{ENTRY_SIZE, Geometry};
+use super::geometry::Geometry;
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Access, Data, RangeLock};
 use crate::units::HostOffset;
+use entries::Entries;
 
 const SHARDS: usize = 16;
 
 /// An L2 table.
 #[derive(Debug)]
 pub(crate) struct L2Table {
+    g: Geometry,
     host: HostOffset,
-    entries: Box<[AtomicU64]>,
+    entries: Entries,
     /// Which 64ths of the table differ from the disk.
     dirty: AtomicU64,
     /// Looked up since the last eviction came by.
@@ -29,11 +33,26 @@ pub(crate) struct L2Table {
 }
 
 impl L2Table {
-    /// A table as it lies, or will lie, at `host`.
-    pub(crate) fn new(host: HostOffset, entries: impl IntoIterator<Item = u64>) -> Arc<Self> {
+    /// An empty table that will lie at `host`.
+    pub(crate) fn empty(g: Geometry, host: HostOffset) -> Arc<Self> {
+        Self::new(g, host, Entries::empty(g))
+    }
+
+    /// A table as it lies at `host`.
+    pub(crate) fn parse(g: Geometry, host: HostOffset, bytes: &[u8]) -> Arc<Self> {
+        Self::new(g, host, Entries::parse(g, bytes))
+    }
+
+    /// A table with the same entries that will lie at `host`.
+    pub(crate) fn copy_to(&self, host: HostOffset) -> Arc<Self> {
+        Self::new(self.g, host, Entries::collect(self.g, self.iter()))
+    }
+
+    fn new(g: Geometry, host: HostOffset, entries: Entries) -> Arc<Self> {
         Arc::new(L2Table {
+            g,
             host,
-            entries: entries.into_iter().map(AtomicU64::new).collect(),
+            entries,
             dirty: AtomicU64::new(0),
             used: AtomicBool::new(true),
         })
@@ -44,26 +63,32 @@ impl L2Table {
         self.host
     }
 
-    /// The entry at `index`.
+    /// The entry at `index`. Takes no lock.
     pub(crate) fn get(&self, index: usize) -> L2Entry {
-        L2Entry(self.entries[index].load(Ordering::Acquire))
+        self.entries.get(index)
     }
 
-    /// All entries.
-    pub(crate) fn entries(&self) -> Vec<u64> {
-        let load = |entry: &AtomicU64| entry.load(Ordering::Acquire);
-        self.entries.iter().map(load).collect()
+    /// All entries in order, each as it is when it is reached.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = L2Entry> {
+        (0..self.entries.len()).map(|index| self.entries.get(index))
+    }
+
+    /// Whether no entry says anything.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.iter().all(L2Entry::is_empty)
     }
 
     /// The table as it goes to disk.
     pub(crate) fn to_bytes(&self) -> Vec<u8> {
-        self.bytes(0, self.entries.len())
+        self.bytes(0..self.g.cluster_size() as usize)
     }
 
-    fn bytes(&self, first: usize, last: usize) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity((last - first) * 8);
-        for entry in &self.entries[first..last] {
-            bytes.extend(entry.load(Ordering::Acquire).to_be_bytes());
+    /// A range of its bytes; the ends are those of entries.
+    fn bytes(&self, range: std::ops::Range<usize>) -> Vec<u8> {
+        let size = self.g.l2_entry_size() as usize;
+        let mut bytes = Vec::with_capacity(range.len());
+        for index in range.start / size..range.end / size {
+            bytes.extend(self.entries.get(index).to_bytes(self.g));
         }
         bytes
     }
@@ -152,7 +177,7 @@ impl L2Cache {
             ));
         }
         let data = self.file.read(host.0, self.g.cluster_size()).await?;
-        let table = L2Table::new(host, decode(&data));
+        let table = L2Table::parse(self.g, host, &data.to_bytes());
         self.insert(table.clone());
         Ok(table)
     }
@@ -219,22 +244,17 @@ impl L2Cache {
         old: L2Entry,
         new: L2Entry,
     ) -> bool {
-        let swapped = table.entries[index].compare_exchange(
-            old.0,
-            new.0,
-            Ordering::AcqRel,
-            Ordering::Acquire,
-        );
-        if swapped.is_ok() {
+        let replaced = table.entries.replace(index, old, new);
+        if replaced {
             // Only now: a write-back that takes the mark before the entry would lose the entry.
             self.mark(table, index, 1);
         }
-        swapped.is_ok()
+        replaced
     }
 
     /// Marks entries as different from the disk.
     pub(crate) fn mark(&self, table: &Arc<L2Table>, first: usize, count: usize) {
-        let entry = ENTRY_SIZE as usize;
+        let entry = self.g.l2_entry_size() as usize;
         let bytes = first * entry..(first + count) * entry;
         self.mark_slices(table, slice_mask(bytes, self.g.cluster_size() as usize));
     }
@@ -269,7 +289,7 @@ impl L2Cache {
             // The mask first: what changes from here on is marked again.
             let mask = table.dirty.swap(0, Ordering::SeqCst);
             let part = |range: std::ops::Range<usize>| {
-                let bytes = table.bytes(range.start / 8, range.end / 8);
+                let bytes = table.bytes(range.clone());
                 (table.host + range.start as u64, Data::from(bytes))
             };
             let parts = dirty_ranges(mask, size).into_iter().map(part).collect();
@@ -297,15 +317,4 @@ impl TakenTable {
         }
         Ok(())
     }
-}
-
-/// The entries of a table as read.
-pub(crate) fn decode(data: &Data) -> Vec<u64> {
-    let bytes = data.to_bytes();
-    let entry = |chunk: &[u8]| {
-        let mut value = [0; 8];
-        value.copy_from_slice(chunk);
-        u64::from_be_bytes(value)
-    };
-    bytes.chunks_exact(8).map(entry).collect()
 }

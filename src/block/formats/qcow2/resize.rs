@@ -115,7 +115,7 @@ impl Image {
                 continue;
             };
             // A shared table still counts for its clusters, which belong to the active layer too.
-            if !entry.is_copied() || table.entries().iter().any(|entry| *entry != 0) {
+            if !entry.is_copied() || !table.is_empty() {
                 continue;
             }
             l1.set(index, Default::default());

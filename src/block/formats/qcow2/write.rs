@@ -23,7 +23,7 @@ use super::map::{Extent, Source};
 use super::parallel::run_all;
 use crate::driver::{BoxFuture, WriteFlags};
 use crate::error::Result;
-use crate::io::{Access, Data, Segment};
+use crate::io::{Data, Segment};
 use crate::units::HostOffset;
 
 /// A part of a write request.
@@ -129,10 +129,7 @@ impl Image {
     async fn write_allocating(&self, offset: u64, mut data: Data) -> Result<()> {
         let first = self.cluster_at(offset);
         let last = self.cluster_at(offset + data.len() - 1);
-        let _lock = self
-            .clusters
-            .lock(first.0..last.0 + 1, Access::Exclusive)
-            .await;
+        let _lock = self.lock_clusters(first, last).await;
         let table = self.own_table(self.g.l1_index(first)).await?;
         let mut at = offset;
         while !data.is_empty() {

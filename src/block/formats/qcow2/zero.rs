@@ -12,7 +12,7 @@ use super::l2::L2Table;
 use super::map::Source;
 use crate::driver::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, Data};
+use crate::io::Data;
 
 /// Longest run of zero bytes written at once where an image cannot say zero.
 const ZERO_PIECE: u64 = 4 << 20;
@@ -148,10 +148,7 @@ impl Image {
             let first = self.cluster_at(at);
             let last = self.cluster_at(at + len - 1);
             {
-                let _lock = self
-                    .clusters
-                    .lock(first.0..last.0 + 1, Access::Exclusive)
-                    .await;
+                let _lock = self.lock_clusters(first, last).await;
                 self.unmap_in_table(first, last, how).await?;
             }
             self.relieve().await;

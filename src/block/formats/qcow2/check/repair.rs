@@ -15,7 +15,7 @@ use super::{CheckReport, Scan};
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::counters::CounterWidth;
-use crate::formats::qcow2::entry::{L1Entry, L2Entry};
+use crate::formats::qcow2::entry::{L1Entry, l2_entries};
 use crate::formats::qcow2::geometry::ENTRY_SIZE;
 use crate::formats::qcow2::header::Incompatible;
 use crate::formats::qcow2::runs::{read_clusters, write_clusters};
@@ -253,15 +253,14 @@ async fn write_copied_flags(scan: &mut Scan<'_>) -> Result<()> {
 /// The L2 table with true COPIED flags, if any flag was wrong.
 fn with_true_flags(scan: &Scan<'_>, table: &[u8]) -> Option<Vec<u8>> {
     let mut fixed: Option<Vec<u8>> = None;
-    for (index, bytes) in table.as_chunks().0.iter().enumerate() {
-        let entry = L2Entry(u64::from_be_bytes(*bytes));
+    for (index, entry) in l2_entries(scan.g, table).enumerate() {
         let Some(host) = entry.host_cluster() else {
             continue;
         };
         let copied = scan.counts.get(scan.g.host_cluster(host).0) == 1;
         if copied != entry.is_copied() {
             let table = fixed.get_or_insert_with(|| table.to_vec());
-            table[index * 8..][..8].copy_from_slice(&entry.with_copied(copied).0.to_be_bytes());
+            entry.with_copied(copied).put(scan.g, table, index);
         }
     }
     fixed

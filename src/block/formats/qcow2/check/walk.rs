@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use super::Scan;
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::qcow2::entry::{L1Entry, L2Entry, Mapping};
+use crate::formats::qcow2::entry::{L1Entry, L2Entry, Mapping, l2_entries};
 use crate::formats::qcow2::geometry::ENTRY_SIZE;
 use crate::formats::qcow2::runs::read_clusters;
 use crate::limits;
@@ -149,21 +149,17 @@ impl Scan<'_> {
         let mut pending = PendingRun::default();
         let mut expected = None;
         let cluster_size = self.g.cluster_size();
-        for (index, entry) in bytes.as_chunks().0.iter().enumerate() {
-            let entry = L2Entry(u64::from_be_bytes(*entry));
-            if entry.0 == 0 {
+        for (index, entry) in l2_entries(self.g, bytes).enumerate() {
+            if entry.is_empty() {
                 continue;
             }
             if entry.is_compressed() {
                 self.compressed(entry, table)?;
                 continue;
             }
-            if entry.0 & L2_RESERVED != 0 {
+            if entry.descriptor() & L2_RESERVED != 0 {
                 self.structure_is_wrong(table.total, || {
-                    format!(
-                        "ERROR found L2 entry with reserved bits set: {:#x}",
-                        entry.0
-                    )
+                    format!("ERROR found L2 entry with reserved bits set: {entry}")
                 });
             }
             let Some(host) = entry.host_cluster() else {
@@ -182,7 +178,8 @@ impl Scan<'_> {
             }
             if table.active > 0 {
                 let copied = entry.is_copied();
-                self.compare_copied("data cluster", index, entry.0, copied, host, table.active);
+                let shown = entry.descriptor();
+                self.compare_copied("data cluster", index, shown, copied, host, table.active);
             }
             if unaligned || self.clusters(host.0, cluster_size).is_none() {
                 self.count(host.0, cluster_size, table.total)?;
@@ -221,10 +218,7 @@ impl Scan<'_> {
     fn compressed(&mut self, entry: L2Entry, table: TableUse) -> Result<()> {
         if entry.is_copied() {
             self.structure_is_wrong(table.total, || {
-                format!(
-                    "ERROR {:#x}: copied flag must never be set for compressed clusters",
-                    entry.0
-                )
+                format!("ERROR {entry}: copied flag must never be set for compressed clusters")
             });
         }
         if let Ok(Mapping::Compressed(stream)) = entry.with_copied(false).decode(self.g, true) {
@@ -234,7 +228,7 @@ impl Scan<'_> {
             }
         } else {
             self.structure_is_wrong(table.total, || {
-                format!("ERROR impossible compressed cluster: {:#x}", entry.0)
+                format!("ERROR impossible compressed cluster: {entry}")
             });
         }
         self.report.allocated_clusters += table.active;

@@ -13,7 +13,7 @@ use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Run, push_run};
 use crate::formats::qcow2::counters::CounterWidth;
-use crate::formats::qcow2::entry::{L2Entry, Mapping};
+use crate::formats::qcow2::entry::{Mapping, l2_entries};
 use crate::formats::qcow2::geometry::Geometry;
 use crate::formats::qcow2::runs::{read_clusters, write_clusters};
 use crate::limits::QCOW2_MAX_BULK_REFCOUNT_BYTES;
@@ -268,11 +268,10 @@ fn one(start: ClusterIndex) -> Run {
 /// Collects the host clusters that an L2 table points to; answers whether it has a COPIED flag.
 fn collect(g: Geometry, table: &[u8], runs: &mut Vec<Run>) -> Result<bool> {
     let mut copied = false;
-    for entry in table.as_chunks().0 {
-        let entry = L2Entry(u64::from_be_bytes(*entry));
+    for entry in l2_entries(g, table) {
         if entry.is_compressed() {
             let Ok(Mapping::Compressed(stream)) = entry.decode(g, true) else {
-                return Err(corrupt(format!("an L2 entry is {:#x}", entry.0)));
+                return Err(corrupt(format!("an L2 entry is {entry}")));
             };
             let (first, last) = stream.clusters(g);
             // Streams in the same cluster count one by one, so their runs must not be joined.
@@ -281,7 +280,7 @@ fn collect(g: Geometry, table: &[u8], runs: &mut Vec<Run>) -> Result<bool> {
         }
         if let Some(host) = entry.host_cluster() {
             if !g.is_aligned(host.0) {
-                return Err(corrupt(format!("an L2 entry is {:#x}", entry.0)));
+                return Err(corrupt(format!("an L2 entry is {entry}")));
             }
             copied |= entry.is_copied();
             push_run(runs, one(g.host_cluster(host)));
@@ -306,16 +305,14 @@ pub(super) async fn rewrite_copied(
         let mut writes: Vec<(HostOffset, Bytes)> = Vec::new();
         read_clusters(file, tables, g.cluster_size(), |nth, bytes| {
             let mut changed: Option<Vec<u8>> = None;
-            for (index, raw) in bytes.as_chunks().0.iter().enumerate() {
-                let entry = L2Entry(u64::from_be_bytes(*raw));
+            for (index, entry) in l2_entries(g, bytes).enumerate() {
                 let Some(host) = entry.host_cluster() else {
                     continue;
                 };
                 let copied = wanted(g.host_cluster(host), entry.is_copied());
                 if entry.is_copied() != copied {
                     let table = changed.get_or_insert_with(|| bytes.to_vec());
-                    let entry = entry.with_copied(copied).0.to_be_bytes();
-                    table[index * 8..][..8].copy_from_slice(&entry);
+                    entry.with_copied(copied).put(g, table, index);
                 }
             }
             if let Some(changed) = changed {

@@ -157,7 +157,22 @@ pub enum FormatSpecific {
         extended_l2: Option<bool>,
         /// `zlib` or `zstd`.
         compression_type: &'static str,
+        /// Bitmaps stored in the image, in the order of its directory.
+        bitmaps: Vec<PersistentBitmap>,
     },
+}
+
+/// A bitmap that is stored in an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PersistentBitmap {
+    /// Unique in the image.
+    pub name: String,
+    /// Bytes of the disk behind one bit.
+    pub granularity: u32,
+    /// It was not saved in order: its bits are of no use.
+    pub in_use: bool,
+    /// It reflects changes of the disk: QEMU starts with it enabled.
+    pub auto: bool,
 }
 
 /// The control side of a node's driver.

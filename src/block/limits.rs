@@ -1,5 +1,6 @@
 //! Every bound of the engine, with its reason. Formats keep the bounds of their specification here too.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 /// How many images a chain may have, from the active layer to the base. QEMU has no bound and recurses;
@@ -42,6 +43,22 @@ pub const QCOW2_MAX_SNAPSHOT_TABLE_BYTES: u64 = 64 << 20;
 
 /// qcow2: most bytes of extra data of a snapshot. QEMU's bound.
 pub const QCOW2_MAX_SNAPSHOT_EXTRA_BYTES: u32 = 1024;
+
+/// qcow2: most persistent bitmaps. QEMU's bound.
+pub const QCOW2_MAX_BITMAPS: u32 = 65535;
+
+/// qcow2: longest name of a persistent bitmap in bytes. QEMU's bound.
+pub const QCOW2_MAX_BITMAP_NAME: usize = 1023;
+
+/// qcow2: bytes of the disk behind one bit of a persistent bitmap, as powers of two. QEMU's bounds.
+pub const QCOW2_BITMAP_GRANULARITY_BITS: RangeInclusive<u8> = 9..=31;
+
+/// qcow2: most bytes of clusters of a persistent bitmap. QEMU's bound.
+pub const QCOW2_MAX_BITMAP_BYTES: u64 = 512 << 20;
+
+/// qcow2: bytes of bitmap tables that an image opened for writing may have: they are read at open. 4096 of the largest
+/// bitmaps with clusters of 64 KiB.
+pub const QCOW2_MAX_BITMAP_TABLES_BYTES: u64 = 256 << 20;
 
 /// qcow2: largest directory of persistent bitmaps in bytes. QEMU's bound: 65535 entries of 1 KiB.
 pub const QCOW2_MAX_BITMAP_DIRECTORY_BYTES: u64 = 65535 * 1024;

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use block::driver::{DriverInfo, FormatSpecific, Requests};
+use block::driver::{DriverInfo, FormatSpecific, PersistentBitmap, Requests};
 use block::graph::{Behaviour, Node};
 use block::open::{CacheMode, DetectZeroes};
 use qapi::types::{
     BlockDeviceInfo, BlockdevCacheInfo, BlockdevDetectZeroesOptions, ImageInfo, ImageInfoSpecific,
     ImageInfoSpecificBranch, ImageInfoSpecificFile, ImageInfoSpecificFileWrapper,
-    ImageInfoSpecificQCow2, ImageInfoSpecificQCow2Wrapper, Qcow2CompressionType, SnapshotInfo,
+    ImageInfoSpecificQCow2, ImageInfoSpecificQCow2Wrapper, Qcow2BitmapInfo, Qcow2BitmapInfoFlags,
+    Qcow2CompressionType, SnapshotInfo,
 };
 
 use super::signed;
@@ -180,6 +181,7 @@ fn specific_info(driver: &str, specific: FormatSpecific) -> Option<ImageInfoSpec
             corrupt,
             extended_l2,
             compression_type,
+            bitmaps,
         } => ImageInfoSpecificBranch::Qcow2(ImageInfoSpecificQCow2Wrapper {
             data: ImageInfoSpecificQCow2 {
                 compat: compat.to_owned(),
@@ -189,12 +191,35 @@ fn specific_info(driver: &str, specific: FormatSpecific) -> Option<ImageInfoSpec
                 lazy_refcounts,
                 corrupt,
                 refcount_bits: i64::from(refcount_bits),
+                bitmaps: (!bitmaps.is_empty())
+                    .then(|| bitmaps.into_iter().map(bitmap_info).collect()),
                 compression_type: Qcow2CompressionType::from_name(compression_type)
                     .unwrap_or(Qcow2CompressionType::Zlib),
             },
         }),
     };
     Some(ImageInfoSpecific { r#type: branch })
+}
+
+fn bitmap_info(bitmap: PersistentBitmap) -> Qcow2BitmapInfo {
+    let PersistentBitmap {
+        name,
+        granularity,
+        in_use,
+        auto,
+    } = bitmap;
+    let flags = [
+        (in_use, Qcow2BitmapInfoFlags::InUse),
+        (auto, Qcow2BitmapInfoFlags::Auto),
+    ];
+    Qcow2BitmapInfo {
+        name,
+        granularity,
+        flags: flags
+            .into_iter()
+            .filter_map(|(set, flag)| set.then_some(flag))
+            .collect(),
+    }
 }
 
 fn cache_info(cache: CacheMode) -> BlockdevCacheInfo {

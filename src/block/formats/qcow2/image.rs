@@ -17,10 +17,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use super::alloc::{Allocator, Run};
+use super::bitmaps::Bitmaps;
 use super::codec::CompressionType;
 use super::entry::{BadEntry, L1Entry, L2Entry, Mapping};
 use super::gate::Gate;
 use super::geometry::{Geometry, GuestCluster};
+use super::header::{Autoclear, Header};
 use super::header_cell::HeaderCell;
 use super::l1::L1Table;
 use super::l2::{L2Cache, L2Table};
@@ -64,8 +66,9 @@ pub(crate) struct Image {
     pub(super) tables: RangeLock,
     pub(super) quarantine: Quarantine,
     pub(super) snapshots: SnapshotList,
+    pub(super) bitmaps: Bitmaps,
     pub(super) commits: Commits,
-    /// The header has been made ready for changes.
+    /// The header and the bitmaps have been made ready for changes of what the guest sees.
     pub(super) prepared: AtomicBool,
     pub(super) closed: AtomicBool,
 }
@@ -101,19 +104,27 @@ impl Image {
         }
     }
 
-    /// What each change of the image begins with: not read-only, not broken, and feature bits cleared that a writer
-    /// that does not keep them up must clear.
+    /// What each change begins with that may touch what the guest sees: ready for changes, and no enabled bitmap says any more
+    /// what has changed.
     pub(super) async fn prepare_change(&self) -> Result<()> {
+        if self.prepared.load(Ordering::Acquire) {
+            return self.header.check();
+        }
+        self.prepare_metadata_change().await?;
+        self.bitmaps.mark_enabled(&self.file).await?;
+        self.prepared.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// What each change of the image begins with: not read-only, not broken, and feature bits cleared that a writer
+    /// that does not keep them up must clear. Enough for changes that leave the guest's bytes as they are.
+    pub(super) async fn prepare_metadata_change(&self) -> Result<()> {
         if self.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "The image is read-only"));
         }
         self.header.check()?;
-        if self.prepared.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        self.header.update(|header| header.autoclear.0 = 0).await?;
-        self.prepared.store(true, Ordering::Release);
-        Ok(())
+        let keep = |header: &mut Header| header.autoclear.0 &= Autoclear::KEPT;
+        self.header.update(keep).await
     }
 
     /// The L2 table of an L1 entry with the entry, if there is one.

@@ -11,6 +11,7 @@
 //! * `snapshot`: internal snapshots
 //! * `header_cell`: the open image's header, switched by one write
 //! * `alloc`: refcount blocks, free clusters, growth, reservations that give themselves back
+//! * `bitmaps`: persistent bitmaps that others have stored
 //! * `owners`: which host clusters hold metadata
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
 //! * `open`, `read`, `write`, `zero`, `resize`, `compress`: the operations; `requests`: the driver made of them
@@ -29,6 +30,7 @@
 //! * A change that its caller drops runs to its end: its writes cannot be called back (`requests`).
 
 mod alloc;
+mod bitmaps;
 pub mod check;
 mod codec;
 mod compress;

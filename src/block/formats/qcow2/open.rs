@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock};
 
 use super::alloc::Allocator;
+use super::bitmaps::Bitmaps;
 use super::entry::L1Entry;
 use super::gate::Gate;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -140,6 +141,7 @@ impl Opening {
         let g = header.geometry();
         let l1 = read_table(&file, header.l1_table_offset, header.l1_size.into()).await?;
         let snapshots = SnapshotList::load(&file, &header).await?;
+        let bitmaps = Bitmaps::load(&file, &header, options.read_only).await?;
         let mut reftable = Vec::new();
         let owners = Arc::new(Owners::default());
         if !options.read_only {
@@ -149,6 +151,7 @@ impl Opening {
             check_reftable(g, &file, &reftable)?;
             claim_metadata(g, &owners, &header, &reftable, &l1)?;
             snapshots.claim(&header, &owners)?;
+            bitmaps.claim(&file, g, &owners).await?;
         }
         let size = header.size;
         let has_zero_flag = header.version == Version::V3;
@@ -186,6 +189,7 @@ impl Opening {
             tables: RangeLock::default(),
             quarantine: Quarantine::default(),
             snapshots,
+            bitmaps,
             commits: Commits::default(),
             prepared: AtomicBool::new(false),
             closed: AtomicBool::new(false),

@@ -25,6 +25,12 @@ pub(crate) enum Owner {
     RefcountBlock,
     /// The snapshot table.
     SnapshotTable,
+    /// The directory of persistent bitmaps.
+    BitmapDirectory,
+    /// A persistent bitmap's table.
+    BitmapTable,
+    /// A persistent bitmap's bits.
+    Bitmap,
 }
 
 impl Owner {
@@ -36,6 +42,9 @@ impl Owner {
             Owner::RefcountTable => "the refcount table",
             Owner::RefcountBlock => "a refcount block",
             Owner::SnapshotTable => "the snapshot table",
+            Owner::BitmapDirectory => "the bitmap directory",
+            Owner::BitmapTable => "a bitmap table",
+            Owner::Bitmap => "a persistent bitmap",
         }
     }
 }

@@ -160,6 +160,7 @@ impl Driver for Qcow2 {
                 corrupt: v3.then(|| header.incompatible.has(Incompatible::CORRUPT)),
                 extended_l2: v3.then(|| header.incompatible.has(Incompatible::EXTENDED_L2)),
                 compression_type: self.image.compression.name(),
+                bitmaps: self.image.bitmaps.info(),
             },
             dirty: header.incompatible.has(Incompatible::DIRTY),
             ..DriverInfo::default()

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::alloc::Run;
+use super::bitmaps::Resize;
 use super::header::Version;
 use super::image::Image;
 use super::l1::L1Table;
@@ -22,7 +23,7 @@ impl Image {
     pub(super) async fn change_size(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         let _alone = self.gate.close().await;
         self.check_range(0, 0)?;
-        self.prepare_change().await?;
+        self.prepare_metadata_change().await?;
         let old = self.size();
         if !size.is_multiple_of(512) {
             return Err(Error::new(
@@ -51,17 +52,26 @@ impl Image {
                 "Preallocation of a resize is not supported",
             ));
         }
-        if size < old {
-            self.shrink(old, size).await
-        } else {
-            self.grow(old, size).await
+        if size == old {
+            return Ok(());
         }
+        let resize = Resize { old, new: size };
+        let marked = self
+            .bitmaps
+            .mark_resized(&self.file, self.g, resize)
+            .await?;
+        let result = match size < old {
+            true => self.shrink(old, size).await,
+            false => self.grow(old, size).await,
+        };
+        match result {
+            Ok(()) => self.bitmaps.fit(&self.file, self.g, resize, marked).await,
+            Err(_) => self.bitmaps.unmark(&self.file, marked).await,
+        }
+        result
     }
 
     async fn grow(&self, old: u64, new: u64) -> Result<()> {
-        if new == old {
-            return Ok(());
-        }
         self.grow_l1(self.g.l1_entries_for(new)).await?;
         // Bytes behind the old end show from now on: those in its last cluster, and those of a longer backing. The
         // range is inside the new size, which the zero writes must see.

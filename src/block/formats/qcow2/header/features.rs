@@ -45,6 +45,8 @@ impl Compatible {
 impl Autoclear {
     /// The bitmaps extension agrees with the data.
     pub(crate) const BITMAPS: u64 = 1;
+    /// Those whose promise this driver keeps when it writes.
+    pub(crate) const KEPT: u64 = Self::BITMAPS;
 
     /// Whether all of `bits` are set.
     pub(crate) fn has(self, bits: u64) -> bool {

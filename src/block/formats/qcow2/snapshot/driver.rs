@@ -111,7 +111,7 @@ impl Image {
     /// Under the closed gate: the image may be changed, and the file has all of its metadata.
     async fn make_quiet(&self) -> Result<()> {
         self.check_range(0, 0)?;
-        self.prepare_change().await?;
+        self.prepare_metadata_change().await?;
         self.write_back_all().await
     }
 }

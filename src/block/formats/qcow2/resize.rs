@@ -73,12 +73,13 @@ impl Image {
 
     async fn grow(&self, old: u64, new: u64) -> Result<()> {
         self.grow_l1(self.g.l1_entries_for(new)).await?;
-        // Bytes behind the old end show from now on: those in its last cluster, and those of a longer backing. The
-        // range is inside the new size, which the zero writes must see.
+        // Bytes behind the old end show from now on: those in its last cluster, those of a longer backing, and those that a
+        // shrink has left which did not come to its end. The range is inside the new size, which the zero writes must see.
         self.size.store(new, Ordering::Release);
         let shown = self.backing.as_ref().map_or(0, |backing| backing.size());
         let cluster_end = old.next_multiple_of(self.g.cluster_size());
-        let end = shown.max(cluster_end).min(new);
+        let stale = self.mapped_end(cluster_end, new).await?;
+        let end = shown.max(cluster_end).max(stale).min(new);
         let hidden = async {
             if end > old {
                 let flags = ZeroFlags {
@@ -95,6 +96,26 @@ impl Image {
             self.size.store(old, Ordering::Release);
         }
         result
+    }
+
+    /// The end of the last cluster in `[from, to)` that an entry maps; `from` if there is none.
+    async fn mapped_end(&self, from: u64, to: u64) -> Result<u64> {
+        let mut at = to;
+        while at > from {
+            let start = from.max((at - 1) / self.g.l2_span() * self.g.l2_span());
+            let index = self.g.l1_index(self.cluster_at(start));
+            if let Some((table, _)) = self.table(index).await? {
+                let first = self.g.l2_index(self.cluster_at(start));
+                let last = self.g.l2_index(self.cluster_at(at - 1));
+                let mapped = |nth: &usize| table.get(*nth) != Default::default();
+                if let Some(found) = (first..=last).rfind(mapped) {
+                    let clusters = (found - first + 1) as u64;
+                    return Ok(start + (clusters << self.g.cluster_bits()));
+                }
+            }
+            at = start;
+        }
+        Ok(from)
     }
 
     async fn shrink(&self, old: u64, new: u64) -> Result<()> {

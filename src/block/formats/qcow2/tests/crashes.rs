@@ -157,3 +157,28 @@ async fn a_power_cut_leaves_a_sound_image_whatever_of_the_last_writes_is_lost() 
         }
     }
 }
+
+#[tokio::test]
+async fn what_an_interrupted_shrink_leaves_does_not_come_back_when_the_disk_grows() {
+    for options in crash_options() {
+        let disk = new_image(&options).await;
+        let image = open(&disk).await;
+        write(&image, 0, vec![1; SIZE as usize]).await.unwrap();
+        image.flush().await.unwrap();
+        let before = disk.fork();
+        disk.start_log();
+        image.resize(SIZE / 4, Preallocation::Off).await.unwrap();
+        for record in disk.log() {
+            before.apply(&record.change).unwrap();
+            let state = before.fork();
+            let image = open(&state).await;
+            if image.size() == SIZE {
+                continue;
+            }
+            image.resize(SIZE, Preallocation::Off).await.unwrap();
+            let mut expected = vec![1; SIZE as usize / 4];
+            expected.resize(SIZE as usize, 0);
+            assert_same(&read(&image, 0, SIZE).await, &expected);
+        }
+    }
+}

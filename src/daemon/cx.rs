@@ -21,6 +21,12 @@ impl Cx {
         Cx { control, session }
     }
 
+    /// A context whose daemon is at its end: arguments are checked, and every commit fails. For fuzzing.
+    pub fn detached(session: Session) -> Self {
+        let (handle, _) = mpsc::channel(1);
+        Cx::new(ControlHandle(handle), session)
+    }
+
     /// Ends the negotiation of the client's session.
     pub fn negotiate(&self, enable: &[QMPCapability]) -> Result<(), QmpError> {
         let capability = |name: &QMPCapability| match name {

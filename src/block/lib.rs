@@ -3,6 +3,7 @@
 //! In reading order:
 //! * [`error`]: the one error type
 //! * [`driver`]: the contracts of a node's driver, and `Child`, its handle on the layer below
+//! * [`events`]: what happens by itself, on its way up
 //! * [`open`]: options to nodes
 //! * [`graph`]: nodes, drives, and who uses whom
 //! * [`formats`]: image formats between the guest's disk and the bytes below
@@ -12,6 +13,7 @@
 
 pub mod driver;
 pub mod error;
+pub mod events;
 pub mod formats;
 pub mod graph;
 pub mod io;

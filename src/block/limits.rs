@@ -13,6 +13,10 @@ pub const MAX_NODE_NAME: usize = 31;
 /// How many nodes a graph may have: a client that adds nodes in a loop must not exhaust file handles.
 pub const MAX_NODES: usize = 10_000;
 
+/// Events of nodes that wait for the owner of the graph, who is never busy for long. More at once is a storm, of which
+/// clients need not see everything.
+pub const MAX_WAITING_EVENTS: usize = 1024;
+
 /// The longest read that a node takes, in bytes. A read answers with memory of its own size, so this bounds
 /// what a single request can make the process allocate. Callers split what is longer.
 pub const MAX_REQUEST: u64 = 64 << 20;

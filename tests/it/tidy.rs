@@ -44,13 +44,15 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         place: "src/block/graph",
-        modules: &["graph", "driver", "io", "error", "units", "limits", "open"],
+        modules: &[
+            "graph", "driver", "events", "io", "error", "units", "limits", "open",
+        ],
         never: &["qapi::"],
     },
     Layer {
         place: "src/block/formats/qcow2",
         modules: &[
-            "formats", "driver", "io", "error", "units", "limits", "open",
+            "formats", "driver", "events", "io", "error", "units", "limits", "open",
         ],
         never: &["formats::raw", "qapi::"],
     },

@@ -17,6 +17,7 @@ mod node;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::EventSink;
 use crate::limits::MAX_NODES;
 
 pub use counters::{RequestCount, RequestKind};
@@ -30,6 +31,7 @@ pub struct Graph {
     entries: Vec<Entry>,
     drives: Vec<Drive>,
     names: NameSource,
+    events: EventSink,
 }
 
 #[derive(Debug)]
@@ -99,6 +101,19 @@ impl Graph {
     /// An empty graph.
     pub fn new() -> Self {
         Graph::default()
+    }
+
+    /// An empty graph whose nodes report what happens to them.
+    pub fn reporting(events: EventSink) -> Self {
+        Graph {
+            events,
+            ..Graph::default()
+        }
+    }
+
+    /// Where nodes report what happens to them; for `open`.
+    pub fn events(&self) -> EventSink {
+        self.events.clone()
     }
 
     /// Where made-up names come from; for `open`.

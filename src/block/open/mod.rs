@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use crate::driver::{BoxFuture, Child, Driver, Requests};
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::EventSink;
 use crate::formats::qcow2::{self, Qcow2};
 use crate::formats::raw::Raw;
 use crate::graph::{Access, Behaviour, Graph, Link, NameSource, Node, NodeName, Opened};
@@ -35,6 +36,7 @@ pub use options::{
 pub struct Opener {
     io: IoContext,
     names: NameSource,
+    events: EventSink,
     nodes: HashMap<String, Arc<Node>>,
 }
 
@@ -45,6 +47,7 @@ impl Opener {
         Opener {
             io: io.clone(),
             names: graph.names(),
+            events: graph.events(),
             nodes: nodes
                 .map(|node| (node.name().to_owned(), node.clone()))
                 .collect(),
@@ -101,11 +104,13 @@ impl Opening<'_> {
                 }
                 DriverOptions::Qcow2(qcow2) => {
                     let file = self.child(&qcow2.file, options, depth).await?;
-                    self.open_qcow2(qcow2, options, file, depth).await?
+                    self.open_qcow2(qcow2, (&name, options), file, depth)
+                        .await?
                 }
                 DriverOptions::Probed(below) => {
                     let file = self.child(below, options, depth).await?;
-                    self.open_probed(below, options, file, depth).await?
+                    self.open_probed(below, (&name, options), file, depth)
+                        .await?
                 }
             };
             let node = Node::new(name, driver, behaviour(options, read_only)?, links);
@@ -145,7 +150,7 @@ impl Opening<'_> {
     async fn open_probed(
         &mut self,
         below: &NodeRef,
-        options: &NodeOptions,
+        (name, options): (&NodeName, &NodeOptions),
         file: Arc<Node>,
         depth: usize,
     ) -> Result<Parts> {
@@ -155,7 +160,7 @@ impl Opening<'_> {
                 backing: BackingOption::FromImage(UnnamedFormat::Probed),
                 ..Qcow2Options::new(below.clone())
             };
-            return self.open_qcow2(&found, options, file, depth).await;
+            return self.open_qcow2(&found, (name, options), file, depth).await;
         }
         let read_only = effective_read_only(options, &file)?;
         let filename = file.driver().info().filename;
@@ -171,7 +176,7 @@ impl Opening<'_> {
     async fn open_qcow2(
         &mut self,
         qcow2: &Qcow2Options,
-        options: &NodeOptions,
+        (name, options): (&NodeName, &NodeOptions),
         file: Arc<Node>,
         depth: usize,
     ) -> Result<Parts> {
@@ -185,6 +190,7 @@ impl Opening<'_> {
             pass_discard_snapshot: qcow2.pass_discard_snapshot.unwrap_or(unmaps),
             l2_cache_bytes: cache.l2_bytes,
             refcount_cache_bytes: cache.refcount_bytes,
+            reporter: self.opener.events.reporter(name.as_str()),
         };
         let opening = Qcow2::open(Child::new(file.clone()), open_options).await?;
         caches::check_entry(qcow2.cache.l2_entry, opening.cluster_size())?;

@@ -10,6 +10,7 @@ use super::entry::{Compressed, L2Entry, Mapping};
 use super::image::Image;
 use crate::driver::WriteFlags;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::HostBytes;
 use crate::io::Data;
 use crate::units::HostOffset;
 
@@ -29,15 +30,15 @@ impl Image {
         let data = self.file.read(stream.host.0, stream.len).await?;
         let compression = self.compression;
         let work = move || compression.decode(&data.to_bytes(), size as usize);
-        self.off_reactor(work)
-            .await?
-            .map(Bytes::from)
-            .ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Corrupt,
-                    format!("qcow2: compressed cluster at {} is corrupt", stream.host),
-                )
-            })
+        let cluster = self.off_reactor(work).await?;
+        cluster.map(Bytes::from).ok_or_else(|| {
+            let place = HostBytes {
+                offset: stream.host.0,
+                len: stream.len,
+            };
+            let message = format!("Compressed cluster at {} cannot be read", stream.host);
+            self.damage.met(message, Some(place))
+        })
     }
 
     /// Writes one whole cluster compressed; at the end of the disk, what there is of it. What does not become smaller is

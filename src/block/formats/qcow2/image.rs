@@ -19,9 +19,10 @@ use std::sync::{Arc, PoisonError, RwLock};
 use super::alloc::{Allocator, Run};
 use super::bitmaps::Bitmaps;
 use super::codec::CompressionType;
+use super::damage::{Damage, Hex};
 use super::entry::{BadEntry, L1Entry, L2Entry, Mapping};
 use super::gate::Gate;
-use super::geometry::{Geometry, GuestCluster};
+use super::geometry::{ENTRY_SIZE, Geometry, GuestCluster};
 use super::header::{Autoclear, Header};
 use super::header_cell::HeaderCell;
 use super::l1::L1Table;
@@ -32,8 +33,9 @@ use super::snapshot::SnapshotList;
 use super::write_back::Commits;
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::HostBytes;
 use crate::io::{Access, Data, RangeGuard, RangeLock};
-use crate::units::{GuestOffset, HostOffset};
+use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 
 /// An open image.
 #[derive(Debug)]
@@ -60,6 +62,7 @@ pub(crate) struct Image {
     pub(super) l1: RwLock<Arc<L1Table>>,
     pub(super) l2: L2Cache,
     pub(super) owners: Arc<Owners>,
+    pub(super) damage: Arc<Damage>,
     pub(super) alloc: tokio::sync::Mutex<Allocator>,
     pub(super) gate: Gate,
     pub(super) clusters: RangeLock,
@@ -108,6 +111,7 @@ impl Image {
     /// what has changed.
     pub(super) async fn prepare_change(&self) -> Result<()> {
         if self.prepared.load(Ordering::Acquire) {
+            self.damage.check()?;
             return self.header.check();
         }
         self.prepare_metadata_change().await?;
@@ -116,12 +120,13 @@ impl Image {
         Ok(())
     }
 
-    /// What each change of the image begins with: not read-only, not broken, and feature bits cleared that a writer
-    /// that does not keep them up must clear. Enough for changes that leave the guest's bytes as they are.
+    /// What each change of the image begins with: not read-only, not corrupt, not broken, and feature bits cleared that a
+    /// writer that does not keep them up must clear. Enough for changes that leave the guest's bytes as they are.
     pub(super) async fn prepare_metadata_change(&self) -> Result<()> {
         if self.read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "The image is read-only"));
         }
+        self.damage.check()?;
         self.header.check()?;
         let keep = |header: &mut Header| header.autoclear.0 &= Autoclear::KEPT;
         self.header.update(keep).await
@@ -139,13 +144,11 @@ impl Image {
     fn l2_offset(&self, index: usize, entry: L1Entry) -> Result<Option<HostOffset>> {
         entry.checked(self.g).map_err(|bad| {
             let what = match bad {
-                BadEntry::Unaligned(host) => format!("L2 table offset {host} is unaligned"),
+                BadEntry::Unaligned(host) => format!("L2 table offset {host} unaligned"),
                 _ => format!("L1 entry {:#x} has reserved bits set", entry.0),
             };
-            Error::new(
-                ErrorKind::Corrupt,
-                format!("qcow2: Image is corrupt: {what} (L1 index: {index:#x})"),
-            )
+            let index = Hex(index as u64);
+            self.damage.met(format!("{what} (L1 index: {index})"), None)
         })
     }
 
@@ -153,18 +156,23 @@ impl Image {
     pub(super) fn decode(&self, entry: L2Entry, cluster: GuestCluster) -> Result<Mapping> {
         entry.decode(self.g, self.has_zero_flag).map_err(|bad| {
             let what = match bad {
-                BadEntry::Unaligned(host) => format!("data cluster {host} is unaligned"),
+                BadEntry::Unaligned(host) => format!("Cluster allocation offset {host} unaligned"),
                 BadEntry::Reserved(bits) => {
                     format!("L2 entry {entry} has reserved bits {bits:#x} set")
                 }
-                BadEntry::ZeroInV2 => "zero cluster in a version 2 image".to_owned(),
+                BadEntry::ZeroInV2 => "Zero cluster entry found in pre-v3 image".to_owned(),
             };
-            let guest = self.g.guest_offset(cluster);
-            Error::new(
-                ErrorKind::Corrupt,
-                format!("qcow2: Image is corrupt: {what} (guest offset: {guest})"),
-            )
+            let place = self.entry_place(cluster);
+            self.damage.met(format!("{what} ({place})"), None)
         })
+    }
+
+    /// Where the entry of a guest cluster lies, for messages.
+    fn entry_place(&self, cluster: GuestCluster) -> String {
+        let table = self.l1_entry(self.g.l1_index(cluster)).l2_offset();
+        let table = Hex(table.unwrap_or_default().0);
+        let index = Hex(self.g.l2_index(cluster) as u64);
+        format!("L2 offset: {table}, L2 index: {index}")
     }
 
     /// What an entry says that is about to be replaced. Its clusters go back to the allocator, so none of them may hold
@@ -175,10 +183,65 @@ impl Image {
         cluster: GuestCluster,
     ) -> Result<Mapping> {
         let mapping = self.decode(entry, cluster)?;
-        if let Some(run) = self.references(mapping) {
-            self.owners.check_data(run.start, run.count)?;
+        if let Some(run) = self.references(mapping)
+            && let Some((metadata, owner)) = self.owners.first_owned(run)
+        {
+            let name = self.metadata_name(metadata, owner);
+            let place = self.entry_place(cluster);
+            return Err(self.damage.prevented(
+                format!("Preventing metadata from being freed as a data cluster ({name}; {place})"),
+                Some(self.bytes_of(run)),
+            ));
         }
         Ok(mapping)
+    }
+
+    /// Keeps guest data off metadata, whatever a damaged table says.
+    pub(super) fn check_data_place(&self, host: HostOffset, len: u64) -> Result<()> {
+        let first = self.g.host_cluster(host);
+        let last = self.g.host_cluster(host + (len - 1));
+        let run = Run {
+            start: first,
+            count: last.0 - first.0 + 1,
+        };
+        let Some((metadata, owner)) = self.owners.first_owned(run) else {
+            return Ok(());
+        };
+        let name = self.metadata_name(metadata, owner);
+        let place = HostBytes {
+            offset: host.0,
+            len,
+        };
+        Err(self.damage.prevented(
+            format!("Preventing invalid write on metadata (overlaps with {name})"),
+            Some(place),
+        ))
+    }
+
+    /// What QEMU calls the metadata in a cluster.
+    fn metadata_name(&self, cluster: ClusterIndex, owner: Owner) -> &'static str {
+        let (header, l1) = (self.header.get(), self.l1());
+        let is_active = match owner {
+            Owner::L1Table => {
+                let first = self.g.host_cluster(l1.offset()).0;
+                (first..first + self.g.clusters_for(u64::from(header.l1_size) * ENTRY_SIZE))
+                    .contains(&cluster.0)
+            }
+            Owner::L2Table => {
+                let table = Some(self.g.host_offset(cluster));
+                let mut entries = l1.entries().into_iter();
+                entries.any(|entry| L1Entry(entry).l2_offset() == table)
+            }
+            _ => true,
+        };
+        owner.qemu_name(is_active)
+    }
+
+    fn bytes_of(&self, run: Run) -> HostBytes {
+        HostBytes {
+            offset: self.g.host_offset(run.start).0,
+            len: run.count << self.g.cluster_bits(),
+        }
     }
 
     /// The L2 table of an L1 entry as one that may be changed: made when there is none, copied when it is shared.

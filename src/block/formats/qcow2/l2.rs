@@ -10,10 +10,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::alloc::{dirty_ranges, slice_mask};
+use super::damage::Damage;
 use super::entry::L2Entry;
 use super::geometry::Geometry;
 use crate::driver::{Child, WriteFlags};
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
+use crate::events::HostBytes;
 use crate::io::{Access, Data, RangeLock};
 use crate::units::HostOffset;
 use entries::Entries;
@@ -115,6 +117,7 @@ pub(crate) struct L2Cache {
     dirty_count: AtomicUsize,
     /// Loads of the same table wait for each other.
     loading: RangeLock,
+    damage: Arc<Damage>,
 }
 
 #[derive(Debug, Default)]
@@ -125,7 +128,7 @@ struct Shard {
 
 impl L2Cache {
     /// An empty cache for up to `bytes` of tables that are neither in use nor dirty.
-    pub(crate) fn new(g: Geometry, file: Child, bytes: u64) -> Self {
+    pub(crate) fn new(g: Geometry, file: Child, bytes: u64, damage: Arc<Damage>) -> Self {
         L2Cache {
             shards: Default::default(),
             count: AtomicUsize::new(0),
@@ -133,6 +136,7 @@ impl L2Cache {
             dirty: Mutex::default(),
             dirty_count: AtomicUsize::new(0),
             loading: RangeLock::default(),
+            damage,
             g,
             file,
         }
@@ -169,12 +173,12 @@ impl L2Cache {
             return Ok(table);
         }
         if host.0 >= self.file.size() {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                format!(
-                    "qcow2: Image is corrupt: L2 table at {host} lies behind the end of the file"
-                ),
-            ));
+            let place = HostBytes {
+                offset: host.0,
+                len: self.g.cluster_size(),
+            };
+            let message = format!("L2 table offset {host} behind the end of the file");
+            return Err(self.damage.met(message, Some(place)));
         }
         let data = self.file.read(host.0, self.g.cluster_size()).await?;
         let table = L2Table::parse(self.g, host, &data.to_bytes());

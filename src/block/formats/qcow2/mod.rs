@@ -13,6 +13,7 @@
 //! * `alloc`: refcount blocks, free clusters, growth, reservations that give themselves back
 //! * `bitmaps`: persistent bitmaps that others have stored
 //! * `owners`: which host clusters hold metadata
+//! * `damage`: what is done about damage that is found
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
 //! * `open`, `read`, `write`, `zero`, `resize`, `compress`: the operations; `requests`: the driver made of them
 //! * `codec`: the bytes of a compressed cluster
@@ -36,6 +37,7 @@ mod codec;
 mod compress;
 mod counters;
 pub mod create;
+mod damage;
 mod entry;
 mod gate;
 mod geometry;

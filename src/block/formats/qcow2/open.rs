@@ -8,6 +8,7 @@ use std::sync::{Arc, RwLock};
 
 use super::alloc::Allocator;
 use super::bitmaps::Bitmaps;
+use super::damage::Damage;
 use super::entry::L1Entry;
 use super::gate::Gate;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -23,12 +24,13 @@ use super::write_back::Commits;
 use super::{Qcow2, check};
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
+use crate::events::Reporter;
 use crate::io::RangeLock;
 use crate::limits;
 use crate::units::{ClusterIndex, HostOffset};
 
 /// How an image is opened.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct OpenOptions {
     /// The file at the bottom as the user named it, for queries.
     pub filename: String,
@@ -42,6 +44,8 @@ pub struct OpenOptions {
     pub l2_cache_bytes: u64,
     /// Bytes of refcount blocks kept in memory.
     pub refcount_cache_bytes: u64,
+    /// Where damage is reported that is found while the image is in use.
+    pub reporter: Reporter,
 }
 
 impl Default for OpenOptions {
@@ -53,6 +57,7 @@ impl Default for OpenOptions {
             pass_discard_snapshot: true,
             l2_cache_bytes: limits::QCOW2_L2_CACHE_BYTES,
             refcount_cache_bytes: limits::QCOW2_REFCOUNT_CACHE_BYTES,
+            reporter: Reporter::default(),
         }
     }
 }
@@ -153,6 +158,7 @@ impl Opening {
             snapshots.claim(&header, &owners)?;
             bitmaps.claim(&file, g, &owners).await?;
         }
+        let damage = Arc::new(Damage::new(options.reporter));
         let size = header.size;
         let has_zero_flag = header.version == Version::V3;
         let compression = header.compression_type().unwrap_or_default();
@@ -169,7 +175,7 @@ impl Opening {
         );
         let image = Image {
             g,
-            l2: L2Cache::new(g, file.clone(), options.l2_cache_bytes),
+            l2: L2Cache::new(g, file.clone(), options.l2_cache_bytes, damage.clone()),
             file,
             filename: options.filename,
             may_have_backing: backing.is_some() || names_backing,
@@ -183,6 +189,7 @@ impl Opening {
             size: size.into(),
             l1: RwLock::new(Arc::new(l1)),
             owners,
+            damage,
             alloc: tokio::sync::Mutex::new(alloc),
             gate: Gate::default(),
             clusters: RangeLock::default(),

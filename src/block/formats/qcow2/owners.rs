@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
+use super::alloc::Run;
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::QCOW2_MAX_METADATA_CLUSTERS;
 use crate::units::ClusterIndex;
@@ -34,6 +35,23 @@ pub(crate) enum Owner {
 }
 
 impl Owner {
+    /// What QEMU's messages call it; tables are active or used by snapshots only.
+    pub(crate) fn qemu_name(self, is_active: bool) -> &'static str {
+        match (self, is_active) {
+            (Owner::Header, _) => "qcow2_header",
+            (Owner::L1Table, true) => "active L1 table",
+            (Owner::L1Table, false) => "inactive L1 table",
+            (Owner::L2Table, true) => "active L2 table",
+            (Owner::L2Table, false) => "inactive L2 table",
+            (Owner::RefcountTable, _) => "refcount table",
+            (Owner::RefcountBlock, _) => "refcount block",
+            (Owner::SnapshotTable, _) => "snapshot table",
+            (Owner::BitmapDirectory, _) => "bitmap directory",
+            (Owner::BitmapTable, _) => "bitmap table",
+            (Owner::Bitmap, _) => "bitmap",
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Owner::Header => "the image header",
@@ -81,16 +99,19 @@ impl Owners {
                 "qcow2: The image has more metadata than can be kept track of",
             ));
         }
-        if let Some((cluster, other)) = self.first_owned(first, count) {
+        if let Some((cluster, other)) = self.first_owned(Run {
+            start: first,
+            count,
+        }) {
             return Err(conflict(cluster, owner.name(), other));
         }
         self.claim(first, count, owner)
     }
 
     /// The first of these clusters that holds metadata.
-    fn first_owned(&self, first: ClusterIndex, count: u64) -> Option<(ClusterIndex, Owner)> {
+    pub(crate) fn first_owned(&self, run: Run) -> Option<(ClusterIndex, Owner)> {
         let map = self.read();
-        (first.0..first.0 + count).find_map(|index| Some((ClusterIndex(index), *map.get(&index)?)))
+        (run.start.0..run.end()).find_map(|index| Some((ClusterIndex(index), *map.get(&index)?)))
     }
 
     /// Says that the clusters hold no metadata any more.
@@ -103,7 +124,11 @@ impl Owners {
 
     /// Whether guest data may be written to these clusters.
     pub(crate) fn check_data(&self, first: ClusterIndex, count: u64) -> Result<()> {
-        match self.first_owned(first, count) {
+        let run = Run {
+            start: first,
+            count,
+        };
+        match self.first_owned(run) {
             Some((cluster, owner)) => Err(conflict(cluster, "guest data", owner)),
             None => Ok(()),
         }

@@ -83,7 +83,16 @@ impl Qcow2 {
         T: Send + 'static,
         F: Future<Output = T> + Send + 'static,
     {
-        RunToEnd::new(operation(self.image.clone()))
+        let image = self.image.clone();
+        let operation = operation(image.clone());
+        RunToEnd::new(async move {
+            let answer = operation.await;
+            // Before the answer: who gets an error for damage finds the image marked.
+            if image.damage.is_unmarked() {
+                image.damage.mark(&image.header).await;
+            }
+            answer
+        })
     }
 
     /// Writes exactly one cluster compressed, or what there is of the disk's last one; as it is where that is not

@@ -118,13 +118,6 @@ impl Image {
         self.file.write(host.0, data, WriteFlags::default()).await
     }
 
-    /// No guest data on metadata, whatever a damaged table says.
-    fn check_data_place(&self, host: HostOffset, len: u64) -> Result<()> {
-        let first = self.g.host_cluster(host);
-        let last = self.g.host_cluster(host + (len - 1));
-        self.owners.check_data(first, last.0 - first.0 + 1)
-    }
-
     /// Writes to clusters of one L2 table, most of which are not ours.
     async fn write_allocating(&self, offset: u64, mut data: Data) -> Result<()> {
         let first = self.cluster_at(offset);

@@ -52,7 +52,7 @@ impl Open {
         Open {
             disk: disk.clone(),
             allocator: Allocator::new(g, file.clone(), header.clone(), owners, reftable, cache),
-            l2: L2Cache::new(g, file.clone(), 1 << 20),
+            l2: L2Cache::new(g, file.clone(), 1 << 20, Default::default()),
             file,
             header,
             l1,

@@ -5,11 +5,15 @@
 
 use super::*;
 use crate::driver::{NewSnapshot, Snapshots};
+use crate::error::ErrorKind;
+use crate::events::{Corruption, Happening, NodeEvent, channel};
 use crate::formats::qcow2::CompressionType;
 use crate::formats::qcow2::create::{BackingFile, Compat};
 use crate::formats::qcow2::testing::{block_on, qemu_io};
 use crate::protocols::memory::Change;
+use tokio::sync::mpsc::Receiver;
 
+mod damage;
 mod fields;
 mod headers;
 mod mutations;
@@ -150,6 +154,28 @@ async fn sample() -> Vec<u8> {
     bytes
 }
 
+/// An image for writing, with what it reports.
+async fn open_reporting(disk: &Arc<Memory>) -> (Arc<Qcow2>, Receiver<NodeEvent>) {
+    let (sink, events) = channel();
+    let options = OpenOptions {
+        reporter: sink.reporter("node"),
+        ..OpenOptions::default()
+    };
+    let opening = Qcow2::open(disk.child(), options).await.unwrap();
+    (opening.finish(None).await.unwrap(), events)
+}
+
+/// What was reported since the last call.
+fn reported(events: &mut Receiver<NodeEvent>) -> Vec<Corruption> {
+    let next = || events.try_recv().ok();
+    let corruption = |event: NodeEvent| {
+        assert_eq!(event.node, "node");
+        let Happening::ImageCorrupted(corruption) = event.what;
+        corruption
+    };
+    std::iter::from_fn(next).map(corruption).collect()
+}
+
 async fn try_open(disk: &Arc<Memory>, read_only: bool) -> Result<Arc<Qcow2>> {
     let options = OpenOptions {
         read_only,
@@ -169,4 +195,41 @@ fn snapshot(image: &mut Vec<u8>, l1_offset: u64, l1_entries: u64) {
     put(image, at + 12, 4, 0x0001_0001);
     put(image, at + 36, 4, 16);
     image[at + 56..at + 58].copy_from_slice(b"1s");
+}
+
+fn assert_corrupt<T>(what: &str, result: Result<T>) {
+    match result {
+        Ok(_) => panic!("{what}: worked"),
+        Err(error) => assert_eq!(error.kind(), ErrorKind::Corrupt, "{what}: {error}"),
+    }
+}
+
+/// Everything that changes guest cluster 0.
+const CHANGES: [&str; 6] = [
+    "write",
+    "small write",
+    "zeroes",
+    "unmap",
+    "discard",
+    "compressed",
+];
+
+async fn change(image: &Qcow2, how: &str) -> Result<()> {
+    let cluster = CLUSTER as u64;
+    let data = Data::from(vec![9; CLUSTER]);
+    match how {
+        "write" => image.write(0, data, WriteFlags::default()).await,
+        "small write" => write(image, 100, vec![9; 100]).await,
+        "zeroes" => image.write_zeroes(0, cluster, ZeroFlags::default()).await,
+        "unmap" => image.write_zeroes(0, cluster, unmap()).await,
+        "discard" => image.discard(0, cluster).await,
+        _ => image.write_compressed(0, data).await,
+    }
+}
+
+/// The rest of the disk reads and takes writes.
+async fn assert_rest_works(what: &str, image: &Qcow2) {
+    assert_eq!(read(image, FAR, 10).await, [3; 10], "{what}");
+    write(image, FAR + 8192, vec![7; CLUSTER]).await.unwrap();
+    assert_eq!(read(image, FAR + 8192, 10).await, [7; 10], "{what}");
 }

@@ -28,6 +28,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use block::graph::Graph;
 use qapi::rt::QmpError;
 use tokio::sync::mpsc;
 
@@ -77,15 +78,22 @@ async fn live(config: Config) -> Result<(), String> {
     let (handle, commits) = mpsc::channel(limits::COMMITS);
     // Unbounded, because who sends cannot wait; it takes one message per export, of which there are `limits::EXPORTS`.
     let (closed, exports) = mpsc::unbounded_channel();
+    let (sink, nodes) = block::events::channel();
     let handle = ControlHandle(handle);
     let events = Events::new(monitor::RATE_LIMITS);
     let service = Arc::new(DaemonService::new(queue, handle.clone()));
     let monitors = monitor::Server::new(service, events.clone());
-    let control = Control::new(exports::Exports::new(closed), monitors, events);
+    let control = Control::new(
+        Graph::reporting(sink),
+        exports::Exports::new(closed),
+        monitors,
+        events,
+    );
     let inputs = Inputs {
         commands,
         commits,
         exports,
+        nodes,
         signals,
     };
     let cx = Cx::new(handle.clone(), Session::new(&[]));
@@ -125,6 +133,7 @@ async fn stop(finished: Finished) -> Result<(), String> {
     let Finished {
         mut control,
         mut exports,
+        mut nodes,
         startup,
     } = finished;
     if let Ok(server) = control.exports.take_server() {
@@ -134,6 +143,9 @@ async fn stop(finished: Finished) -> Result<(), String> {
         control.export_closed(&id);
     }
     let closed = control.graph.remove_all().close().await;
+    while let Ok(event) = nodes.try_recv() {
+        control.node_event(event);
+    }
     let last = control.stop_cause().and_then(control::shutdown_event);
     let Control {
         monitors,

@@ -3,6 +3,7 @@
 use qapi::events;
 use qapi::types::ShutdownCause;
 
+use block::events::{Corruption, Happening, HostBytes, NodeEvent};
 use block::graph::Graph;
 use block::io::IoContext;
 
@@ -46,9 +47,14 @@ pub enum StopCause {
 }
 
 impl Control {
-    pub(super) fn new(exports: Exports, monitors: monitor::Server, events: Events) -> Self {
+    pub(super) fn new(
+        graph: Graph,
+        exports: Exports,
+        monitors: monitor::Server,
+        events: Events,
+    ) -> Self {
         Control {
-            graph: Graph::new(),
+            graph,
             exports,
             io: IoContext::new(),
             monitors,
@@ -76,6 +82,36 @@ impl Control {
     pub(super) fn export_closed(&mut self, id: &str) {
         self.exports.closed(&mut self.graph, id);
         self.emit(events::BlockExportDeleted { id: id.to_owned() });
+    }
+
+    /// Tells every client what has happened to a node.
+    pub(super) fn node_event(&self, event: NodeEvent) {
+        let NodeEvent { node, what } = event;
+        // Clients of 2013 know images as drives. The member is there for a node that is none, too.
+        let drive = self.graph.drives().iter().find(|drive| {
+            let root = drive.root.as_ref();
+            root.is_some_and(|root| root.name() == node)
+        });
+        let device = drive.map(|drive| drive.id.clone()).unwrap_or_default();
+        match what {
+            Happening::ImageCorrupted(Corruption {
+                message,
+                place,
+                fatal,
+            }) => {
+                let (offset, size) = place
+                    .map(|HostBytes { offset, len }| (offset as i64, len as i64))
+                    .unzip();
+                self.emit(events::BlockImageCorrupted {
+                    device,
+                    node_name: Some(node),
+                    msg: message,
+                    offset,
+                    size,
+                    fatal,
+                });
+            }
+        }
     }
 }
 

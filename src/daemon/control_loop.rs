@@ -4,12 +4,14 @@
 //!   monitors --Command--> +--------+ --spawns--> handler (one at a time)
 //!   handler  --Commit---> | select |                |
 //!   handler  --Ended----> | apply  | <--------------+
-//!   exports  --Export---> +--------+
+//!   exports  --Export---> |        |
+//!   nodes    --Node-----> +--------+
 //!   system   --Signal--------^
 //! ```
 //!
 //! `select` may wait, `apply` may not. Guest I/O never comes by here.
 
+use block::events::NodeEvent;
 use qapi::rt::{QmpError, Value};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
@@ -31,6 +33,8 @@ pub(super) enum Event {
     Ended(Result<Result<Value, QmpError>, JoinError>),
     /// An export has something to tell.
     Export(ExportEvent),
+    /// Something has happened to a node.
+    Node(NodeEvent),
     /// The system wants the daemon to end.
     Signal,
 }
@@ -41,6 +45,8 @@ pub(super) struct Finished {
     pub(super) control: Control,
     /// Exports that end from now on report here.
     pub(super) exports: mpsc::UnboundedReceiver<ExportEvent>,
+    /// What happens to nodes until they are closed.
+    pub(super) nodes: mpsc::Receiver<NodeEvent>,
     /// Whether the command line could be followed.
     pub(super) startup: Result<(), QmpError>,
 }
@@ -50,6 +56,7 @@ pub(super) struct Inputs {
     pub(super) commands: mpsc::Receiver<Queued>,
     pub(super) commits: mpsc::Receiver<Commit>,
     pub(super) exports: mpsc::UnboundedReceiver<ExportEvent>,
+    pub(super) nodes: mpsc::Receiver<NodeEvent>,
     pub(super) signals: Signals,
 }
 
@@ -103,6 +110,7 @@ impl ControlLoop {
         Finished {
             control: self.control,
             exports: self.inputs.exports,
+            nodes: self.inputs.nodes,
             startup: self.startup.map_or(Ok(()), Err),
         }
     }
@@ -121,6 +129,7 @@ impl ControlLoop {
             () = self.inputs.signals.next() => Event::Signal,
             Some(commit) = self.inputs.commits.recv() => Event::Commit(commit),
             Some(event) = self.inputs.exports.recv() => Event::Export(event),
+            Some(event) = self.inputs.nodes.recv() => Event::Node(event),
             ended = ended => Event::Ended(ended),
             Some(queued) = self.inputs.commands.recv(), if is_idle => Event::Command(queued),
         }
@@ -138,6 +147,7 @@ impl ControlLoop {
             Event::Commit(Commit(change)) => change(&mut self.control),
             Event::Ended(ended) => self.ended(ended),
             Event::Export(ExportEvent::Closed { id }) => self.control.export_closed(&id),
+            Event::Node(event) => self.control.node_event(event),
             Event::Signal => {
                 if self.control.stop_cause().is_some() {
                     // The second one: whoever sends it does not want to wait for the running command.

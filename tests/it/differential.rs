@@ -95,6 +95,7 @@ fn sessions_get_the_same_answers_as_on_qemu_storage_daemon() {
         "snapshots",
         "transactions",
         "exports",
+        "corrupt",
         "options",
         "csi-qsd",
     ] {

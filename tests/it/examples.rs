@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use qapi_gen::ir::ExampleLine;
@@ -13,6 +14,7 @@ use qapi_gen::load::Disk;
 use qapi_gen::{Loaded, Options, load_hx, load_schema};
 use serde_json::{Value, json};
 
+use super::guest::{Guest, Request};
 use super::harness::{Daemon, Program, Qmp};
 
 const GIBIBYTE: u64 = 1 << 30;
@@ -111,6 +113,8 @@ fn all() -> (Vec<Vec<Message>>, Vec<Vec<Message>>) {
 struct Scene {
     arguments: Vec<String>,
     before: Vec<(&'static str, Value)>,
+    /// The image leads guest data onto its own refcounts, and a guest writes.
+    damaged: bool,
 }
 
 impl Scene {
@@ -142,6 +146,10 @@ impl Scene {
             "block-export-add" => empty().node().server(),
             "block-export-del" | "query-block-exports" => exported(),
             "BLOCK_EXPORT_DELETED" => exported().run("block-export-del", json!({"id": "export0"})),
+            "BLOCK_IMAGE_CORRUPTED" => Scene {
+                damaged: true,
+                ..exported()
+            },
             "SHUTDOWN" => empty().run("quit", json!({})),
             _ => empty(),
         }
@@ -183,6 +191,9 @@ fn run(session: &[Message], image: &Path) -> Result<(), String> {
     fs::copy(image, folder.path().join("disk.qcow2")).unwrap();
     let raw = fs::File::create(folder.path().join("disk.raw")).unwrap();
     raw.set_len(GIBIBYTE).unwrap();
+    if scene.damaged {
+        damage(&folder.path().join("disk.qcow2"));
+    }
     let arguments: Vec<&str> = scene.arguments.iter().map(String::as_str).collect();
     let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
     let mut qmp = match subject.as_str() {
@@ -192,7 +203,27 @@ fn run(session: &[Message], image: &Path) -> Result<(), String> {
     for (command, arguments) in scene.before {
         qmp.ok(command, arguments);
     }
+    if scene.damaged {
+        let mut guest = Guest::connect(&folder.path().join("nbd.sock"), "disk0").unwrap();
+        let write = Request::Write {
+            offset: 0,
+            data: vec![1; 65536],
+        };
+        assert_eq!(guest.run(&write).unwrap(), 5, "EIO");
+    }
     converse(session, &mut qmp)
+}
+
+/// Gives a new image an L2 table, in the first cluster behind its own, that leads the first cluster of the disk to the
+/// image's refcounts.
+fn damage(image: &Path) {
+    const COPIED: u64 = 1 << 63;
+    let file = fs::OpenOptions::new().write(true).open(image).unwrap();
+    let put = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at).unwrap();
+    put(0x30000, &(COPIED | 0x40000).to_be_bytes());
+    put(0x40000, &[0; 0x10000]);
+    put(0x40000, &(COPIED | 0x20000).to_be_bytes());
+    put(0x20008, &1_u16.to_be_bytes());
 }
 
 fn converse(session: &[Message], qmp: &mut Qmp) -> Result<(), String> {

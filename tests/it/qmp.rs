@@ -52,6 +52,11 @@ fn exports() {
 }
 
 #[test]
+fn corrupt() {
+    golden("corrupt");
+}
+
+#[test]
 fn options() {
     golden("options");
 }

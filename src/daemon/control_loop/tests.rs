@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use block::graph::Graph;
 use qapi::rt::Object;
 
 use super::*;
@@ -17,6 +18,7 @@ fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
     let (queue, commands) = mpsc::channel(limits::QMP_CLIENTS);
     let (handle, commits) = mpsc::channel(limits::COMMITS);
     let (closed, exports) = mpsc::unbounded_channel();
+    let (sink, nodes) = block::events::channel();
     let handle = ControlHandle(handle);
     let events = Events::new(RATE_LIMITS);
     let service = Arc::new(DaemonService::new(queue, handle.clone()));
@@ -25,10 +27,16 @@ fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
         commands,
         commits,
         exports,
+        nodes,
         signals: Signals::take().unwrap(),
     };
     let cx = Cx::new(handle.clone(), Session::new(&[]));
-    let control = Control::new(Exports::new(closed), monitors, events);
+    let control = Control::new(
+        Graph::reporting(sink),
+        Exports::new(closed),
+        monitors,
+        events,
+    );
     (ControlLoop::new(control, inputs, handle), service, cx)
 }
 

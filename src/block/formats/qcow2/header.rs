@@ -31,6 +31,7 @@ const EXT_END: u32 = 0;
 const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_BITMAPS: u32 = 0x2385_2875;
+const EXT_ENCRYPTION: u32 = 0x0537_be77;
 
 /// The format's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -249,6 +250,9 @@ impl Header {
             )));
         }
         match self.crypt_method {
+            0 if self.extension(EXT_ENCRYPTION).is_some() => Err(invalid(
+                "CRYPTO header extension only expected with LUKS encryption method",
+            )),
             0 => Ok(()),
             1 => Err(unsupported("AES-encrypted qcow2 images are not supported")),
             2 => Err(unsupported(

@@ -144,7 +144,8 @@ impl Opening {
             options,
         } = self;
         let g = header.geometry();
-        let l1 = read_table(&file, header.l1_table_offset, header.l1_size.into()).await?;
+        let l1_at = (header.l1_table_offset, header.l1_size.into());
+        let l1 = read_table(&file, g, "Active L1 table", l1_at).await?;
         let snapshots = SnapshotList::load(&file, &header).await?;
         let bitmaps = Bitmaps::load(&file, &header, options.read_only).await?;
         let mut reftable = Vec::new();
@@ -152,7 +153,8 @@ impl Opening {
         if !options.read_only {
             let entries =
                 u64::from(header.refcount_table_clusters) * (g.cluster_size() / ENTRY_SIZE);
-            reftable = read_table(&file, header.refcount_table_offset, entries).await?;
+            let at = (header.refcount_table_offset, entries);
+            reftable = read_table(&file, g, "Reference count table", at).await?;
             check_reftable(g, &file, &reftable)?;
             claim_metadata(g, &owners, &header, &reftable, &l1)?;
             snapshots.claim(&header, &owners)?;
@@ -207,11 +209,27 @@ impl Opening {
     }
 }
 
-async fn read_table(file: &Child, offset: HostOffset, entries: u64) -> Result<Vec<u64>> {
+/// Reads a table whose place the header's validation has found possible. The file must reach into its last cluster:
+/// what a shorter file has lost must not be taken for an empty disk, or for free space.
+async fn read_table(
+    file: &Child,
+    g: Geometry,
+    what: &str,
+    (offset, entries): (HostOffset, u64),
+) -> Result<Vec<u64>> {
     if entries == 0 {
         return Ok(Vec::new());
     }
-    let table = file.read(offset.0, entries * ENTRY_SIZE).await?.to_bytes();
+    let (len, size) = (entries * ENTRY_SIZE, file.size());
+    if g.clusters_for(offset.0 + len) > g.clusters_for(size) {
+        return Err(Error::new(
+            ErrorKind::Corrupt,
+            format!(
+                "qcow2: Image is corrupt: {what} at {offset} with {len} bytes is outside of the file, which has {size}"
+            ),
+        ));
+    }
+    let table = file.read(offset.0, len).await?.to_bytes();
     let entries = table.as_chunks().0.iter();
     Ok(entries.map(|entry| u64::from_be_bytes(*entry)).collect())
 }

@@ -246,11 +246,13 @@ fn a_huge_disk_in_a_tiny_file_costs_its_l1_table_and_no_more() {
         options.cluster_size = 2 << 20;
         let disk = new_image(&options).await;
         let mut bytes = disk.content();
-        // The largest L1 table, behind the end of the file.
+        // The largest L1 table, in a hole of the file.
         put(&mut bytes, 24, 8, 1 << 61);
         put(&mut bytes, 36, 4, 4 << 20);
         put(&mut bytes, 40, 8, 1 << 40);
         replace(&disk, &bytes);
+        let size = (1 << 40) + (32 << 20);
+        disk.apply(&Change::Resize { size }).unwrap();
         disk.set_space_limit(Some(64 << 20));
         let began = std::time::Instant::now();
         let image = open(&disk).await;

@@ -124,6 +124,16 @@ const NEVER: &[Case] = &[
         "Active L1 table offset invalid",
     ),
     (
+        "an L1 table behind the end",
+        |i| put(i, 40, 8, 1 << 40),
+        "Active L1 table at 0x10000000000 with 16 bytes is outside of the file, which has 36864",
+    ),
+    (
+        "an L1 table that leaves the file",
+        |i| put(i, 36, 4, 512 * 6 + 1),
+        "Active L1 table at 0x3000 with 24584 bytes is outside of the file",
+    ),
+    (
         "an unaligned refcount table",
         |i| put(i, 48, 8, 4097),
         "Reference count table offset invalid",
@@ -264,6 +274,11 @@ const NEVER: &[Case] = &[
         "format name is not valid",
     ),
     (
+        "an encryption header without encryption",
+        |i| extension(i, 112, 0x0537_be77, 16),
+        "CRYPTO header extension only expected with LUKS encryption method",
+    ),
+    (
         "bitmaps without their extension",
         |i| put(i, 88, 8, 1),
         "has no bitmaps extension",
@@ -292,6 +307,16 @@ const NOT_FOR_WRITING: &[Case] = &[
         "reserved bits of a refcount table entry",
         |i| put(i, REFTABLE, 8, 0x2001),
         "refcount block offset 0x2001",
+    ),
+    (
+        "a refcount table behind the end",
+        |i| put(i, 48, 8, 1 << 40),
+        "Reference count table at 0x10000000000 with 4096 bytes is outside of the file, which has 36864",
+    ),
+    (
+        "a refcount table that leaves the file",
+        |i| put(i, 56, 4, 9),
+        "Reference count table at 0x1000 with 36864 bytes is outside of the file",
     ),
     (
         "a refcount block behind the end",

@@ -11,6 +11,8 @@
 //! * [`io`]: payloads and the engines that move bytes; the only place with `unsafe`
 //! * [`units`], [`limits`]: offsets as types, and every bound with its reason
 
+#[cfg(any(test, feature = "crashlab"))]
+pub mod crashlab;
 pub mod driver;
 pub mod error;
 pub mod events;

@@ -75,6 +75,11 @@ const LAYERS: &[Layer] = &[
         never: &["qapi::"],
     },
     Layer {
+        place: "src/block/crashlab",
+        modules: &["crashlab", "formats", "protocols", "driver", "io", "error"],
+        never: &["qapi::", "block::graph"],
+    },
+    Layer {
         place: "src/block/io",
         modules: &["io", "error", "units", "limits"],
         never: &["qapi::"],

@@ -159,7 +159,43 @@ impl Memory {
     /// All bytes.
     pub fn content(&self) -> Vec<u8> {
         let state = self.state();
-        state.read(0, state.size).to_bytes().to_vec()
+        let mut content = vec![0; state.size as usize];
+        for (index, page) in &state.pages {
+            let at = (index * PAGE) as usize;
+            let len = content.len().saturating_sub(at).min(PAGE as usize);
+            if len > 0 {
+                content[at..at + len].copy_from_slice(&page[..len]);
+            }
+        }
+        content
+    }
+
+    /// A number that differs, as good as always, for disks of different size or content.
+    pub fn digest(&self) -> u64 {
+        let state = self.state();
+        let mut digest = state.size;
+        for (index, page) in &state.pages {
+            let mut sum = *index;
+            let mut any = 0;
+            for word in page.as_chunks::<8>().0 {
+                let word = u64::from_le_bytes(*word);
+                any |= word;
+                sum = (sum ^ word)
+                    .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                    .rotate_left(29);
+            }
+            if any != 0 {
+                digest = (digest ^ sum)
+                    .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                    .rotate_left(31);
+            }
+        }
+        digest
+    }
+
+    /// Bytes as they are, without a request.
+    pub fn peek(&self, offset: u64, len: u64) -> Data {
+        self.state().read(offset, len)
     }
 
     /// Bytes of memory in use: pages that were written and not discarded.
@@ -251,6 +287,11 @@ impl Memory {
     /// The log since `start_log`, in order of completion.
     pub fn log(&self) -> Vec<Record> {
         self.state().log.clone().unwrap_or_default()
+    }
+
+    /// How many records the log has.
+    pub fn log_len(&self) -> usize {
+        self.state().log.as_ref().map_or(0, Vec::len)
     }
 
     /// Applies a change of a log to this disk: how a crash state is built on a [`Memory::fork`].

@@ -1,0 +1,212 @@
+//! One L1 table and what is below it.
+
+use flate2::{Decompress, FlushDecompress};
+
+use super::{COPIED, OFFSET, Problem, words};
+use crate::crashlab::content::{Content, SECTOR, Sector};
+
+const COMPRESSED: u64 = 1 << 62;
+const EXTENDED_L2: u64 = 1 << 4;
+const SUBCLUSTERS: u64 = 32;
+
+/// A layer: the disk as one L1 table shows it.
+#[derive(Debug)]
+pub struct Layer<'a> {
+    bytes: &'a [u8],
+    cluster_bits: u32,
+    extended: bool,
+    l1: Vec<u64>,
+}
+
+/// An L1 entry in use.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Table {
+    index: u64,
+    pub(super) at: u64,
+    pub(super) copied: bool,
+}
+
+/// An L2 entry that is not empty.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Entry {
+    /// Number of the guest cluster.
+    pub(super) guest: u64,
+    pub(super) copied: bool,
+    word: u64,
+    bitmap: u64,
+    cluster_bits: u32,
+}
+
+impl Entry {
+    fn stream(&self) -> Option<(u64, u64)> {
+        if self.word & COMPRESSED == 0 {
+            return None;
+        }
+        let offset_bits = 62 - (self.cluster_bits - 8);
+        let at = self.word & ((1 << offset_bits) - 1);
+        let more = (self.word & (COMPRESSED - 1)) >> offset_bits;
+        Some((at, (at / SECTOR + more + 1) * SECTOR - at))
+    }
+
+    /// The host clusters that it refers to, and whether as a compressed stream.
+    pub(super) fn clusters(&self, cluster: u64) -> impl Iterator<Item = (u64, bool)> + use<> {
+        let (range, stream) = match self.stream() {
+            Some((at, len)) => (at / cluster..(at + len).div_ceil(cluster), true),
+            None => match self.word & OFFSET {
+                0 => (0..0, false),
+                at => (at / cluster..at / cluster + 1, false),
+            },
+        };
+        range.map(move |number| (number, stream))
+    }
+}
+
+impl<'a> Layer<'a> {
+    pub(super) fn new(
+        bytes: &'a [u8],
+        cluster_bits: u32,
+        incompatible: u64,
+        (at, entries): (u64, u64),
+    ) -> Result<Layer<'a>, Problem> {
+        if entries > 1 << 22 {
+            return Err(format!("L1 table of {entries} entries"));
+        }
+        let l1: Vec<u64> = words(bytes, at, entries)?.collect();
+        for entry in &l1 {
+            if entry & !(OFFSET | COPIED) != 0 || entry & OFFSET & ((1 << cluster_bits) - 1) != 0 {
+                return Err(format!("L1 entry {entry:#x}"));
+            }
+        }
+        Ok(Layer {
+            bytes,
+            cluster_bits,
+            extended: incompatible & EXTENDED_L2 != 0,
+            l1,
+        })
+    }
+
+    pub(super) fn tables(&self) -> impl Iterator<Item = Table> {
+        let entries = self.l1.iter().enumerate();
+        entries
+            .filter(|(_, entry)| **entry & OFFSET != 0)
+            .map(|(index, entry)| Table {
+                index: index as u64,
+                at: entry & OFFSET,
+                copied: entry & COPIED != 0,
+            })
+    }
+
+    pub(super) fn entries(&self, table: Table) -> Result<Vec<Entry>, Problem> {
+        let cluster = 1_u64 << self.cluster_bits;
+        let entry_words = if self.extended { 2 } else { 1 };
+        let per_table = cluster / 8 / entry_words;
+        let mut raw = words(self.bytes, table.at, cluster / 8)?;
+        let mut entries = Vec::new();
+        for nth in 0..per_table {
+            let word = raw.next().unwrap_or(0);
+            let bitmap = match self.extended {
+                true => raw.next().unwrap_or(0),
+                false => 0,
+            };
+            if word == 0 && bitmap == 0 {
+                continue;
+            }
+            let entry = Entry {
+                guest: table.index * per_table + nth,
+                copied: word & COPIED != 0,
+                word,
+                bitmap,
+                cluster_bits: self.cluster_bits,
+            };
+            self.validate(&entry)?;
+            entries.push(entry);
+        }
+        Ok(entries)
+    }
+
+    fn validate(&self, entry: &Entry) -> Result<(), Problem> {
+        let cluster = 1_u64 << self.cluster_bits;
+        let zero_flag = u64::from(!self.extended);
+        let bad = match entry.stream() {
+            Some((at, _)) => at >= self.bytes.len() as u64 || entry.copied || entry.bitmap != 0,
+            None => {
+                let at = entry.word & OFFSET;
+                entry.word & !(OFFSET | COPIED | zero_flag) != 0
+                    || !at.is_multiple_of(cluster)
+                    || at >= self.bytes.len() as u64
+            }
+        };
+        match bad {
+            true => Err(format!(
+                "L2 entry {:#x} of guest cluster {:#x}",
+                entry.word, entry.guest
+            )),
+            false => Ok(()),
+        }
+    }
+
+    /// What the layer holds, as a disk of `size` bytes without a backing.
+    pub fn content(&self, size: u64) -> Result<Content, Problem> {
+        let mut content = Content::new(size);
+        for table in self.tables() {
+            for entry in self.entries(table)? {
+                self.read(&entry, &mut content)?;
+            }
+        }
+        Ok(content)
+    }
+
+    fn read(&self, entry: &Entry, content: &mut Content) -> Result<(), Problem> {
+        let cluster = 1_u64 << self.cluster_bits;
+        let first = entry.guest * cluster / SECTOR;
+        if let Some((at, len)) = entry.stream() {
+            let inflated = self.inflate(at, len).ok_or_else(|| {
+                let guest = entry.guest;
+                format!("the compressed guest cluster {guest:#x} at {at:#x} is damaged")
+            })?;
+            put(content, first, &inflated);
+            return Ok(());
+        }
+        let at = entry.word & OFFSET;
+        let reads_data = |sector: u64| match self.extended {
+            true => {
+                let nth = sector * SECTOR / (cluster / SUBCLUSTERS);
+                entry.bitmap >> nth & 1 == 1
+            }
+            false => entry.word & 1 == 0,
+        };
+        for sector in 0..cluster / SECTOR {
+            let from = (at + sector * SECTOR) as usize;
+            // A file may end in the middle of its last cluster, which reads as zeroes from there on.
+            let end = (from + SECTOR as usize).min(self.bytes.len());
+            if at == 0 || from >= end || !reads_data(sector) {
+                continue;
+            }
+            put(content, first + sector, &self.bytes[from..end]);
+        }
+        Ok(())
+    }
+
+    fn inflate(&self, at: u64, len: u64) -> Option<Vec<u8>> {
+        let end = (at + len).min(self.bytes.len() as u64);
+        let mut cluster = vec![0; 1 << self.cluster_bits];
+        let mut inflater = Decompress::new(false);
+        let stream = self.bytes.get(at as usize..end as usize)?;
+        let done = inflater.decompress(stream, &mut cluster, FlushDecompress::Finish);
+        // The stream may end before its last sector does, and a full cluster ends it too.
+        let _ = done.ok()?;
+        (inflater.total_out() == cluster.len() as u64).then_some(cluster)
+    }
+}
+
+/// Stores sectors from `first` on, as far as the disk reaches.
+fn put(content: &mut Content, first: u64, bytes: &[u8]) {
+    for (nth, chunk) in bytes.chunks(SECTOR as usize).enumerate() {
+        let number = first + nth as u64;
+        if number * SECTOR < content.size() && chunk.iter().any(|byte| *byte != 0) {
+            let mut sector: Sector = [0; SECTOR as usize];
+            sector[..chunk.len()].copy_from_slice(chunk);
+            content.set(number, sector);
+        }
+    }
+}

@@ -1,0 +1,498 @@
+//! What must hold in a state that a crash has left: before recovery, behind it, and after more guest writes.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use super::audit::{Audit, Verdict};
+use super::content::{Content, Versions};
+use super::qemu::Qemu;
+use super::run::{Kind, Moment, Problem, Runner, Snapshot, World, open};
+use super::script::{Case, Script};
+use super::states::{Effort, State, epochs, whole_sectors};
+use crate::driver::BoxFuture;
+use crate::formats::qcow2::check::{CheckReport, check};
+use crate::protocols::memory::{Memory, Record};
+
+/// A run whose crash states are tried.
+#[derive(Debug)]
+pub struct Recording {
+    /// The image.
+    pub case: Case,
+    /// The disk before the first record.
+    pub base: Arc<Memory>,
+    /// What changed it.
+    pub log: Vec<Record>,
+    /// What had been answered when.
+    pub moments: Vec<Moment>,
+    /// Stamps from here on are new.
+    pub next_stamp: u32,
+}
+
+/// Figures of what was tried.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Figures {
+    /// States that were verified, all different.
+    pub states: u64,
+    /// States that were the same as others.
+    pub duplicates: u64,
+    /// Of the states, those that said that their refcounts are wrong, and were repaired.
+    pub dirty: u64,
+    /// Of the states, those that leaked clusters.
+    pub leaking: u64,
+    /// Of the states, those with COPIED flags that disagreed with refcounts, without danger.
+    pub stale_flags: u64,
+    /// Of the states, those of a crash while the image recovered from another.
+    pub second: u64,
+    /// Of the states, those that QEMU has repaired and read as well.
+    pub by_qemu: u64,
+}
+
+impl Figures {
+    /// Adds the figures of another run.
+    pub fn add(&mut self, other: &Figures) {
+        self.states += other.states;
+        self.duplicates += other.duplicates;
+        self.dirty += other.dirty;
+        self.leaking += other.leaking;
+        self.stale_flags += other.stale_flags;
+        self.second += other.second;
+        self.by_qemu += other.by_qemu;
+    }
+}
+
+/// What may be there after a crash between two moments.
+struct Candidate {
+    snapshots: Vec<Snapshot>,
+    active: Versions,
+}
+
+/// Which share of the states gets the dearer checks: 1 of this many, none for 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Samples {
+    /// Crashes while recovering.
+    pub second: u32,
+    /// Repair and reading by QEMU.
+    pub qemu: u32,
+}
+
+/// Verifies states.
+pub struct Oracle {
+    samples: Samples,
+    qemu: Option<Qemu>,
+    random: fastrand::Rng,
+    /// What has been done.
+    pub figures: Figures,
+}
+
+/// The candidates of a recording by (last durable moment, last begun moment), and the states seen.
+#[derive(Default)]
+struct Known {
+    candidates: HashMap<(usize, usize), Vec<Candidate>>,
+    seen: HashSet<(u64, usize, usize)>,
+}
+
+impl Oracle {
+    /// An oracle whose choices come from `random`. Without `qemu` nothing is asked of QEMU's tools.
+    pub fn new(samples: Samples, qemu: Option<Qemu>, random: fastrand::Rng) -> Self {
+        Oracle {
+            samples,
+            qemu,
+            random,
+            figures: Figures::default(),
+        }
+    }
+
+    /// Tries the states of a recording, as many as `effort` says.
+    pub async fn try_states(
+        &mut self,
+        recording: &Recording,
+        effort: Effort,
+    ) -> Result<(), Problem> {
+        let mut known = Known::default();
+        let log = whole_sectors(&recording.base, &recording.log).map_err(text)?;
+        for epoch in epochs(&recording.base, &log).map_err(text)? {
+            for choice in epoch.choices(effort, &mut self.random) {
+                let state = epoch.state(&choice).map_err(text)?;
+                self.verify(recording, &mut known, &state, 2).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Verifies one state, unless it has been before.
+    async fn verify(
+        &mut self,
+        recording: &Recording,
+        known: &mut Known,
+        state: &State,
+        depth: u32,
+    ) -> Result<(), Problem> {
+        let (durable, begun) = between(&recording.moments, state);
+        if !known.seen.insert((state.disk.digest(), durable, begun)) {
+            self.figures.duplicates += 1;
+            return Ok(());
+        }
+        let bytes = state.disk.content();
+        self.figures.states += 1;
+        self.figures.second += u64::from(depth < 2);
+        let candidates = known
+            .candidates
+            .entry((durable, begun))
+            .or_insert_with(|| candidates(&recording.moments, durable, begun));
+        let result = match observe(&bytes, candidates) {
+            Ok((world, verdict)) => {
+                self.note(&verdict);
+                self.recover(recording, state, &bytes, (world, verdict), depth)
+                    .await
+            }
+            Err(problem) => Err(problem),
+        };
+        result.map_err(|problem| {
+            let op = |at: usize| recording.moments[at].op.clone();
+            format!(
+                "{}\n  {problem}\n  behind {}, at the latest in {}",
+                state.what,
+                op(durable),
+                op(begun)
+            )
+        })
+    }
+
+    fn note(&mut self, verdict: &Observed) {
+        self.figures.dirty += u64::from(verdict.dirty);
+        self.figures.leaking += u64::from(!verdict.dirty && verdict.verdict.leaks > 0);
+        self.figures.stale_flags += u64::from(!verdict.dirty && verdict.verdict.stale_flags > 0);
+    }
+
+    /// Opens the state, compares, lets a guest go on, and compares again.
+    async fn recover(
+        &mut self,
+        recording: &Recording,
+        state: &State,
+        bytes: &[u8],
+        (world, observed): (World, Observed),
+        depth: u32,
+    ) -> Result<(), Problem> {
+        if !observed.dirty {
+            let report = check(&state.disk.child()).await.map_err(text)?;
+            agree(&report, &observed.verdict)?;
+        }
+        let case = &recording.case;
+        let disk = state.disk.fork();
+        let second = depth > 1 && self.is_sampled(self.samples.second);
+        if second {
+            disk.start_log();
+        }
+        let stamp = recording.next_stamp;
+        let mut runner = Runner::resume(&disk, case, world.clone(), stamp).await?;
+        let verdict = recovered(&state.disk, &disk, &world, &observed).await?;
+        if self.random.u8(..8) == 0 {
+            is_idempotent(&disk, case).await?;
+        }
+        compare_windows(&runner, &world.active).await?;
+        if self.is_sampled(self.samples.qemu)
+            && let Some(qemu) = &mut self.qemu
+        {
+            qemu.verify(bytes, &world, case, &mut self.random)
+                .map_err(|problem| format!("QEMU: {problem}"))?;
+            self.figures.by_qemu += 1;
+        }
+        if second {
+            runner.moments = vec![Moment::start(&world)];
+        }
+        for op in Script::aftermath(&mut self.random, case) {
+            runner.step(&op).await?;
+        }
+        runner.close().await?;
+        settled(&disk, &runner.world, verdict.leaks + verdict.leaks_beyond)
+            .await
+            .map_err(|problem| format!("after the recovery and {}: {problem}", ops(&runner)))?;
+        if second {
+            let recording = Recording {
+                case: case.clone(),
+                base: state.disk.fork(),
+                log: disk.log(),
+                next_stamp: runner.next_stamp(),
+                moments: std::mem::take(&mut runner.moments),
+            };
+            self.try_second(&recording).await?;
+        }
+        Ok(())
+    }
+
+    /// Tries some states of a crash that comes while an image recovers from another, or soon after.
+    fn try_second<'a>(
+        &'a mut self,
+        recording: &'a Recording,
+    ) -> BoxFuture<'a, Result<(), Problem>> {
+        const STATES: usize = 12;
+        Box::pin(async move {
+            let mut known = Known::default();
+            let effort = Effort {
+                per_epoch: STATES / 2,
+                ..Effort::default()
+            };
+            let mut states = Vec::new();
+            let log = whole_sectors(&recording.base, &recording.log).map_err(text)?;
+            for epoch in epochs(&recording.base, &log).map_err(text)? {
+                for choice in epoch.choices(effort, &mut self.random) {
+                    states.push(epoch.state(&choice).map_err(text)?);
+                }
+            }
+            self.random.shuffle(&mut states);
+            for state in states.iter().take(STATES) {
+                self.verify(recording, &mut known, state, 1)
+                    .await
+                    .map_err(|problem| format!("second crash: {problem}"))?;
+            }
+            Ok(())
+        })
+    }
+
+    fn is_sampled(&mut self, one_of: u32) -> bool {
+        one_of > 0 && self.random.u32(..one_of) == 0
+    }
+}
+
+impl Moment {
+    /// The beginning of a log.
+    pub fn start(world: &World) -> Moment {
+        Moment {
+            op: "start".to_owned(),
+            begun: 0,
+            answered: 0,
+            durable: true,
+            kind: Kind::Sectors,
+            after: world.clone(),
+            passing: None,
+        }
+    }
+}
+
+/// What the auditor has seen of a state.
+struct Observed {
+    dirty: bool,
+    verdict: Verdict,
+}
+
+/// The last moment that is durable in a state, and the last that can have left a trace in it.
+fn between(moments: &[Moment], state: &State) -> (usize, usize) {
+    let durable = moments
+        .iter()
+        .rposition(|moment| moment.durable && moment.answered <= state.completed)
+        .unwrap_or(0);
+    let begun = moments
+        .iter()
+        .rposition(|moment| moment.begun < state.reached)
+        .unwrap_or(0);
+    (durable, begun.max(durable))
+}
+
+fn candidates(moments: &[Moment], durable: usize, begun: usize) -> Vec<Candidate> {
+    let last = &moments[begun];
+    // Only the last can be a change of structure that is not durable yet: operations follow each other.
+    let changes = begun > durable && last.kind != Kind::Sectors;
+    let settled = match changes {
+        true => &moments[durable..begun],
+        false => &moments[durable..=begun],
+    };
+    let held = || settled.iter().map(|moment| &*moment.after.active);
+    let mut candidates = vec![Candidate {
+        snapshots: moments[durable].after.snapshots.clone(),
+        active: Versions::new(held()),
+    }];
+    if changes {
+        for world in std::iter::once(&last.after).chain(&last.passing) {
+            let mut contents = vec![(*world.active).clone()];
+            if last.kind != Kind::Everything || Arc::ptr_eq(&world.active, &settled_world(settled))
+            {
+                contents.extend(held().map(|content| {
+                    let mut content = content.clone();
+                    content.resize(world.active.size());
+                    content
+                }));
+            }
+            candidates.push(Candidate {
+                snapshots: world.snapshots.clone(),
+                active: Versions::new(&contents),
+            });
+        }
+    }
+    candidates
+}
+
+/// What the disk held before a change of everything: behind one that is taken back it is that again.
+fn settled_world(settled: &[Moment]) -> Arc<Content> {
+    settled
+        .last()
+        .map(|moment| moment.after.active.clone())
+        .unwrap_or_default()
+}
+
+/// Finds which candidate a state is, and what exactly it holds.
+fn observe(bytes: &[u8], candidates: &[Candidate]) -> Result<(World, Observed), Problem> {
+    let audit = Audit::new(bytes)?;
+    let verdict = audit.verdict()?;
+    if !verdict.dangers.is_empty() {
+        return Err(verdict.dangers.join("\n  "));
+    }
+    let active = audit.active()?;
+    let mut snapshots = Vec::new();
+    for snapshot in audit.snapshots() {
+        snapshots.push(Snapshot {
+            id: snapshot.id.clone(),
+            name: snapshot.name.clone(),
+            content: Arc::new(audit.content(snapshot)?),
+        });
+    }
+    let mut problems = Vec::new();
+    for candidate in candidates {
+        let problem = compare_snapshots(&candidate.snapshots, &snapshots)
+            .or_else(|| candidate.active.violation(&active));
+        match problem {
+            Some(problem) => problems.push(problem),
+            None => {
+                let world = World {
+                    snapshots,
+                    active: Arc::new(active),
+                };
+                let dirty = audit.is_dirty();
+                return Ok((world, Observed { dirty, verdict }));
+            }
+        }
+    }
+    Err(problems.join("\n  or: "))
+}
+
+fn compare_snapshots(wanted: &[Snapshot], is: &[Snapshot]) -> Option<Problem> {
+    let names = |list: &[Snapshot]| -> Vec<String> {
+        let named = |s: &Snapshot| format!("{} ({})", s.id, s.name);
+        list.iter().map(named).collect()
+    };
+    if names(wanted) != names(is) {
+        return Some(format!(
+            "snapshots {:?} instead of {:?}",
+            names(is),
+            names(wanted)
+        ));
+    }
+    wanted.iter().zip(is).find_map(|(wanted, is)| {
+        let difference = wanted.content.difference(&is.content)?;
+        Some(format!("snapshot {}: {difference}", wanted.name))
+    })
+}
+
+fn compare_world(wanted: &World, is: &World) -> Result<(), Problem> {
+    let problem = compare_snapshots(&wanted.snapshots, &is.snapshots)
+        .or_else(|| wanted.active.difference(&is.active));
+    match problem {
+        Some(problem) => Err(problem),
+        None => Ok(()),
+    }
+}
+
+/// What an image holds, exactly.
+fn world_of(audit: &Audit<'_>) -> Result<World, Problem> {
+    let snapshots = audit.snapshots().iter().map(|snapshot| {
+        Ok(Snapshot {
+            id: snapshot.id.clone(),
+            name: snapshot.name.clone(),
+            content: Arc::new(audit.content(snapshot)?),
+        })
+    });
+    Ok(World {
+        snapshots: snapshots.collect::<Result<_, Problem>>()?,
+        active: Arc::new(audit.active()?),
+    })
+}
+
+/// Behind the open: an image that was dirty is as if newly made, any other has not been touched.
+async fn recovered(
+    before: &Memory,
+    disk: &Arc<Memory>,
+    world: &World,
+    observed: &Observed,
+) -> Result<Verdict, Problem> {
+    if !observed.dirty {
+        return match disk.digest() == before.digest() {
+            true => Ok(observed.verdict.clone()),
+            false => Err("opening has changed an image that was not dirty".to_owned()),
+        };
+    }
+    let bytes = disk.content();
+    let audit = Audit::new(&bytes)?;
+    let verdict = audit.verdict()?;
+    if audit.is_dirty() || verdict != Verdict::default() {
+        return Err(format!("repaired, dirty {}: {verdict:?}", audit.is_dirty()));
+    }
+    compare_world(world, &world_of(&audit)?).map_err(|problem| format!("repaired: {problem}"))?;
+    let report = check(&disk.child()).await.map_err(text)?;
+    match report.is_clean() {
+        true => Ok(verdict),
+        false => Err(format!("repaired: {:?}", report.findings)),
+    }
+}
+
+/// A recovered image has nothing to recover.
+async fn is_idempotent(disk: &Arc<Memory>, case: &Case) -> Result<(), Problem> {
+    let again = disk.fork();
+    drop(open(&again, case).await.map_err(text)?);
+    match again.digest() == disk.digest() {
+        true => Ok(()),
+        false => Err("a second recovery has changed the image again".to_owned()),
+    }
+}
+
+/// Our checker finds what the auditor finds.
+fn agree(report: &CheckReport, verdict: &Verdict) -> Result<(), Problem> {
+    let known = report.overlaps + report.check_errors == 0
+        && report.corruptions <= verdict.stale_flags
+        && report.leaks == verdict.leaks;
+    match known {
+        true => Ok(()),
+        false => Err(format!(
+            "check finds {:?}, the audit {verdict:?}",
+            report.findings
+        )),
+    }
+}
+
+/// A closed image: exactly what it must hold, nothing dangerous, and no leaks but those from before.
+async fn settled(disk: &Arc<Memory>, world: &World, leaks: u64) -> Result<(), Problem> {
+    let bytes = disk.content();
+    let audit = Audit::new(&bytes)?;
+    let verdict = audit.verdict()?;
+    if audit.is_dirty()
+        || !verdict.dangers.is_empty()
+        || verdict.leaks + verdict.leaks_beyond > leaks
+    {
+        return Err(format!(
+            "closed, dirty {}: {verdict:?}, leaks before {leaks}",
+            audit.is_dirty()
+        ));
+    }
+    compare_world(world, &world_of(&audit)?)?;
+    let report = check(&disk.child()).await.map_err(text)?;
+    agree(&report, &verdict)
+}
+
+async fn compare_windows(runner: &Runner, active: &Content) -> Result<(), Problem> {
+    for (at, bytes) in runner.read_windows().await? {
+        if active.bytes(at, bytes.len() as u64) != bytes {
+            let mut is = active.clone();
+            is.write(at, &bytes);
+            let difference = active.difference(&is).unwrap_or_default();
+            return Err(format!("the driver reads otherwise: {difference}"));
+        }
+    }
+    Ok(())
+}
+
+fn ops(runner: &Runner) -> String {
+    let ops: Vec<&str> = runner.moments.iter().map(|m| m.op.as_str()).collect();
+    ops.join("; ")
+}
+
+fn text(error: crate::error::Error) -> Problem {
+    error.to_string()
+}

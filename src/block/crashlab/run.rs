@@ -1,0 +1,467 @@
+//! Running a script: the driver does it, the model follows, and what had been answered when is noted.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::content::{Content, SECTOR, Versions, stamp};
+use super::script::{Case, End, Op, Step};
+use crate::driver::{
+    Driver, NewSnapshot, Preallocation, Requests, SnapshotInfo, SnapshotSelector, Snapshots,
+    WriteFlags, ZeroFlags,
+};
+use crate::error::{Error, ErrorKind};
+use crate::formats::qcow2::create::create;
+use crate::formats::qcow2::{OpenOptions, Qcow2};
+use crate::protocols::memory::Memory;
+
+/// Why a run has failed, in words.
+pub type Problem = String;
+
+/// A snapshot of the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Snapshot {
+    /// The image's id.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// What it holds.
+    pub content: Arc<Content>,
+}
+
+/// Everything that the image must hold.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct World {
+    /// In the order of the image's table.
+    pub snapshots: Vec<Snapshot>,
+    /// The disk.
+    pub active: Arc<Content>,
+}
+
+/// An operation that has been answered.
+#[derive(Debug, Clone)]
+pub struct Moment {
+    /// What it was.
+    pub op: String,
+    /// Records in the log when it was sent.
+    pub begun: usize,
+    /// Records in the log when it was answered.
+    pub answered: usize,
+    /// What it and its predecessors did is durable with the answer.
+    pub durable: bool,
+    /// How it changes the image.
+    pub kind: Kind,
+    /// The world behind it.
+    pub after: World,
+    /// A world that held for a time in its middle: a change that was made and taken back.
+    pub passing: Option<World>,
+}
+
+/// What may be seen of an operation that was not answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Each sector old or new.
+    Sectors,
+    /// Snapshots and size old or new, all at once.
+    Structure,
+    /// As `Structure`, with all of the disk's content.
+    Everything,
+}
+
+/// An image in use, and the model of it.
+pub struct Runner {
+    /// Where the image lies.
+    pub disk: Arc<Memory>,
+    driver: Arc<Qcow2>,
+    case: Case,
+    /// The model.
+    pub world: World,
+    /// What has happened since the log began.
+    pub moments: Vec<Moment>,
+    next_stamp: u32,
+}
+
+/// What an operation has done.
+struct Done {
+    durable: bool,
+    kind: Kind,
+    passing: Option<World>,
+}
+
+impl Done {
+    fn sectors(durable: bool) -> Done {
+        Done {
+            durable,
+            kind: Kind::Sectors,
+            passing: None,
+        }
+    }
+
+    fn structure() -> Done {
+        Done {
+            durable: true,
+            kind: Kind::Structure,
+            passing: None,
+        }
+    }
+
+    /// Refused, or there was nothing to do.
+    fn nothing() -> Done {
+        Done::sectors(false)
+    }
+}
+
+/// Opens the image as a case says.
+pub async fn open(disk: &Arc<Memory>, case: &Case) -> Result<Arc<Qcow2>, Error> {
+    let mut options = OpenOptions {
+        pass_discard: case.discard,
+        pass_discard_snapshot: case.discard,
+        ..OpenOptions::default()
+    };
+    if case.small_caches {
+        options.l2_cache_bytes = 0;
+        options.refcount_cache_bytes = 0;
+    }
+    Qcow2::open(disk.child(), options).await?.finish(None).await
+}
+
+impl Runner {
+    /// A new image.
+    pub async fn create(case: &Case) -> Result<Runner, Problem> {
+        let disk = Memory::new(0);
+        create(&disk.child(), &case.options())
+            .await
+            .map_err(|error| format!("create: {error}"))?;
+        if disk.size() < case.file_size {
+            disk.resize(case.file_size, Preallocation::Off)
+                .await
+                .map_err(|error| format!("resize of the file: {error}"))?;
+        }
+        let world = World {
+            snapshots: Vec::new(),
+            active: Arc::new(Content::new(case.size)),
+        };
+        Runner::resume(&disk, case, world, 1).await
+    }
+
+    /// An image that exists and holds `world`. Stamps count from `next_stamp` on.
+    pub async fn resume(
+        disk: &Arc<Memory>,
+        case: &Case,
+        world: World,
+        next_stamp: u32,
+    ) -> Result<Runner, Problem> {
+        let driver = open(disk, case)
+            .await
+            .map_err(|error| format!("open: {error}"))?;
+        Ok(Runner {
+            disk: disk.clone(),
+            driver,
+            case: case.clone(),
+            world,
+            moments: Vec::new(),
+            next_stamp,
+        })
+    }
+
+    /// The next stamp that nothing has been written with.
+    pub fn next_stamp(&self) -> u32 {
+        self.next_stamp
+    }
+
+    /// From here on everything is logged, and the present world is the first moment. Answers the disk as it is.
+    pub fn start_log(&mut self) -> Arc<Memory> {
+        let base = self.disk.fork();
+        self.disk.start_log();
+        self.moments = vec![Moment::start(&self.world)];
+        base
+    }
+
+    /// Does one operation.
+    pub async fn step(&mut self, op: &Op) -> Result<(), Problem> {
+        let begun = self.disk.log_len();
+        let done = self.execute(op).await;
+        let done = done.map_err(|problem| format!("{op:?}: {problem}"))?;
+        self.moments.push(Moment {
+            op: format!("{op:?}"),
+            begun,
+            answered: self.disk.log_len(),
+            durable: done.durable,
+            kind: done.kind,
+            after: self.world.clone(),
+            passing: done.passing,
+        });
+        Ok(())
+    }
+
+    /// Closes the image in order.
+    pub async fn close(&self) -> Result<(), Problem> {
+        let closed = self.driver.close().await;
+        closed.map_err(|error| format!("close: {error}"))
+    }
+
+    /// The driver's own view of the disk, where the script writes.
+    pub async fn read_windows(&self) -> Result<Vec<(u64, Vec<u8>)>, Problem> {
+        let mut read = Vec::new();
+        for window in &self.case.windows {
+            let end = window.end.min(self.driver.size());
+            if window.start >= end {
+                continue;
+            }
+            let data = self.driver.read(window.start, end - window.start).await;
+            let data = data.map_err(|error| format!("read: {error}"))?;
+            read.push((window.start, data.to_bytes().to_vec()));
+        }
+        Ok(read)
+    }
+
+    /// A range cut to the disk's present size.
+    fn cut(&self, at: u64, len: u64) -> (u64, u64) {
+        let size = self.driver.size();
+        let at = if at < size { at } else { at % size };
+        (at, len.min(size - at))
+    }
+
+    fn stamp(&mut self, at: u64, len: u64) -> Vec<u8> {
+        self.next_stamp += 1;
+        stamp(at, len, self.next_stamp - 1)
+    }
+
+    fn active(&mut self) -> &mut Content {
+        Arc::make_mut(&mut self.world.active)
+    }
+
+    async fn execute(&mut self, op: &Op) -> Result<Done, Problem> {
+        match op {
+            Op::Write { at, len, fua } => self.write(*at, *len, *fua).await,
+            Op::Compress { at } => self.compress(*at).await,
+            Op::Zero { at, len, unmap } => self.zero(*at, *len, *unmap).await,
+            Op::Discard { at, len } => self.discard(*at, *len).await,
+            Op::Flush => {
+                self.driver.flush().await.map_err(text)?;
+                Ok(Done::sectors(true))
+            }
+            Op::Create => self.create_snapshot().await,
+            Op::Delete(nth) => self.delete_snapshot(*nth).await,
+            Op::Change(steps, end) => self.change(steps, *end).await,
+            Op::Resize(size) => self.resize(*size).await,
+            Op::Reopen => {
+                self.close().await?;
+                self.driver = open(&self.disk, &self.case).await.map_err(text)?;
+                Ok(Done::sectors(true))
+            }
+            Op::Idle(millis) => {
+                tokio::time::sleep(Duration::from_millis(*millis)).await;
+                Ok(Done::sectors(false))
+            }
+        }
+    }
+
+    async fn write(&mut self, at: u64, len: u64, fua: bool) -> Result<Done, Problem> {
+        let (at, len) = self.cut(at, len);
+        let bytes = self.stamp(at, len);
+        let data = bytes.clone().into();
+        let written = self.driver.write(at, data, WriteFlags { fua }).await;
+        written.map_err(text)?;
+        self.active().write(at, &bytes);
+        Ok(Done::sectors(fua))
+    }
+
+    async fn compress(&mut self, at: u64) -> Result<Done, Problem> {
+        let cluster = self.case.cluster_size();
+        let (at, _) = self.cut(at, cluster);
+        let at = at & !(cluster - 1);
+        let (at, len) = self.cut(at, cluster);
+        let bytes = self.stamp(at, len);
+        let written = self.driver.write_compressed(at, bytes.clone().into()).await;
+        written.map_err(text)?;
+        self.active().write(at, &bytes);
+        Ok(Done::sectors(false))
+    }
+
+    async fn zero(&mut self, at: u64, len: u64, may_unmap: bool) -> Result<Done, Problem> {
+        let (at, len) = self.cut(at, len);
+        let flags = ZeroFlags {
+            may_unmap,
+            ..ZeroFlags::default()
+        };
+        let zeroed = self.driver.write_zeroes(at, len, flags).await;
+        zeroed.map_err(text)?;
+        self.active().zero(at, len);
+        Ok(Done::sectors(false))
+    }
+
+    /// A discarded sector may keep its bytes or lose them.
+    async fn discard(&mut self, at: u64, len: u64) -> Result<Done, Problem> {
+        let (at, len) = self.cut(at, len);
+        self.driver.discard(at, len).await.map_err(text)?;
+        let mut discarded = (*self.world.active).clone();
+        discarded.zero(at, len);
+        let versions = Versions::new([&*self.world.active, &discarded]);
+        let from = at / SECTOR * SECTOR;
+        let end = (at + len).next_multiple_of(SECTOR).min(self.driver.size());
+        let data = self.driver.read(from, end - from).await.map_err(text)?;
+        self.active().write(from, &data.to_bytes());
+        match versions.violation(&self.world.active) {
+            Some(problem) => Err(problem),
+            None => Ok(Done::sectors(false)),
+        }
+    }
+
+    fn named(&mut self) -> NewSnapshot {
+        self.next_stamp += 1;
+        NewSnapshot {
+            name: format!("s{}", self.next_stamp - 1),
+            date_sec: 1_700_000_000,
+            date_nsec: 0,
+            vm_clock_nsec: 0,
+        }
+    }
+
+    fn add_snapshot(world: &mut World, info: SnapshotInfo) {
+        world.snapshots.push(Snapshot {
+            id: info.id,
+            name: info.name,
+            content: world.active.clone(),
+        });
+    }
+
+    async fn create_snapshot(&mut self) -> Result<Done, Problem> {
+        let new = self.named();
+        match self.driver.create(new).await {
+            Ok(info) => Runner::add_snapshot(&mut self.world, info),
+            Err(error) => return self.refused(&error),
+        }
+        self.compare_list()?;
+        Ok(Done::structure())
+    }
+
+    async fn delete_snapshot(&mut self, nth: usize) -> Result<Done, Problem> {
+        let Some(index) = index_of(&self.world, nth) else {
+            return Ok(Done::nothing());
+        };
+        let which = selector(&self.world.snapshots[index]);
+        self.driver.delete(which).await.map_err(text)?;
+        self.world.snapshots.remove(index);
+        self.compare_list()?;
+        Ok(Done::structure())
+    }
+
+    async fn change(&mut self, steps: &[Step], end: End) -> Result<Done, Problem> {
+        let driver = self.driver.clone();
+        let mut change = match driver.change().await {
+            Ok(change) => change,
+            Err(error) => return self.refused(&error),
+        };
+        let mut world = self.world.clone();
+        let mut kind = Kind::Structure;
+        for step in steps {
+            let result = match *step {
+                Step::Create => {
+                    let created = change.create(self.named()).await;
+                    created.map(|info| Runner::add_snapshot(&mut world, info))
+                }
+                Step::Delete(nth) => match index_of(&world, nth) {
+                    None => Ok(()),
+                    Some(index) => {
+                        let deleted = change.delete(selector(&world.snapshots[index])).await;
+                        deleted.map(|_| drop(world.snapshots.remove(index)))
+                    }
+                },
+                Step::Revert(nth) => match index_of(&world, nth) {
+                    None => Ok(()),
+                    Some(index) => {
+                        let reverted = change.revert(selector(&world.snapshots[index])).await;
+                        reverted.map(|_| {
+                            kind = Kind::Everything;
+                            world.active = world.snapshots[index].content.clone();
+                        })
+                    }
+                },
+            };
+            if let Err(error) = result {
+                self.refused(&error)?;
+            }
+        }
+        if end == End::Drop {
+            drop(change);
+            self.compare_list()?;
+            return Ok(Done::nothing());
+        }
+        match async {
+            change.prepare().await?;
+            change.commit().await
+        }
+        .await
+        {
+            Err(error) => {
+                drop(change);
+                return self.refused(&error);
+            }
+            Ok(()) if end == End::RollBack => change.roll_back().await.map_err(text)?,
+            Ok(()) => change.finish(),
+        }
+        let passing = match end {
+            End::RollBack => Some(world),
+            _ => {
+                self.world = world;
+                None
+            }
+        };
+        self.compare_list()?;
+        Ok(Done {
+            durable: true,
+            kind,
+            passing,
+        })
+    }
+
+    async fn resize(&mut self, size: u64) -> Result<Done, Problem> {
+        let same = size == self.driver.size();
+        match self.driver.resize(size, Preallocation::Off).await {
+            Ok(()) => self.active().resize(size),
+            Err(error) => return self.refused(&error),
+        }
+        match self.driver.size() == self.world.active.size() {
+            true if same => Ok(Done::nothing()),
+            true => Ok(Done::structure()),
+            false => Err(format!("the size is {}", self.driver.size())),
+        }
+    }
+
+    /// What an image of this kind cannot do may be refused, and then nothing has happened.
+    fn refused(&self, error: &Error) -> Result<Done, Problem> {
+        let kind = error.kind();
+        if kind != ErrorKind::Unsupported && kind != ErrorKind::OutOfRange {
+            return Err(error.to_string());
+        }
+        if self.driver.size() != self.world.active.size() {
+            return Err(format!("refused, but the size is {}", self.driver.size()));
+        }
+        self.compare_list()?;
+        Ok(Done::nothing())
+    }
+
+    fn compare_list(&self) -> Result<(), Problem> {
+        let is: Vec<String> = self.driver.list().into_iter().map(|info| info.id).collect();
+        let wanted: Vec<&String> = self.world.snapshots.iter().map(|s| &s.id).collect();
+        match is.iter().eq(wanted.iter().copied()) {
+            true => Ok(()),
+            false => Err(format!("snapshots {is:?} instead of {wanted:?}")),
+        }
+    }
+}
+
+fn index_of(world: &World, nth: usize) -> Option<usize> {
+    nth.checked_rem(world.snapshots.len())
+}
+
+fn selector(snapshot: &Snapshot) -> SnapshotSelector {
+    SnapshotSelector {
+        id: Some(snapshot.id.clone()),
+        name: Some(snapshot.name.clone()),
+    }
+}
+
+fn text(error: Error) -> Problem {
+    error.to_string()
+}

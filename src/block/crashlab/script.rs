@@ -1,0 +1,348 @@
+//! Random scripts: a small image and a few operations on it, from a seed.
+//!
+//! Most bugs of storage code that is hit by a crash show with three operations or so; what matters is that tables are
+//! small enough to be filled, shared, split between sectors, moved and grown by them.
+
+use std::ops::Range;
+
+use crate::driver::Preallocation;
+use crate::formats::qcow2::create::{Compat, CreateOptions};
+
+/// The image that a script runs on.
+#[derive(Debug, Clone)]
+pub struct Case {
+    /// log2 of the cluster size.
+    pub cluster_bits: u32,
+    /// Width of a refcount.
+    pub refcount_bits: u32,
+    /// Version 2 or 3.
+    pub compat: Compat,
+    /// Bytes of the disk.
+    pub size: u64,
+    /// Where guests write. The rest of the disk stays empty, so that large disks cost no time.
+    pub windows: Vec<Range<u64>>,
+    /// The file is made this long before the first write, so that the refcount table must grow soon.
+    pub file_size: u64,
+    /// Tables are evicted all the time.
+    pub small_caches: bool,
+    /// Holes are punched where clusters are freed.
+    pub discard: bool,
+}
+
+impl Case {
+    /// How the image is made.
+    pub fn options(&self) -> CreateOptions {
+        let mut options = CreateOptions::new(self.size);
+        options.cluster_size = self.cluster_size();
+        options.refcount_bits = self.refcount_bits;
+        options.compat = self.compat;
+        options.preallocation = Preallocation::Off;
+        options
+    }
+
+    /// Bytes of a cluster.
+    pub fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    fn random(random: &mut fastrand::Rng) -> Case {
+        let cluster_bits = *pick(random, &[9, 9, 9, 9, 9, 9, 10, 12, 12, 12, 16]);
+        let v2 = random.u8(..8) == 0;
+        let refcount_bits = match v2 {
+            true => 16,
+            false => *pick(random, &[16, 16, 16, 16, 64, 64, 32, 8, 4, 2, 1]),
+        };
+        let cluster = 1_u64 << cluster_bits;
+        let l2_span = cluster / 8 * cluster;
+        let window = cluster * random.u64(4..=12).min((512 << 10) / cluster).max(4);
+        // Two or three L2 tables; now and then an L1 table of several sectors.
+        let spans = match random.u8(..6) {
+            0 => 1,
+            1 => random.u64(65..=130),
+            _ => random.u64(1..=3),
+        };
+        let tail = 512 * random.u64(1..=window / 512);
+        let size = spans * l2_span + tail;
+        let border = random.u64(1..=spans) * l2_span;
+        let windows = vec![
+            0..window.min(size),
+            border.saturating_sub(window / 2)..(border + window / 2).min(size),
+            size.saturating_sub(window)..size,
+        ];
+        // What the first cluster of the refcount table can count.
+        let counted = (cluster / 8) * (cluster * 8 / u64::from(refcount_bits)) * cluster;
+        let file_size = match counted <= 2 << 20 && random.u8(..5) == 0 {
+            true => counted - cluster * random.u64(1..60),
+            false => 0,
+        };
+        Case {
+            cluster_bits,
+            refcount_bits,
+            compat: if v2 { Compat::V0_10 } else { Compat::V1_1 },
+            size,
+            windows,
+            file_size,
+            small_caches: random.bool(),
+            discard: random.u8(..4) > 0,
+        }
+    }
+}
+
+/// A step of a change of the snapshots. Numbers count modulo the snapshots that there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Take one.
+    Create,
+    /// Delete one.
+    Delete(usize),
+    /// Go back to one.
+    Revert(usize),
+}
+
+/// How a change of several steps ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// It happens.
+    Finish,
+    /// It happens and is taken back.
+    RollBack,
+    /// It is dropped before it happens.
+    Drop,
+}
+
+/// An operation of a script.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Op {
+    /// A guest write of stamped bytes.
+    Write {
+        /// Guest offset.
+        at: u64,
+        /// Bytes.
+        len: u64,
+        /// Durable when answered.
+        fua: bool,
+    },
+    /// A compressed write of the cluster at `at`.
+    Compress {
+        /// Guest offset.
+        at: u64,
+    },
+    /// A guest zero write.
+    Zero {
+        /// Guest offset.
+        at: u64,
+        /// Bytes.
+        len: u64,
+        /// May free the clusters.
+        unmap: bool,
+    },
+    /// A guest discard.
+    Discard {
+        /// Guest offset.
+        at: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A guest flush.
+    Flush,
+    /// One snapshot is taken.
+    Create,
+    /// One snapshot is deleted.
+    Delete(usize),
+    /// Several steps at once.
+    Change(Vec<Step>, End),
+    /// The disk gets this many bytes.
+    Resize(u64),
+    /// The image is closed and opened.
+    Reopen,
+    /// Nothing happens for some milliseconds: time for work in the background.
+    Idle(u64),
+}
+
+/// What a seed means.
+#[derive(Debug, Clone)]
+pub struct Script {
+    /// Where it comes from.
+    pub seed: u64,
+    /// The image.
+    pub case: Case,
+    /// What fills the image before the log begins.
+    pub before: Vec<Op>,
+    /// What is logged.
+    pub ops: Vec<Op>,
+}
+
+/// What a script is mostly about.
+#[derive(Debug, Clone, Copy)]
+enum Theme {
+    Guest,
+    Snapshots,
+    Resize,
+    Mixed,
+}
+
+impl Script {
+    /// The script of a seed.
+    pub fn random(seed: u64) -> Script {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let case = Case::random(&mut random);
+        let themes = [
+            Theme::Guest,
+            Theme::Snapshots,
+            Theme::Snapshots,
+            Theme::Mixed,
+            Theme::Mixed,
+            Theme::Resize,
+        ];
+        let theme = *pick(&mut random, &themes);
+        let mut before = vec![fill(&mut random, &case)];
+        for _ in 0..random.usize(0..=4) {
+            before.push(random_op(&mut random, &case, Theme::Mixed));
+        }
+        let ops = (0..random.usize(2..=7))
+            .map(|_| random_op(&mut random, &case, theme))
+            .collect();
+        Script {
+            seed,
+            case,
+            before,
+            ops,
+        }
+    }
+
+    /// What a guest may do behind a recovery: most of all writes where snapshots have data.
+    pub fn aftermath(random: &mut fastrand::Rng, case: &Case) -> Vec<Op> {
+        let mut ops = vec![fill(random, case)];
+        for _ in 0..random.usize(1..=3) {
+            ops.push(random_op(random, case, Theme::Guest));
+        }
+        if random.u8(..4) == 0 {
+            ops.push(random_op(random, case, Theme::Snapshots));
+            ops.push(random_op(random, case, Theme::Guest));
+        }
+        ops
+    }
+}
+
+fn pick<'a, T>(random: &mut fastrand::Rng, from: &'a [T]) -> &'a T {
+    &from[random.usize(..from.len())]
+}
+
+/// A write of much of one window.
+fn fill(random: &mut fastrand::Rng, case: &Case) -> Op {
+    let window = pick(random, &case.windows);
+    let len = window.end - window.start;
+    let skip = random.u64(..len / 2) & !511;
+    Op::Write {
+        at: window.start + skip,
+        len: random.u64(len / 4..=len - skip).max(1),
+        fua: false,
+    }
+}
+
+/// A range inside a window: often at cluster borders, seldom at odd bytes.
+fn range(random: &mut fastrand::Rng, case: &Case) -> (u64, u64) {
+    let cluster = case.cluster_size();
+    let window = pick(random, &case.windows).clone();
+    let mut at = random.u64(window.clone());
+    let longest = match random.u8(..4) {
+        0 => 2048,
+        1 => 4 * cluster,
+        _ => 2 * cluster,
+    };
+    let mut len = random.u64(1..=longest);
+    match random.u8(..8) {
+        0 => {}
+        1..=3 => {
+            at &= !511;
+            len = len.next_multiple_of(512);
+        }
+        _ => {
+            at &= !(cluster - 1);
+            len = len.next_multiple_of(cluster);
+        }
+    }
+    at = at.max(window.start);
+    (at, len.min(window.end - at))
+}
+
+fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
+    let (guest, snapshots, resize) = match theme {
+        Theme::Guest => (90, 4, 1),
+        Theme::Snapshots => (35, 60, 1),
+        Theme::Resize => (45, 20, 30),
+        Theme::Mixed => (60, 30, 4),
+    };
+    let dice = random.u8(..100);
+    if dice < guest {
+        return guest_op(random, case);
+    }
+    if dice < guest + snapshots {
+        return snapshot_op(random);
+    }
+    if dice < guest + snapshots + resize {
+        return Op::Resize(new_size(random, case));
+    }
+    match random.bool() {
+        true => Op::Reopen,
+        false => Op::Idle(*pick(random, &[1, 20, 500, 5000])),
+    }
+}
+
+fn guest_op(random: &mut fastrand::Rng, case: &Case) -> Op {
+    let (at, len) = range(random, case);
+    match random.u8(..20) {
+        0..=8 => Op::Write {
+            at,
+            len,
+            fua: random.u8(..8) == 0,
+        },
+        9..=10 => Op::Compress {
+            at: at & !(case.cluster_size() - 1),
+        },
+        11..=13 => Op::Zero {
+            at,
+            len,
+            unmap: random.bool(),
+        },
+        14..=16 => Op::Discard { at, len },
+        _ => Op::Flush,
+    }
+}
+
+fn snapshot_op(random: &mut fastrand::Rng) -> Op {
+    let nth = random.usize(..16);
+    match random.u8(..12) {
+        0..=3 => Op::Create,
+        4..=5 => Op::Delete(nth),
+        6..=8 => Op::Change(vec![Step::Revert(nth)], End::Finish),
+        _ => {
+            let steps = (0..random.usize(1..=3))
+                .map(|_| match random.u8(..3) {
+                    0 => Step::Create,
+                    1 => Step::Delete(random.usize(..16)),
+                    _ => Step::Revert(random.usize(..16)),
+                })
+                .collect();
+            let end = *pick(
+                random,
+                &[End::Finish, End::Finish, End::RollBack, End::Drop],
+            );
+            Op::Change(steps, end)
+        }
+    }
+}
+
+fn new_size(random: &mut fastrand::Rng, case: &Case) -> u64 {
+    let l2_span = case.cluster_size() / 8 * case.cluster_size();
+    let size = match random.u8(..5) {
+        0 => case.size / 2,
+        1 => case.size + random.u64(1..=4) * l2_span,
+        2 => case
+            .size
+            .saturating_sub(case.cluster_size() * random.u64(1..6)),
+        3 => case.size.saturating_sub(512 * random.u64(1..40)),
+        _ => case.size,
+    };
+    (size & !511).max(512)
+}

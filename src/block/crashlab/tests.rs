@@ -1,0 +1,110 @@
+//! A short run of the laboratory, and that it finds what it is made for.
+
+use std::time::Duration;
+
+use super::lab::{Outcome, Plan, record, run, run_script};
+use super::oracle::{Oracle, Samples};
+use super::qemu::Qemu;
+use super::script::Script;
+use super::states::Effort;
+use crate::protocols::memory::Change;
+
+/// A bounded run: the number of scripts ends it, so that the same states are tried everywhere.
+fn plan(seed: u64, scripts: u64) -> Plan {
+    Plan {
+        seed,
+        scripts,
+        time: Duration::from_secs(600),
+        effort: Effort {
+            random_subsets: 4,
+            per_epoch: 12,
+            ..Effort::default()
+        },
+        samples: Samples {
+            second: 12,
+            qemu: 0,
+        },
+    }
+}
+
+#[track_caller]
+fn assert_sound(plan: &Plan, outcome: &Outcome) {
+    let states = &outcome.figures;
+    println!(
+        "seed {}: {} scripts, {} states, {} of a second crash, {} by QEMU, {:?}",
+        plan.seed, outcome.scripts, states.states, states.second, states.by_qemu, outcome.time
+    );
+    assert!(outcome.failures.is_empty(), "{:#?}", outcome.failures);
+    assert_eq!(outcome.scripts, plan.scripts);
+}
+
+#[test]
+fn what_a_crash_leaves_is_sound() {
+    let plan = plan(1, 60);
+    let outcome = run(&plan, |_| {});
+    assert_sound(&plan, &outcome);
+    assert!(outcome.figures.states > 1500 && outcome.figures.second > 300);
+}
+
+#[test]
+fn what_a_crash_leaves_is_sound_second_share() {
+    let plan = plan(1001, 60);
+    assert_sound(&plan, &run(&plan, |_| {}));
+}
+
+#[test]
+fn qemu_repairs_and_reads_what_a_crash_leaves() {
+    if Qemu::find().is_none() {
+        println!("skipped: qemu-img and qemu-io are not installed");
+        return;
+    }
+    let mut plan = plan(2001, 12);
+    plan.samples.qemu = 20;
+    let outcome = run(&plan, |_| {});
+    assert_sound(&plan, &outcome);
+    assert!(outcome.figures.by_qemu > 5);
+}
+
+#[test]
+fn a_seed_gives_the_same_run_again() {
+    let plan = plan(3001, 3);
+    for seed in plan.seed..plan.seed + plan.scripts {
+        let script = Script::random(seed);
+        let (first, second) = (run_script(&script, &plan), run_script(&script, &plan));
+        assert_eq!(format!("{first:?}"), format!("{second:?}"));
+    }
+}
+
+/// An engine without this or that flush is one whose log lacks it.
+#[test]
+fn an_engine_that_flushes_too_seldom_is_found_out() {
+    let plan = plan(4001, 40);
+    let found = (plan.seed..plan.seed + plan.scripts)
+        .filter(|seed| !survives_without_a_flush(*seed, &plan))
+        .count();
+    assert!(found >= 10, "only {found} of {} scripts fail", plan.scripts);
+}
+
+/// Whether all states are sound of a run whose disk has ignored every second flush.
+fn survives_without_a_flush(seed: u64, plan: &Plan) -> bool {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let mut recording = record(&Script::random(seed)).await.unwrap();
+        let mut nth = 0;
+        for record in &mut recording.log {
+            if matches!(record.change, Change::Flush) {
+                nth += 1;
+                if nth % 2 == 1 {
+                    record.change = Change::Discard { offset: 0, len: 0 };
+                }
+            }
+        }
+        let random = fastrand::Rng::with_seed(seed);
+        let mut oracle = Oracle::new(plan.samples, None, random);
+        oracle.try_states(&recording, plan.effort).await.is_ok()
+    })
+}

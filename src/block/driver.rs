@@ -162,6 +162,40 @@ pub enum FormatSpecific {
     },
 }
 
+/// The version of the qcow2 format, by QEMU's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compat {
+    /// `compat=0.10`: version 2.
+    V0_10,
+    /// `compat=1.1`: version 3.
+    #[default]
+    V1_1,
+}
+
+/// What an image says about its backing file. Only text: nothing is opened.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct BackingFile {
+    /// The file name as written to the image.
+    pub name: Option<String>,
+    /// The format as written to the image; not without a name.
+    pub format: Option<String>,
+}
+
+/// What to change about an open image's format. `None` leaves it as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct AmendOptions {
+    /// The version. It can only go up.
+    pub compat: Option<Compat>,
+    /// Whether refcount updates may be postponed under the dirty bit; version 3 only.
+    pub lazy_refcounts: Option<bool>,
+    /// The width of a refcount in bits; no other than it has.
+    pub refcount_bits: Option<u32>,
+    /// Whether the external data file can be read as a raw image. It can only be turned off.
+    pub data_file_raw: Option<bool>,
+    /// What is said about the backing file. What the image shows now does not change.
+    pub backing: Option<BackingFile>,
+}
+
 /// A bitmap that is stored in an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PersistentBitmap {
@@ -185,6 +219,15 @@ pub trait Driver: Requests {
 
     /// Writes back all state and marks the image clean. Called once, after the last request has drained.
     fn close(&self) -> BoxFuture<'_, Result<()>>;
+
+    /// Changes what the image says about its format, all of the options at once, durably. After an error nothing has changed.
+    ///
+    /// `InvalidInput` for what the format does not allow, `Unsupported` for what cannot be done to an open image.
+    /// Cancellation: runs to its end.
+    fn amend(&self, options: AmendOptions) -> BoxFuture<'_, Result<()>> {
+        let _ = options;
+        Box::pin(async { Err(unsupported("Amending this format")) })
+    }
 
     /// Internal snapshots, for formats that have them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {

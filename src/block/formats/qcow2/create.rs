@@ -17,6 +17,7 @@ use super::counters::CounterWidth;
 use super::entry::{L1Entry, L2Entry};
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Autoclear, Compatible, Header, Incompatible, Version};
+pub use crate::driver::{BackingFile, Compat};
 use crate::driver::{Child, Preallocation, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Data, Segment};
@@ -31,25 +32,6 @@ const PIECE: u64 = 4 << 20;
 
 /// Bytes of the header behind the fields of version 3: compression type and padding.
 const TRAILING_BYTES: usize = 8;
-
-/// The version of the format, by QEMU's names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Compat {
-    /// `compat=0.10`: version 2.
-    V0_10,
-    /// `compat=1.1`: version 3.
-    #[default]
-    V1_1,
-}
-
-/// What the image's backing file is. Only text: nothing is opened.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct BackingFile {
-    /// The file name as written to the image.
-    pub name: Option<String>,
-    /// The format as written to the image.
-    pub format: Option<String>,
-}
 
 /// What image to make. The defaults are QEMU's.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,8 +14,10 @@ use crate::limits;
 use crate::units::HostOffset;
 
 mod features;
+mod rewrite;
 
 pub(crate) use features::{Autoclear, Compatible, Incompatible};
+pub(crate) use rewrite::{Rewrite, SECTOR, Stage};
 
 /// The first bytes of every image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -331,6 +333,23 @@ impl Header {
 
     /// Header, extensions and backing name as they go to offset 0. Fails when they need more than a cluster.
     pub(crate) fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut out = self.front();
+        if let Some(name) = &self.backing_name {
+            if name.len() > limits::QCOW2_MAX_BACKING_NAME as usize {
+                return Err(invalid("Backing file name too long"));
+            }
+            let at = out.len();
+            Self::point_to_name(&mut out, at, name.len());
+            out.extend(name.as_bytes());
+        }
+        if out.len() as u64 > 1 << self.cluster_bits {
+            return Err(invalid("The header does not fit into a cluster"));
+        }
+        Ok(out)
+    }
+
+    /// The fields and the extensions with their end mark. Where the name is, is left open.
+    fn front(&self) -> Vec<u8> {
         let mut out = self.fixed_fields();
         for ext in &self.extensions {
             out.extend(ext.kind.to_be_bytes());
@@ -339,19 +358,20 @@ impl Header {
             out.resize(out.len().next_multiple_of(8), 0);
         }
         out.extend([0; 8]);
-        if let Some(name) = &self.backing_name {
-            if name.len() > limits::QCOW2_MAX_BACKING_NAME as usize {
-                return Err(invalid("Backing file name too long"));
-            }
-            let at = out.len() as u64;
-            out[8..16].copy_from_slice(&at.to_be_bytes());
-            out[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
-            out.extend(name.as_bytes());
-        }
-        if out.len() as u64 > 1 << self.cluster_bits {
-            return Err(invalid("The header does not fit into a cluster"));
-        }
-        Ok(out)
+        out
+    }
+
+    /// Fills in where the backing file's name is.
+    fn point_to_name(front: &mut [u8], at: usize, len: usize) {
+        front[8..16].copy_from_slice(&(at as u64).to_be_bytes());
+        front[16..20].copy_from_slice(&(len as u32).to_be_bytes());
+    }
+
+    /// Where a first cluster says that the backing file's name is; 0 without one.
+    fn name_offset(cluster: &[u8]) -> Result<usize> {
+        let mut fields = Fields::new(cluster);
+        fields.at = 8;
+        Ok(fields.u64()? as usize)
     }
 
     /// The fields up to the end of the header; those of the backing name are zero here.

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::header::Header;
+use super::header::{Header, Rewrite, SECTOR, Stage};
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
@@ -54,17 +54,59 @@ impl HeaderCell {
         ) else {
             return Ok(());
         };
-        assert!(last < 512 && before.len() == after.len());
-        if let Err(error) = self.write(first, &after[first..=last]).await {
-            if let Err(second) = self.write(first, &before[first..=last]).await {
-                self.broken.store(true, Ordering::SeqCst);
-                log::error!("qcow2: the header is in an unknown state: {second}");
-            }
-            return Err(error);
-        }
+        assert!(last < SECTOR && before.len() == after.len());
+        self.switch(first, &after[first..=last], &before[first..=last])
+            .await?;
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         *current = Arc::new(new);
         Ok(())
+    }
+
+    /// Changes the header in any way, its extensions and the backing file's name too; see [`Rewrite`]. At every moment, a
+    /// crash leaves the old or the new header. What the new fields point to must be durable before.
+    ///
+    /// Errors as for `update`; `InvalidInput` and `Unsupported` where the new header breaks a rule or finds no room.
+    pub(crate) async fn rewrite(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let _writer = self.writer.lock().await;
+        self.check()?;
+        let old = self.get();
+        let mut new = Header::clone(&old);
+        change(&mut new);
+        if new == *old {
+            return Ok(());
+        }
+        new.validate()?;
+        let size = self.file.size().min(1 << old.cluster_bits);
+        let cluster = self.file.read(0, size).await?.to_bytes();
+        let plan = Rewrite::plan(&cluster, &new)?;
+        let mut before = cluster.slice(..cluster.len().min(SECTOR)).to_vec();
+        for (nth, stage) in plan.stages.into_iter().enumerate() {
+            if let Err(error) = self.reach(&stage, &before).await {
+                if nth == 0 {
+                    return Err(error);
+                }
+                log::warn!("qcow2: the header has no names of feature bits any more: {error}");
+                return Ok(());
+            }
+            before = stage.sector;
+            let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+            *current = Arc::new(stage.header);
+        }
+        if let Err(error) = self.put(SECTOR, &plan.rest).await {
+            log::warn!("qcow2: parts of the old header are left behind the new one: {error}");
+        }
+        Ok(())
+    }
+
+    /// Makes a stage durable; `before` is the first sector as it was.
+    async fn reach(&self, stage: &Stage, before: &[u8]) -> Result<()> {
+        for (at, bytes) in &stage.ahead {
+            self.put(*at, bytes).await?;
+        }
+        if !stage.ahead.is_empty() {
+            self.file.flush().await?;
+        }
+        self.switch(0, &stage.sector, before).await
     }
 
     /// Whether the image may still be changed.
@@ -78,11 +120,27 @@ impl HeaderCell {
         Ok(())
     }
 
+    /// Writes bytes of the first sector durably; puts `before` back when that fails.
+    async fn switch(&self, at: usize, bytes: &[u8], before: &[u8]) -> Result<()> {
+        let Err(error) = self.write(at, bytes).await else {
+            return Ok(());
+        };
+        if let Err(second) = self.write(at, before).await {
+            self.broken.store(true, Ordering::SeqCst);
+            log::error!("qcow2: the header is in an unknown state: {second}");
+        }
+        Err(error)
+    }
+
     async fn write(&self, at: usize, bytes: &[u8]) -> Result<()> {
+        self.put(at, bytes).await?;
+        self.file.flush().await
+    }
+
+    async fn put(&self, at: usize, bytes: &[u8]) -> Result<()> {
         let data = Data::from(bytes.to_vec());
         self.file
             .write(at as u64, data, WriteFlags::default())
-            .await?;
-        self.file.flush().await
+            .await
     }
 }

@@ -46,14 +46,14 @@ pub(crate) struct Image {
     pub(super) file: Child,
     pub(super) backing: Option<Child>,
     /// Unallocated clusters may show something other than zeroes, now or when the image is opened otherwise.
-    pub(super) may_have_backing: bool,
+    pub(super) may_have_backing: AtomicBool,
     pub(super) read_only: bool,
     /// Holes are punched where clusters are freed.
     pub(super) pass_discard: bool,
     /// Whether the clusters that a deleted snapshot frees become holes of the file.
     pub(super) pass_discard_snapshot: bool,
-    /// Version 3: zeroes need no cluster.
-    pub(super) has_zero_flag: bool,
+    /// Version 3: zeroes need no cluster. Changed under the closed gate only.
+    pub(super) has_zero_flag: AtomicBool,
     pub(super) compression: CompressionType,
     pub(super) header: Arc<HeaderCell>,
     /// Disk size in bytes.
@@ -80,6 +80,16 @@ impl Image {
     /// Disk size in bytes.
     pub(super) fn size(&self) -> u64 {
         self.size.load(Ordering::Acquire)
+    }
+
+    /// Whether zeroes need no cluster.
+    pub(super) fn has_zero_flag(&self) -> bool {
+        self.has_zero_flag.load(Ordering::Acquire)
+    }
+
+    /// Whether unallocated clusters may show something other than zeroes.
+    pub(super) fn may_have_backing(&self) -> bool {
+        self.may_have_backing.load(Ordering::Acquire)
     }
 
     /// The active L1 table.
@@ -154,7 +164,7 @@ impl Image {
 
     /// What the entry of a guest cluster says.
     pub(super) fn decode(&self, entry: L2Entry, cluster: GuestCluster) -> Result<Mapping> {
-        entry.decode(self.g, self.has_zero_flag).map_err(|bad| {
+        entry.decode(self.g, self.has_zero_flag()).map_err(|bad| {
             let what = match bad {
                 BadEntry::Unaligned(host) => format!("Cluster allocation offset {host} unaligned"),
                 BadEntry::Reserved(bits) => {

@@ -15,7 +15,7 @@
 //! * `owners`: which host clusters hold metadata
 //! * `damage`: what is done about damage that is found
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
-//! * `open`, `read`, `write`, `zero`, `resize`, `compress`: the operations; `requests`: the driver made of them
+//! * `open`, `read`, `write`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of them
 //! * `codec`: the bytes of a compressed cluster
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
 //! * `gate`, `parallel`: what runs at the same time
@@ -31,6 +31,7 @@
 //! * A change that its caller drops runs to its end: its writes cannot be called back (`requests`).
 
 mod alloc;
+mod amend;
 mod bitmaps;
 pub mod check;
 mod codec;

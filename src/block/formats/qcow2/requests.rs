@@ -7,7 +7,7 @@ use super::Qcow2;
 use super::header::{Compatible, Incompatible, Version};
 use super::image::Image;
 use crate::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, FormatSpecific, Preallocation,
+    AmendOptions, BlockStatus, BoxFuture, Child, Driver, DriverInfo, FormatSpecific, Preallocation,
     RequestLimits, Requests, Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
@@ -180,6 +180,10 @@ impl Driver for Qcow2 {
         let mut children = vec![("file", self.image.file.clone())];
         children.extend(self.image.backing.clone().map(|child| ("backing", child)));
         children
+    }
+
+    fn amend(&self, options: AmendOptions) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move { image.amend(&options).await }))
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

@@ -291,7 +291,7 @@ impl Image {
             }
             published += 1;
             // Decoded before, when it was read.
-            if let Ok(mapping) = old.decode(self.g, self.has_zero_flag) {
+            if let Ok(mapping) = old.decode(self.g, self.has_zero_flag()) {
                 freed.extend(self.references(mapping));
             }
         }

@@ -106,7 +106,7 @@ impl Image {
 
     /// Zeroes of whole clusters; `end` may be the end of the disk inside of one.
     async fn zero_clusters(&self, start: u64, end: u64, flags: ZeroFlags) -> Result<()> {
-        if self.has_zero_flag {
+        if self.has_zero_flag() {
             let how = match flags.may_unmap {
                 true => Unmap::Zero,
                 false => Unmap::KeepAllocated,
@@ -114,7 +114,7 @@ impl Image {
             return self.unmap(start, end, how).await;
         }
         // Version 2 has no zero flag. Without a backing, unallocated clusters are zero.
-        if flags.may_unmap && !self.may_have_backing {
+        if flags.may_unmap && !self.may_have_backing() {
             return self.unmap(start, end, Unmap::Forget).await;
         }
         self.zero_bytes(start, end - start, flags).await
@@ -133,7 +133,7 @@ impl Image {
             return Ok(());
         }
         // What was discarded must not show older content of a backing file, where the image can say so.
-        let how = match self.has_zero_flag && self.may_have_backing {
+        let how = match self.has_zero_flag() && self.may_have_backing() {
             true => Unmap::Zero,
             false => Unmap::Forget,
         };
@@ -221,7 +221,7 @@ impl Image {
         };
         match mapping {
             // Without a backing it reads as zeroes already.
-            Mapping::Unallocated if !self.may_have_backing => L2Entry::default(),
+            Mapping::Unallocated if !self.may_have_backing() => L2Entry::default(),
             Mapping::ZeroPlain if how != Unmap::Forget => L2Entry::zero_plain(),
             Mapping::Normal { host, copied: true }
             | Mapping::ZeroAllocated { host, copied: true }

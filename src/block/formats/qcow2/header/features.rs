@@ -45,6 +45,8 @@ impl Compatible {
 impl Autoclear {
     /// The bitmaps extension agrees with the data.
     pub(crate) const BITMAPS: u64 = 1;
+    /// The external data file can be read as a raw image.
+    pub(crate) const DATA_FILE_RAW: u64 = 1 << 1;
     /// Those whose promise this driver keeps when it writes.
     pub(crate) const KEPT: u64 = Self::BITMAPS;
 

@@ -24,7 +24,7 @@ async fn change(image: &Qcow2, model: &mut [u8], random: &mut fastrand::Rng) {
                     .unwrap();
                 model[range].fill(0);
             }
-            2 if image.image.has_zero_flag => {
+            2 if image.image.has_zero_flag() => {
                 let (start, end) = (at.next_multiple_of(cluster), (at + len) / cluster * cluster);
                 image.discard(at, len).await.unwrap();
                 if start < end {

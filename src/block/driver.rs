@@ -285,10 +285,32 @@ pub trait Snapshots: Send + Sync {
 
     /// Takes a snapshot of the present content: every write answered before the call is in it, none that is sent
     /// after the answer. Durable when it answers. On error nothing has changed and nothing is leaked.
-    fn create(&self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>>;
+    fn create(&self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        Box::pin(async move {
+            let mut change = self.change().await?;
+            let created = change.create(new).await?;
+            complete(change).await.map(|()| created)
+        })
+    }
 
-    /// Deletes the one that matches and answers what it was. `NotFound` when none does.
-    fn delete(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>>;
+    /// Deletes the one that matches and answers what it was. `NotFound` when none does, `InUse` while it is viewed.
+    fn delete(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        Box::pin(async move {
+            let mut change = self.change().await?;
+            let deleted = change.delete(which).await?;
+            complete(change).await.map(|()| deleted)
+        })
+    }
+
+    /// Makes the disk what it was when the snapshot was taken, and answers which it is. Its size may change. Requests
+    /// that were answered before are gone, durably; the snapshot stays. `NotFound` when none matches.
+    fn revert(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        Box::pin(async move {
+            let mut change = self.change().await?;
+            let reverted = change.revert(which).await?;
+            complete(change).await.map(|()| reverted)
+        })
+    }
 
     /// Begins a change of several steps that happen all at once. Requests wait until it is finished or dropped.
     /// Cancellation: nothing has happened.
@@ -302,6 +324,14 @@ pub trait Snapshots: Send + Sync {
         let _ = which;
         Box::pin(async { Err(unsupported("Reading a snapshot")) })
     }
+}
+
+/// Does what has been staged.
+async fn complete(mut change: Box<dyn SnapshotChange>) -> Result<()> {
+    change.prepare().await?;
+    change.commit().await?;
+    change.finish();
+    Ok(())
 }
 
 fn unsupported(what: &str) -> Error {

@@ -81,9 +81,27 @@ pub const QCOW2_MAX_CHECK_TABLE_BYTES: u64 = 8 << 30;
 /// sixteen times over.
 pub const QCOW2_MAX_CHECK_L2_TABLES: usize = 16 << 20;
 
-/// qcow2: memory for refcount blocks while a snapshot is taken or deleted: 16 TiB of mapped clusters at 64 KiB and
-/// 16 bits, before and after the change.
-pub const QCOW2_MAX_BULK_REFCOUNT_BYTES: u64 = 1 << 30;
+/// qcow2: memory for the refcount blocks of one L2 table that is settled, in bytes. A table has 8192 clusters at 64 KiB, so only
+/// one whose clusters lie in 8192 different blocks, of an image of 16 TiB and more, comes near; at 2 MiB none does.
+pub const QCOW2_MAX_SETTLE_REFCOUNT_BYTES: u64 = 1 << 30;
+
+/// qcow2: how long closing an image waits until refcounts are up to date behind snapshot operations. Past it the image
+/// stays dirty, and the next open repairs it: whoever ends a process does not wait for minutes.
+pub const QCOW2_SETTLE_ON_CLOSE: Duration = Duration::from_secs(30);
+
+/// qcow2: the share of time, as one part of so many, that settling takes while a guest is busy.
+pub const QCOW2_SETTLE_SHARE: u32 = 10;
+
+/// qcow2: the longest pause of settling between two pieces of work while a guest is busy: it must come to an end.
+pub const QCOW2_SETTLE_PAUSE: Duration = Duration::from_millis(200);
+
+/// qcow2: bytes of L2 tables and refcounts that settling leaves to be written before it writes them itself, so that a guest's
+/// flush finds no more than that beside its own.
+pub const QCOW2_SETTLE_UNWRITTEN: u64 = 1 << 20;
+
+/// qcow2: how long settling waits after an error before it tries again, at first and at most.
+pub const QCOW2_SETTLE_RETRY: (Duration, Duration) =
+    (Duration::from_secs(1), Duration::from_secs(60));
 
 /// qcow2: most metadata clusters that an image opened for writing may have: some 300 MB of map. The largest L1 table has
 /// half as many L2 tables.

@@ -28,8 +28,8 @@ use block::Block;
 
 mod block;
 mod blocks;
-mod bulk;
 mod grow;
+mod tables;
 
 /// Refcount blocks that one allocation searches before it takes clusters at the end of the image.
 const SCAN_BLOCKS: u64 = 4;
@@ -519,7 +519,8 @@ impl Allocator {
         for (region, part) in self.parts(run) {
             let first = self.g.in_refblock(part.start);
             if let Some(block) = self.block(region).await? {
-                greatest = greatest.max(block.counters.greatest(first, part.count as usize));
+                let (_, most) = block.counters.bounds(first, part.count as usize);
+                greatest = greatest.max(most);
             }
         }
         Ok(greatest)

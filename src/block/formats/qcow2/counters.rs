@@ -91,70 +91,45 @@ impl CounterWidth {
         }
     }
 
-    /// Adds one to every counter of `range`. Changes nothing and answers the first counter that cannot take it.
+    /// The smallest and the greatest counter of `range`, which is not empty.
     ///
     /// # Panics
     /// When the range is not inside: a caller's error.
-    pub(crate) fn increment(self, block: &mut [u8], range: Range<usize>) -> Result<(), usize> {
+    pub(crate) fn bounds(self, block: &[u8], range: Range<usize>) -> (u64, u64) {
         if self.order == 4 {
-            return increment_16(&mut block[2 * range.start..2 * range.end])
-                .map_err(|index| range.start + index);
+            return bounds_16(&block[2 * range.start..2 * range.end]);
         }
-        if let Some(full) = range
-            .clone()
-            .find(|&index| self.get(block, index) == self.max())
-        {
-            return Err(full);
+        range.fold((u64::MAX, 0), |(least, most), index| {
+            let count = self.get(block, index);
+            (least.min(count), most.max(count))
+        })
+    }
+
+    /// Adds `more` to every counter of `range`.
+    ///
+    /// # Panics
+    /// When the range is not inside, or a counter cannot take it: the caller has looked at `bounds`.
+    pub(crate) fn add(self, block: &mut [u8], range: Range<usize>, more: u64) {
+        if self.order == 4 && more <= self.max() {
+            return change_16(&mut block[2 * range.start..2 * range.end], more as u16);
         }
         for index in range {
-            self.set(block, index, self.get(block, index) + 1);
+            self.set(block, index, self.get(block, index) + more);
         }
-        Ok(())
     }
 
-    /// Takes one from every counter of `range`. Changes nothing and answers the first counter that is zero.
+    /// Takes `less` from every counter of `range`.
     ///
     /// # Panics
-    /// When the range is not inside: a caller's error.
-    pub(crate) fn decrement(self, block: &mut [u8], range: Range<usize>) -> Result<(), usize> {
-        if self.order == 4 {
-            return decrement_16(&mut block[2 * range.start..2 * range.end])
-                .map_err(|index| range.start + index);
-        }
-        if let Some(zero) = range.clone().find(|&index| self.get(block, index) == 0) {
-            return Err(zero);
+    /// As `add`.
+    pub(crate) fn subtract(self, block: &mut [u8], range: Range<usize>, less: u64) {
+        if self.order == 4 && less <= self.max() {
+            let less = (less as u16).wrapping_neg();
+            return change_16(&mut block[2 * range.start..2 * range.end], less);
         }
         for index in range {
-            self.set(block, index, self.get(block, index) - 1);
+            self.set(block, index, self.get(block, index) - less);
         }
-        Ok(())
-    }
-
-    /// Whether all counters of `range` are `value`.
-    ///
-    /// # Panics
-    /// When the range is not inside: a caller's error.
-    pub(crate) fn all_are(self, block: &[u8], mut range: Range<usize>, value: u64) -> bool {
-        if self.order == 4 && value <= self.max() {
-            let wanted = (value as u16).to_be_bytes();
-            let bytes = &block[2 * range.start..2 * range.end];
-            return bytes.chunks_exact(2).all(|counter| counter == wanted);
-        }
-        range.all(|index| self.get(block, index) == value)
-    }
-
-    /// The first counter of `range` that is `value`.
-    ///
-    /// # Panics
-    /// When the range is not inside: a caller's error.
-    pub(crate) fn find(self, block: &[u8], mut range: Range<usize>, value: u64) -> Option<usize> {
-        if self.order == 4 && value <= self.max() {
-            let wanted = (value as u16).to_be_bytes();
-            let bytes = &block[2 * range.start..2 * range.end];
-            let found = bytes.chunks_exact(2).position(|counter| counter == wanted);
-            return found.map(|index| range.start + index);
-        }
-        range.find(|&index| self.get(block, index) == value)
     }
 
     fn sub_byte(self, index: usize) -> (usize, usize) {
@@ -187,28 +162,22 @@ fn array<const N: usize>(block: &[u8], index: usize) -> [u8; N] {
 }
 
 /// The width of nearly all images, in a form that compilers turn into vector code.
-fn increment_16(bytes: &mut [u8]) -> Result<(), usize> {
-    let full = |counter: &[u8]| counter == [0xff, 0xff];
-    if let Some(index) = bytes.chunks_exact(2).position(full) {
-        return Err(index);
+fn bounds_16(bytes: &[u8]) -> (u64, u64) {
+    let (mut least, mut most) = (u16::MAX, 0);
+    for counter in bytes.as_chunks().0 {
+        let count = u16::from_be_bytes(*counter);
+        least = least.min(count);
+        most = most.max(count);
     }
-    for counter in bytes.chunks_exact_mut(2) {
-        let value = u16::from_be_bytes([counter[0], counter[1]]).wrapping_add(1);
-        counter.copy_from_slice(&value.to_be_bytes());
-    }
-    Ok(())
+    (least.into(), most.into())
 }
 
-fn decrement_16(bytes: &mut [u8]) -> Result<(), usize> {
-    let zero = |counter: &[u8]| counter == [0, 0];
-    if let Some(index) = bytes.chunks_exact(2).position(zero) {
-        return Err(index);
+fn change_16(bytes: &mut [u8], more: u16) {
+    for counter in bytes.as_chunks_mut().0 {
+        *counter = u16::from_be_bytes(*counter)
+            .wrapping_add(more)
+            .to_be_bytes();
     }
-    for counter in bytes.chunks_exact_mut(2) {
-        let value = u16::from_be_bytes([counter[0], counter[1]]).wrapping_sub(1);
-        counter.copy_from_slice(&value.to_be_bytes());
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -239,28 +208,29 @@ mod tests {
                     let wanted = u64::from(range.contains(&index));
                     assert_eq!(width.get(&block, index), wanted, "order {order}, {range:?}");
                 }
-                assert_eq!(width.find(&block, 0..count, 1).is_some(), !range.is_empty());
-                if order > 0 {
-                    assert_eq!(width.increment(&mut block, range.clone()), Ok(()));
-                    assert!(width.all_are(&block, range.clone(), 2));
-                    assert_eq!(width.decrement(&mut block, range.clone()), Ok(()));
+                if order > 0 && !range.is_empty() {
+                    width.add(&mut block, range.clone(), width.max() - 1);
+                    assert_eq!(
+                        width.bounds(&block, range.clone()),
+                        (width.max(), width.max())
+                    );
+                    width.subtract(&mut block, range.clone(), width.max() - 1);
                 }
-                assert_eq!(width.decrement(&mut block, range.clone()), Ok(()));
+                width.subtract(&mut block, range.clone(), 1);
                 assert!(block.iter().all(|byte| *byte == 0));
             }
         }
     }
 
     #[test]
-    fn a_run_with_a_full_or_empty_counter_changes_nothing() {
+    fn the_bounds_of_a_run_see_nothing_beside_it() {
         for order in 0..=6 {
             let width = CounterWidth::new(order);
             let mut block = vec![0; 64];
             width.set(&mut block, 4, width.max());
-            let before = block.clone();
-            assert_eq!(width.increment(&mut block, 2..6), Err(4), "order {order}");
-            assert_eq!(width.decrement(&mut block, 4..6), Err(5), "order {order}");
-            assert_eq!(block, before);
+            assert_eq!(width.bounds(&block, 2..6), (0, width.max()));
+            assert_eq!(width.bounds(&block, 4..5), (width.max(), width.max()));
+            assert_eq!(width.bounds(&block, 5..8), (0, 0), "order {order}");
         }
     }
 }

@@ -8,9 +8,10 @@
 //! bit 63: closed | bit 62: present group | bits 31..62: requests of group 1 | bits 0..31: requests of group 0
 //! ```
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use tokio::sync::{Mutex, MutexGuard, Notify};
+use tokio::sync::{Mutex, Notify, OwnedMutexGuard};
 
 const CLOSED: u64 = 1 << 63;
 const GROUP: u64 = 1 << 62;
@@ -28,8 +29,10 @@ fn count(state: u64, group: u64) -> u64 {
 #[derive(Debug, Default)]
 pub(super) struct Gate {
     state: AtomicU64,
+    /// Somebody has entered since `take_busy`.
+    busy: AtomicBool,
     /// Serialises those who close the gate.
-    exclusive: Mutex<()>,
+    exclusive: Arc<Mutex<()>>,
     /// Told when the gate opens.
     opened: Notify,
     /// Told when the last request leaves a closed gate.
@@ -39,6 +42,21 @@ pub(super) struct Gate {
 impl Gate {
     /// Enters as a guest request; waits while the gate is closed. Cancellation: safe.
     pub(super) async fn enter(&self) -> Inside<'_> {
+        let inside = self.enter_unnoticed().await;
+        // Mostly a read, which many threads can do at once.
+        if !self.busy.load(Ordering::Relaxed) {
+            self.busy.store(true, Ordering::Relaxed);
+        }
+        inside
+    }
+
+    /// Whether a guest request has entered since the last call.
+    pub(super) fn take_busy(&self) -> bool {
+        self.busy.swap(false, Ordering::Relaxed)
+    }
+
+    /// Enters as work of the image's own. Cancellation: safe.
+    pub(super) async fn enter_unnoticed(&self) -> Inside<'_> {
         loop {
             if let Some(inside) = self.try_enter() {
                 return inside;
@@ -91,11 +109,11 @@ impl Gate {
 
     /// Closes the gate and waits until nobody is inside. Opens again when the answer is dropped.
     /// Cancellation: the gate opens again.
-    pub(super) async fn close(&self) -> Exclusive<'_> {
-        let lock = self.exclusive.lock().await;
+    pub(super) async fn close(self: &Arc<Self>) -> Exclusive {
+        let lock = self.exclusive.clone().lock_owned().await;
         self.state.fetch_or(CLOSED, Ordering::SeqCst);
         let exclusive = Exclusive {
-            gate: self,
+            gate: self.clone(),
             _lock: lock,
         };
         loop {
@@ -129,12 +147,12 @@ impl Drop for Inside<'_> {
 
 /// Alone in the image; the gate opens when dropped.
 #[derive(Debug)]
-pub(super) struct Exclusive<'a> {
-    gate: &'a Gate,
-    _lock: MutexGuard<'a, ()>,
+pub(super) struct Exclusive {
+    gate: Arc<Gate>,
+    _lock: OwnedMutexGuard<()>,
 }
 
-impl Drop for Exclusive<'_> {
+impl Drop for Exclusive {
     fn drop(&mut self) {
         self.gate.state.fetch_and(!CLOSED, Ordering::SeqCst);
         self.gate.opened.notify_waiters();
@@ -144,7 +162,6 @@ impl Drop for Exclusive<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
     use std::time::Duration;
 
     #[tokio::test]

@@ -29,7 +29,7 @@ use super::l1::L1Table;
 use super::l2::{L2Cache, L2Table};
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
-use super::snapshot::SnapshotList;
+use super::snapshot::{Settler, Settling, SnapshotList};
 use super::write_back::Commits;
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
@@ -60,15 +60,17 @@ pub(crate) struct Image {
     pub(super) size: AtomicU64,
     /// The active L1 table. Replaced under the closed gate only.
     pub(super) l1: RwLock<Arc<L1Table>>,
-    pub(super) l2: L2Cache,
+    pub(super) l2: Arc<L2Cache>,
     pub(super) owners: Arc<Owners>,
     pub(super) damage: Arc<Damage>,
     pub(super) alloc: tokio::sync::Mutex<Allocator>,
-    pub(super) gate: Gate,
+    pub(super) gate: Arc<Gate>,
     pub(super) clusters: RangeLock,
     pub(super) tables: RangeLock,
     pub(super) quarantine: Quarantine,
     pub(super) snapshots: SnapshotList,
+    pub(super) settling: Settling,
+    pub(super) settler: Settler,
     pub(super) bitmaps: Bitmaps,
     pub(super) commits: Commits,
     /// The header and the bitmaps have been made ready for changes of what the guest sees.
@@ -98,6 +100,16 @@ impl Image {
         l1.clone()
     }
 
+    /// Makes another table the active one, under the closed gate.
+    pub(super) fn set_l1(&self, table: Arc<L1Table>) {
+        *self.l1.write().unwrap_or_else(PoisonError::into_inner) = table;
+    }
+
+    /// Whether `close` has ended.
+    pub(super) fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
     fn l1_entry(&self, index: usize) -> L1Entry {
         let l1 = self.l1.read().unwrap_or_else(PoisonError::into_inner);
         l1.get(index)
@@ -105,7 +117,7 @@ impl Image {
 
     /// Refuses ranges beyond the end, and everything after `close`.
     pub(super) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        if self.closed.load(Ordering::Acquire) {
+        if self.is_closed() {
             return Err(Error::new(ErrorKind::InUse, "The image is closed"));
         }
         match offset.checked_add(len) {
@@ -268,7 +280,10 @@ impl Image {
         let _making = self.tables.lock(lock, Access::Exclusive).await;
         let old = match self.table(index).await? {
             Some((table, entry)) if entry.is_copied() => return Ok(table),
-            Some((table, _)) => Some(table),
+            Some((table, _)) => {
+                self.settle_before_copy(table.host()).await?;
+                Some(table)
+            }
             None => None,
         };
         let mut reserved = {

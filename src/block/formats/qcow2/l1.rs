@@ -1,6 +1,7 @@
 //! The active L1 table in memory.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -55,28 +56,48 @@ impl L1Table {
         self.mark([index / PER_SECTOR]);
     }
 
+    /// Changes the entries for which there is another one; those are written by the next write-back.
+    pub(crate) fn change(&self, new: impl Fn(L1Entry) -> Option<L1Entry>) {
+        let mut sectors = BTreeSet::new();
+        for (index, entry) in self.entries.iter().enumerate() {
+            if let Some(new) = new(L1Entry(entry.load(Ordering::Acquire))) {
+                entry.store(new.0, Ordering::Release);
+                sectors.insert(index / PER_SECTOR);
+            }
+        }
+        self.mark(sectors);
+    }
+
     /// All entries.
     pub(crate) fn entries(&self) -> Vec<u64> {
         let load = |entry: &AtomicU64| entry.load(Ordering::Acquire);
         self.entries.iter().map(load).collect()
     }
 
-    /// Takes the dirty sectors, as bytes to write at offsets of the file. What could not be written is marked again.
-    pub(crate) fn take_dirty(&self) -> Vec<(usize, HostOffset, Vec<u8>)> {
+    /// Takes the dirty sectors, neighbours together, as bytes to write at offsets of the file. What could not be written is
+    /// marked again.
+    pub(crate) fn take_dirty(&self) -> Vec<(Range<usize>, HostOffset, Vec<u8>)> {
         let sectors = {
             let mut dirty = self.dirty.lock().unwrap_or_else(PoisonError::into_inner);
             std::mem::take(&mut *dirty)
         };
-        let part = |sector: usize| {
-            let first = sector * PER_SECTOR;
-            let last = (first + PER_SECTOR).min(self.entries.len());
+        let mut runs: Vec<Range<usize>> = Vec::new();
+        for sector in sectors {
+            match runs.last_mut() {
+                Some(run) if run.end == sector => run.end += 1,
+                _ => runs.push(sector..sector + 1),
+            }
+        }
+        let part = |run: Range<usize>| {
+            let first = run.start * PER_SECTOR;
+            let last = (run.end * PER_SECTOR).min(self.entries.len());
             let bytes = self.entries[first..last]
                 .iter()
                 .flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes())
                 .collect();
-            (sector, self.offset + first as u64 * ENTRY_SIZE, bytes)
+            (run, self.offset + first as u64 * ENTRY_SIZE, bytes)
         };
-        sectors.into_iter().map(part).collect()
+        runs.into_iter().map(part).collect()
     }
 
     /// Marks sectors as different from the disk.

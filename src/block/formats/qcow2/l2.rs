@@ -45,9 +45,17 @@ impl L2Table {
         Self::new(g, host, Entries::parse(g, bytes))
     }
 
-    /// A table with the same entries that will lie at `host`.
+    /// A table with the same entries that will lie at `host`. What they point to is shared then: none of them has COPIED.
     pub(crate) fn copy_to(&self, host: HostOffset) -> Arc<Self> {
-        Self::new(self.g, host, Entries::collect(self.g, self.iter()))
+        let shared = |entry: L2Entry| match entry.is_compressed() {
+            true => entry,
+            false => entry.with_copied(false),
+        };
+        Self::new(
+            self.g,
+            host,
+            Entries::collect(self.g, self.iter().map(shared)),
+        )
     }
 
     fn new(g: Geometry, host: HostOffset, entries: Entries) -> Arc<Self> {

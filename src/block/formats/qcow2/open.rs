@@ -19,7 +19,7 @@ use super::l1::L1Table;
 use super::l2::L2Cache;
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
-use super::snapshot::SnapshotList;
+use super::snapshot::{Settler, Settling, SnapshotList};
 use super::write_back::Commits;
 use super::{Qcow2, check};
 use crate::driver::Child;
@@ -151,11 +151,7 @@ impl Opening {
         let mut reftable = Vec::new();
         let owners = Arc::new(Owners::default());
         if !options.read_only {
-            let entries =
-                u64::from(header.refcount_table_clusters) * (g.cluster_size() / ENTRY_SIZE);
-            let at = (header.refcount_table_offset, entries);
-            reftable = read_table(&file, g, "Reference count table", at).await?;
-            check_reftable(g, &file, &reftable)?;
+            reftable = read_reftable(g, &file, &header).await?;
             claim_metadata(g, &owners, &header, &reftable, &l1)?;
             snapshots.claim(&header, &owners)?;
             bitmaps.claim(&file, g, &owners).await?;
@@ -175,9 +171,10 @@ impl Opening {
             reftable,
             options.refcount_cache_bytes,
         );
+        let l2 = L2Cache::new(g, file.clone(), options.l2_cache_bytes, damage.clone());
         let image = Image {
             g,
-            l2: L2Cache::new(g, file.clone(), options.l2_cache_bytes, damage.clone()),
+            l2: Arc::new(l2),
             file,
             filename: options.filename,
             may_have_backing: (backing.is_some() || names_backing).into(),
@@ -193,11 +190,13 @@ impl Opening {
             owners,
             damage,
             alloc: tokio::sync::Mutex::new(alloc),
-            gate: Gate::default(),
+            gate: Arc::new(Gate::default()),
             clusters: RangeLock::default(),
             tables: RangeLock::default(),
             quarantine: Quarantine::default(),
             snapshots,
+            settling: Settling::default(),
+            settler: Settler::default(),
             bitmaps,
             commits: Commits::default(),
             prepared: AtomicBool::new(false),
@@ -211,7 +210,7 @@ impl Opening {
 
 /// Reads a table whose place the header's validation has found possible. The file must reach into its last cluster:
 /// what a shorter file has lost must not be taken for an empty disk, or for free space.
-async fn read_table(
+pub(super) async fn read_table(
     file: &Child,
     g: Geometry,
     what: &str,
@@ -232,6 +231,14 @@ async fn read_table(
     let table = file.read(offset.0, len).await?.to_bytes();
     let entries = table.as_chunks().0.iter();
     Ok(entries.map(|entry| u64::from_be_bytes(*entry)).collect())
+}
+
+async fn read_reftable(g: Geometry, file: &Child, header: &Header) -> Result<Vec<u64>> {
+    let entries = u64::from(header.refcount_table_clusters) * (g.cluster_size() / ENTRY_SIZE);
+    let at = (header.refcount_table_offset, entries);
+    let table = read_table(file, g, "Reference count table", at).await?;
+    check_reftable(g, file, &table)?;
+    Ok(table)
 }
 
 fn check_reftable(g: Geometry, file: &Child, table: &[u64]) -> Result<()> {

@@ -68,7 +68,8 @@ impl Image {
 
     async fn close(&self) -> Result<()> {
         let _alone = self.gate.close().await;
-        if !self.read_only && !self.closed.load(Ordering::Acquire) {
+        if !self.read_only && !self.is_closed() {
+            self.settle_to_close().await;
             self.write_back_all().await?;
         }
         self.closed.store(true, Ordering::Release);
@@ -172,6 +173,7 @@ impl Driver for Qcow2 {
                 bitmaps: self.image.bitmaps.info(),
             },
             dirty: header.incompatible.has(Incompatible::DIRTY),
+            unsettled_tables: self.image.settling.unsettled_tables(),
             ..DriverInfo::default()
         }
     }

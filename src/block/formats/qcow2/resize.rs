@@ -3,8 +3,8 @@
 //! The switch is one header write each time. Growing prepares everything before it (the new L1 table, zeroes where
 //! old bytes could show); shrinking drops the tail after it, so that an error before changes nothing.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use super::alloc::Run;
 use super::bitmaps::Resize;
@@ -188,8 +188,7 @@ impl Image {
             })
             .await?;
         reserved.publish(clusters);
-        let mut l1 = self.l1.write().unwrap_or_else(PoisonError::into_inner);
-        *l1 = Arc::new(L1Table::new(offset, table));
+        self.set_l1(Arc::new(L1Table::new(offset, table)));
         if old.len() > 0 {
             self.quarantine.unlinked([Run {
                 start: self.g.host_cluster(old.offset()),

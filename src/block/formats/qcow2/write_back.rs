@@ -12,6 +12,7 @@
 //!
 //! On error everything that was taken is dirty again, and the next flush does it all over.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::alloc::Run;
@@ -55,7 +56,7 @@ impl Commits {
 struct Taken {
     frees: Vec<Run>,
     tables: Vec<TakenTable>,
-    l1: Vec<(usize, HostOffset, Vec<u8>)>,
+    l1: Vec<(Range<usize>, HostOffset, Vec<u8>)>,
 }
 
 impl Image {
@@ -119,7 +120,7 @@ impl Image {
     }
 
     fn put_back(&self, l1: &L1Table, taken: Taken) {
-        l1.mark(taken.l1.iter().map(|(sector, ..)| *sector));
+        l1.mark(taken.l1.iter().flat_map(|(sectors, ..)| sectors.clone()));
         self.l2.put_back(&taken.tables);
         self.quarantine.unlinked(taken.frees);
     }

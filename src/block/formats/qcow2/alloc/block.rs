@@ -55,20 +55,20 @@ impl Counters {
         self.width.set(&mut self.bytes, index, value);
     }
 
-    /// The greatest counter of a run.
-    pub(super) fn greatest(&self, first: usize, count: usize) -> u64 {
-        let run = first..first + count;
-        if self.width.all_are(&self.bytes, run.clone(), 0) {
-            return 0;
-        }
-        run.map(|index| self.get(index)).max().unwrap_or(0)
+    /// The smallest and the greatest counter of a run.
+    pub(super) fn bounds(&self, first: usize, count: usize) -> (u64, u64) {
+        self.width.bounds(&self.bytes, first..first + count)
     }
 
     /// Adds to a run of counters that have been checked to take it.
     pub(super) fn add(&mut self, first: usize, count: usize, more: u64) {
-        for index in first..first + count {
-            self.set(index, self.get(index) + more);
-        }
+        self.width.add(&mut self.bytes, first..first + count, more);
+    }
+
+    /// Takes from a run of counters that have been checked to have it.
+    pub(super) fn subtract(&mut self, first: usize, count: usize, less: u64) {
+        self.width
+            .subtract(&mut self.bytes, first..first + count, less);
     }
 
     /// How many counters from `first` on, at most `max`, are zero.

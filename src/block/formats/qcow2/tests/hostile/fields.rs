@@ -1,6 +1,7 @@
 //! One entry damaged at a time in an image that opens: only its own range fails, and no metadata changes.
 
 use super::*;
+use crate::driver::SnapshotSelector;
 use crate::error::ErrorKind;
 use crate::formats::qcow2::check::check;
 
@@ -89,8 +90,6 @@ fn a_compressed_cluster_that_cannot_be_read_can_be_replaced() {
 
 #[test]
 fn a_damaged_snapshot_is_not_deleted_and_harms_nothing() {
-    let l1 = 17 * CLUSTER as u64;
-    let l2 = 18 * CLUSTER;
     let cases: &[Case] = &[
         ("an L1 table behind the end", |i| snapshot(i, 1 << 50, 2)),
         ("a large L1 table", |i| {
@@ -99,49 +98,24 @@ fn a_damaged_snapshot_is_not_deleted_and_harms_nothing() {
         ("an unaligned L1 table", |i| {
             snapshot(i, 17 * CLUSTER as u64 + 8, 2)
         }),
-        ("clusters that are not counted", |_| {}),
         ("an L2 table behind the end", |i| {
             put(i, 17 * CLUSTER, 8, 1 << 50)
         }),
         ("an L2 table twice", |i| {
             put(i, 17 * CLUSTER + 8, 8, 18 * CLUSTER as u64)
         }),
-        ("the active L2 table", |i| {
-            put(i, 17 * CLUSTER, 8, L2 as u64)
-        }),
         ("the header as an L2 table", |i| {
             put(i, 17 * CLUSTER, 8, 512)
         }),
-        ("the refcount block as data", |i| {
-            put(i, 18 * CLUSTER, 8, REFBLOCK as u64)
-        }),
-        ("the active L1 table as data", |i| {
-            put(i, 18 * CLUSTER, 8, L1 as u64)
-        }),
-        ("a compressed stream on the refcount table", |i| {
-            put(i, 18 * CLUSTER, 8, COMPRESSED | REFTABLE as u64)
-        }),
     ];
     block_on(async {
-        let image = sample().await;
         for (what, damage) in cases {
-            let mut damaged = image.clone();
-            snapshot(&mut damaged, l1, 2);
-            put(&mut damaged, l1 as usize, 8, l2 as u64);
-            if *what != "clusters that are not counted" {
-                for cluster in 16..20 {
-                    put(&mut damaged, REFBLOCK + 2 * cluster, 2, 1);
-                }
-            }
-            damage(&mut damaged);
+            let damaged = with_snapshot(damage).await;
             let disk = Memory::with_content(&damaged);
             let image = open(&disk).await;
             assert_eq!(image.list().len(), 1, "{what}");
-            let which = crate::driver::SnapshotSelector {
-                id: None,
-                name: Some("s".to_owned()),
-            };
-            assert_corrupt(what, Snapshots::delete(&*image, which).await);
+            assert_corrupt(what, image.delete(of_name("s")).await);
+            assert_corrupt(what, image.revert(of_name("s")).await);
             assert_eq!(image.list().len(), 1, "{what}");
             assert_eq!(read(&image, 0, 10).await, [1; 10], "{what}");
             assert_rest_works(what, &image).await;
@@ -154,6 +128,70 @@ fn a_damaged_snapshot_is_not_deleted_and_harms_nothing() {
                 "{what}"
             );
             assert!(after.len() >= len);
+        }
+    });
+}
+
+/// The sample with a snapshot `s` whose L1 table and L2 table are counted, damaged.
+async fn with_snapshot(damage: &fn(&mut Vec<u8>)) -> Vec<u8> {
+    let mut image = sample().await;
+    snapshot(&mut image, 17 * CLUSTER as u64, 2);
+    put(&mut image, 17 * CLUSTER, 8, 18 * CLUSTER as u64);
+    put(&mut image, 16 * CLUSTER + 48, 8, 4 << 20);
+    for cluster in 16..20 {
+        put(&mut image, REFBLOCK + 2 * cluster, 2, 1);
+    }
+    damage(&mut image);
+    image
+}
+
+fn of_name(name: &str) -> SnapshotSelector {
+    SnapshotSelector {
+        id: None,
+        name: Some(name.to_owned()),
+    }
+}
+
+#[test]
+fn a_snapshot_that_claims_what_the_image_lives_on_does_not_take_it_along() {
+    let cases: &[Case] = &[
+        ("clusters that are not counted", |i| {
+            for cluster in 18..20 {
+                put(i, REFBLOCK + 2 * cluster, 2, 0);
+            }
+        }),
+        ("the active L2 table", |i| {
+            put(i, 17 * CLUSTER, 8, L2 as u64)
+        }),
+        ("the refcount block as data", |i| {
+            put(i, 18 * CLUSTER, 8, REFBLOCK as u64)
+        }),
+        ("the active L1 table as data", |i| {
+            put(i, 18 * CLUSTER, 8, L1 as u64)
+        }),
+        ("a compressed stream on the refcount table", |i| {
+            put(i, 18 * CLUSTER, 8, COMPRESSED | REFTABLE as u64)
+        }),
+    ];
+    block_on(async {
+        for (what, damage) in cases {
+            let damaged = with_snapshot(damage).await;
+            let disk = Memory::with_content(&damaged);
+            let image = open(&disk).await;
+            image.delete(of_name("s")).await.unwrap();
+            image.image.settle_all(None).await.unwrap();
+            image.flush().await.unwrap();
+            assert_eq!(image.info().unsettled_tables, 0, "{what}");
+            assert_eq!(read(&image, 0, 10).await, [1; 10], "{what}");
+            assert_rest_works(what, &image).await;
+            image.close().await.unwrap();
+            let after = disk.content();
+            for from in [REFTABLE, L1] {
+                let same = after[from..from + CLUSTER] == damaged[from..from + CLUSTER];
+                assert!(same, "{what}: {from:#x}");
+            }
+            let counts = &after[REFBLOCK..][..2 * 9];
+            assert!(counts.chunks(2).all(|count| count != [0, 0]), "{what}");
         }
     });
 }
@@ -182,7 +220,7 @@ fn snapshots_of_one_name_or_id_are_told_apart_by_what_is_given() {
         assert_eq!(names[1], ("1".to_owned(), "a".to_owned()));
         assert_eq!(names[2], ("3".to_owned(), long));
         for left in [2, 1] {
-            let which = crate::driver::SnapshotSelector {
+            let which = SnapshotSelector {
                 id: Some("1".to_owned()),
                 name: Some("a".to_owned()),
             };

@@ -1,0 +1,415 @@
+//! A change of snapshots in steps: see [`SnapshotChange`].
+//!
+//! The gate is closed from the beginning to the end. What a step reads and writes nobody else can reach before the header points to
+//! it, so a change that is dropped before its `commit` has only reservations to give back.
+//!
+//! Two ways to keep the counts right:
+//! * *behind* the switch: the same header write sets the dirty bit, by which the refcounts of the file are worth nothing until
+//!   everything is settled. What the change takes and drops is noted in memory only
+//! * *before* the switch, for images without that bit and for refcounts that might become too narrow: what is taken is counted, and
+//!   written, first. What is dropped is settled behind; a crash then leaves leaks
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tokio::sync::Mutex;
+
+use super::settling::{self, sum};
+use super::table::SnapshotTable;
+use crate::driver::{
+    BoxFuture, NewSnapshot, SnapshotChange, SnapshotInfo, SnapshotSelector, WriteFlags,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::qcow2::alloc::{Reserved, Run};
+use crate::formats::qcow2::gate::Exclusive;
+use crate::formats::qcow2::header::{Header, Version};
+use crate::formats::qcow2::image::Image;
+use crate::formats::qcow2::l1::L1Table;
+use crate::formats::qcow2::owners::Owner;
+use crate::io::RunToEnd;
+use crate::units::HostOffset;
+
+/// Bytes that file systems allocate at a time, most of them: to write less saves no space.
+const HOST_BLOCK: usize = 4096;
+
+/// Places that are tried for a table on a full disk.
+const MAX_HOLES: usize = 32;
+
+/// The handle on a change. The change itself lives on while a step runs to its end that nobody waits for.
+#[derive(Debug)]
+pub(super) struct Change {
+    staged: Arc<Mutex<Staged>>,
+    size: Arc<AtomicU64>,
+}
+
+/// How far a change is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// Nobody knows of it.
+    Steps,
+    /// All that it needs is durable.
+    Prepared,
+    /// The header has been switched.
+    Committed,
+    /// What the header in the file says is unknown: everything that either state needs stays as it is.
+    Unknown,
+}
+
+/// An L1 table as the change has it.
+#[derive(Debug, Clone)]
+pub(super) struct StagedL1 {
+    pub(super) offset: HostOffset,
+    /// Without COPIED.
+    pub(super) entries: Arc<[u64]>,
+}
+
+/// The change.
+#[derive(Debug)]
+pub(super) struct Staged {
+    pub(super) image: Arc<Image>,
+    phase: Phase,
+    /// The header before.
+    old: Arc<Header>,
+    /// The active L1 table before.
+    pub(super) before: Arc<L1Table>,
+    pub(super) active: StagedL1,
+    pub(super) table: SnapshotTable,
+    /// Size of the disk in bytes.
+    pub(super) size: Arc<AtomicU64>,
+    /// What the steps change, one after the other.
+    pub(super) changes: Vec<settling::Change>,
+    /// References that have been counted already.
+    counted: Vec<settling::Change>,
+    /// L1 tables that have been written, and nothing points to.
+    pub(super) new_l1s: Vec<(Reserved, Arc<[u64]>)>,
+    new_table: Option<Reserved>,
+    /// Areas that nothing points to after the switch.
+    pub(super) replaced: Vec<Run>,
+    /// Last: requests go on when all else has been given back.
+    _alone: Exclusive,
+}
+
+impl Change {
+    /// Closes the gate, with all metadata written to the file.
+    pub(super) async fn begin(image: Arc<Image>) -> Result<Change> {
+        {
+            let _inside = image.gate.enter().await;
+            image.check_range(0, 0)?;
+            image.prepare_metadata_change().await?;
+            // While requests go on, so that little is left when they wait.
+            image.write_back().await?;
+        }
+        let alone = image.gate.close().await;
+        image.check_range(0, 0)?;
+        image.header.check()?;
+        if let Err(error) = image.free_areas().await {
+            log::warn!("qcow2: replaced tables keep their space for now: {error}");
+        }
+        image.write_back().await?;
+        let before = image.l1();
+        let old = image.header.get();
+        let table = SnapshotTable::clone(&image.snapshots.get());
+        let old_table = Run {
+            start: image.g.host_cluster(old.snapshots_offset),
+            count: image.g.clusters_for(table.encode()?.len() as u64),
+        };
+        let size = Arc::new(AtomicU64::new(image.size()));
+        let staged = Staged {
+            phase: Phase::Steps,
+            old,
+            active: StagedL1 {
+                offset: before.offset(),
+                entries: without_copied(&before.entries()),
+            },
+            before,
+            table,
+            size: size.clone(),
+            changes: Vec::new(),
+            counted: Vec::new(),
+            new_l1s: Vec::new(),
+            new_table: None,
+            // Whatever the steps are, the header gets a new table.
+            replaced: Vec::from_iter((old_table.count > 0).then_some(old_table)),
+            image,
+            _alone: alone,
+        };
+        Ok(Change {
+            staged: Arc::new(Mutex::new(staged)),
+            size,
+        })
+    }
+
+    /// Runs a step, to its end even when nobody waits for it any more.
+    fn step<T: Send + 'static>(
+        &self,
+        step: impl for<'a> FnOnce(&'a mut Staged) -> BoxFuture<'a, Result<T>> + Send + 'static,
+    ) -> BoxFuture<'_, Result<T>> {
+        let staged = self.staged.clone();
+        Box::pin(RunToEnd::new(async move {
+            let mut staged = staged.lock_owned().await;
+            step(&mut staged).await
+        }))
+    }
+}
+
+impl SnapshotChange for Change {
+    fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        self.step(|staged| Box::pin(staged.create(new)))
+    }
+
+    fn delete(&mut self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        self.step(|staged| Box::pin(staged.delete(which)))
+    }
+
+    fn revert(&mut self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        self.step(|staged| Box::pin(staged.revert(which)))
+    }
+
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    fn prepare(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.step(|staged| Box::pin(staged.prepare()))
+    }
+
+    fn commit(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.step(|staged| Box::pin(staged.commit()))
+    }
+
+    fn roll_back(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.step(|staged| Box::pin(staged.roll_back()))
+    }
+
+    fn finish(self: Box<Self>) {
+        // Dropping it does it.
+    }
+}
+
+impl Staged {
+    /// Steps are over once the change has been prepared.
+    pub(super) fn check_phase(&self) -> Result<()> {
+        self.expect(Phase::Steps)
+    }
+
+    fn expect(&self, phase: Phase) -> Result<()> {
+        if self.phase != phase {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("A change of snapshots is {:?} already", self.phase),
+            ));
+        }
+        Ok(())
+    }
+
+    pub(super) fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
+    async fn prepare(&mut self) -> Result<()> {
+        self.check_phase()?;
+        self.write_table().await?;
+        self.count_takes().await?;
+        // The counters of the new tables with them.
+        self.image.write_back().await?;
+        self.phase = Phase::Prepared;
+        Ok(())
+    }
+
+    /// Writes the table to free clusters; nothing points to it yet.
+    ///
+    /// On a full disk a free cluster may be a hole, which cannot be written, and another may not: after a creation there is the
+    /// one that the table before was in. So several are tried: taking back a snapshot must not need space.
+    async fn write_table(&mut self) -> Result<()> {
+        if self.old.version == Version::V3 {
+            self.table.complete(self.size());
+        }
+        let bytes = self.table.encode()?;
+        if bytes.is_empty() {
+            self.new_table = None;
+            return Ok(());
+        }
+        let clusters = self.image.g.clusters_for(bytes.len() as u64);
+        // Kept until the end, so that each try gets another place.
+        let mut holes = Vec::new();
+        loop {
+            let area = {
+                let mut alloc = self.image.alloc.lock().await;
+                let owner = Owner::SnapshotTable;
+                alloc.allocate_metadata(clusters, owner).await?
+            };
+            match self.image.write_area(&area, bytes.clone()).await {
+                Err(error) if error.kind() == ErrorKind::NoSpace && holes.len() < MAX_HOLES => {
+                    holes.push(area);
+                }
+                result => {
+                    result?;
+                    self.new_table = Some(area);
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Counts what the change takes, in memory and in the file. On error that is undone.
+    async fn count_takes(&mut self) -> Result<()> {
+        let mut takes = sum(self.changes.clone());
+        takes.retain(|change| change.more > 0);
+        if takes.is_empty() {
+            return Ok(());
+        }
+        let image = self.image.clone();
+        // What counters have to hold is known only when nothing is owed.
+        image.settle_all(None).await?;
+        image
+            .settling
+            .apply(image.g, &takes, &self.before, &self.before);
+        self.counted = takes.clone();
+        let counted = async {
+            for change in &takes {
+                image.settle_table(change.table).await?;
+                image.clear_flags(change.table).await?;
+                image.relieve().await;
+            }
+            Ok(())
+        };
+        let counted = counted.await;
+        if counted.is_err() {
+            self.uncount_takes();
+            if let Err(error) = image.settle_all(None).await {
+                log::warn!("qcow2: references of a failed snapshot are still counted: {error}");
+            }
+            if let Err(error) = image.write_back().await {
+                log::warn!("qcow2: write-back failed, a flush will try again: {error}");
+            }
+        }
+        counted
+    }
+
+    fn uncount_takes(&mut self) {
+        let mut changes = std::mem::take(&mut self.counted);
+        changes.iter_mut().for_each(|change| change.more *= -1);
+        let image = &self.image;
+        let settling = &image.settling;
+        settling.apply(image.g, &changes, &self.before, &self.before);
+    }
+
+    async fn commit(&mut self) -> Result<()> {
+        self.expect(Phase::Prepared)?;
+        let g = self.image.g;
+        let snapshots_offset = match &self.new_table {
+            Some(area) => g.host_offset(area.run().start),
+            None => HostOffset(0),
+        };
+        let count = self.table.entries().len() as u32;
+        let (size, active) = (self.size(), &self.active);
+        let switched = self
+            .image
+            .header
+            .update(|header| {
+                header.size = size;
+                header.l1_size = active.entries.len() as u32;
+                header.l1_table_offset = active.offset;
+                header.nb_snapshots = count;
+                header.snapshots_offset = snapshots_offset;
+            })
+            .await;
+        self.phase = match switched {
+            Ok(()) => Phase::Committed,
+            Err(_) if self.image.header.check().is_err() => Phase::Unknown,
+            Err(_) => Phase::Prepared,
+        };
+        switched
+    }
+
+    async fn roll_back(&mut self) -> Result<()> {
+        self.expect(Phase::Committed)?;
+        let old = self.old.clone();
+        let switched = self
+            .image
+            .header
+            .update(|header| {
+                header.size = old.size;
+                header.l1_size = old.l1_size;
+                header.l1_table_offset = old.l1_table_offset;
+                header.nb_snapshots = old.nb_snapshots;
+                header.snapshots_offset = old.snapshots_offset;
+            })
+            .await;
+        match switched {
+            Ok(()) => self.phase = Phase::Steps,
+            Err(_) if self.image.header.check().is_err() => self.phase = Phase::Unknown,
+            // The header is still the new one, and the change stands.
+            Err(_) => {}
+        }
+        switched
+    }
+
+    /// What is reserved stays so: the header points to it, or may.
+    fn keep(&mut self) {
+        let l1s = self.new_l1s.iter_mut().map(|(area, _)| area);
+        for area in l1s.chain(&mut self.new_table) {
+            area.publish(area.run().count);
+        }
+    }
+
+    /// Makes the image in memory what the header says.
+    fn apply(&mut self) {
+        self.keep();
+        let image = &self.image;
+        let mut changes = sum(std::mem::take(&mut self.changes));
+        if !self.counted.is_empty() {
+            changes.retain(|change| change.more < 0);
+        }
+        let mut active = self.before.clone();
+        if self.active.offset != self.before.offset() {
+            let entries = self.active.entries.iter().copied();
+            active = Arc::new(L1Table::new(self.active.offset, entries));
+            image.set_l1(active.clone());
+        }
+        image.size.store(self.size(), Ordering::Release);
+        image
+            .settling
+            .apply(image.g, &changes, &self.before, &active);
+        image.settling.add_areas(self.replaced.drain(..));
+        image.snapshots.set(std::mem::take(&mut self.table));
+        image.commits.touch();
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        match self.phase {
+            Phase::Committed => self.apply(),
+            Phase::Unknown => {
+                self.keep();
+                log::error!("qcow2: whether a change of snapshots has happened is unknown");
+            }
+            Phase::Steps | Phase::Prepared => self.uncount_takes(),
+        }
+        self.image.wake_settler();
+    }
+}
+
+impl Image {
+    /// Writes `bytes` to the start of an area, zeroes behind them up to the end of the host's block. No more: a cluster that
+    /// a table was in then has space for a table of that length, also when the host's disk is full. Taking back a
+    /// snapshot relies on it.
+    pub(super) async fn write_area(&self, area: &Reserved, mut bytes: Vec<u8>) -> Result<()> {
+        let clusters = (area.run().count << self.g.cluster_bits()) as usize;
+        bytes.resize(bytes.len().next_multiple_of(HOST_BLOCK).min(clusters), 0);
+        let at = self.g.host_offset(area.run().start).0;
+        self.file
+            .write(at, bytes.into(), WriteFlags::default())
+            .await
+    }
+}
+
+/// The entries of an L1 table as a snapshot has them.
+pub(super) fn without_copied(entries: &[u64]) -> Arc<[u64]> {
+    use crate::formats::qcow2::entry::L1Entry;
+    let entries = entries.iter();
+    entries
+        .map(|entry| L1Entry(*entry).with_copied(false).0)
+        .collect()
+}

@@ -1,0 +1,147 @@
+//! Who settles, and when: a task behind the image that gives way to the guest.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+
+use crate::error::Result;
+use crate::formats::qcow2::image::Image;
+use crate::limits::{
+    QCOW2_SETTLE_ON_CLOSE, QCOW2_SETTLE_PAUSE, QCOW2_SETTLE_RETRY, QCOW2_SETTLE_SHARE,
+    QCOW2_SETTLE_UNWRITTEN,
+};
+
+/// What the log says where an image is closed too early.
+const UNSETTLED: &str =
+    "refcounts are not up to date behind snapshot operations; the next open repairs the image";
+
+/// The task of an image. It ends with the image, or when that is closed.
+#[derive(Debug, Default)]
+pub(in crate::formats::qcow2) struct Settler {
+    /// Told when there is something to do.
+    wake: Arc<Notify>,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What a slice of work has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Slice {
+    /// There is more to do.
+    More,
+    /// All is settled.
+    Done,
+    /// What is left has failed.
+    Stuck,
+}
+
+impl Drop for Settler {
+    fn drop(&mut self) {
+        let task = self.task.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(task) = task {
+            task.abort();
+        }
+    }
+}
+
+impl Image {
+    /// There is something to settle. Where no runtime is, closing the image does it.
+    pub(super) fn wake_settler(self: &Arc<Self>) {
+        self.settler.wake.notify_one();
+        let Ok(runtime) = Handle::try_current() else {
+            return;
+        };
+        let task = &self.settler.task;
+        let mut task = task.lock().unwrap_or_else(PoisonError::into_inner);
+        if task.as_ref().is_none_or(JoinHandle::is_finished) {
+            let work = run(Arc::downgrade(self), self.settler.wake.clone());
+            *task = Some(runtime.spawn(work));
+        }
+    }
+
+    /// Settles what there is, within a bound. The gate is closed.
+    pub(in crate::formats::qcow2) async fn settle_to_close(&self) {
+        if self.may_settle().is_err() {
+            return;
+        }
+        let deadline = Instant::now() + QCOW2_SETTLE_ON_CLOSE;
+        match self.settle_all(Some(deadline)).await {
+            Ok(true) => {}
+            Ok(false) => log::warn!("qcow2: {UNSETTLED}"),
+            Err(error) => log::error!("qcow2: {UNSETTLED}: {error}"),
+        }
+    }
+
+    /// Nothing is counted or freed in an image that is known to be damaged, or whose header is unknown.
+    fn may_settle(&self) -> Result<()> {
+        self.damage.check()?;
+        self.header.check()
+    }
+
+    /// A slice of settling: up to what a guest's flush may find beside its own.
+    async fn settle_slice(&self) -> Result<Slice> {
+        let _inside = self.gate.enter_unnoticed().await;
+        if self.is_closed() {
+            return Ok(Slice::Done);
+        }
+        if self.may_settle().is_err() {
+            return Ok(Slice::Stuck);
+        }
+        if !self.settle_step().await? {
+            return Ok(match self.settling.is_empty() {
+                true => Slice::Done,
+                false => Slice::Stuck,
+            });
+        }
+        let unwritten = (self.l2.dirty_count() as u64) << self.g.cluster_bits();
+        if unwritten >= QCOW2_SETTLE_UNWRITTEN {
+            self.write_back().await?;
+        }
+        Ok(Slice::More)
+    }
+}
+
+/// Settles whatever there is, until the image is gone.
+async fn run(image: Weak<Image>, wake: Arc<Notify>) {
+    let mut retry = QCOW2_SETTLE_RETRY.0;
+    let mut told = false;
+    loop {
+        let pause = {
+            let Some(image) = image.upgrade() else { return };
+            if image.is_closed() {
+                return;
+            }
+            let started = Instant::now();
+            match image.settle_slice().await {
+                Ok(Slice::More) if image.gate.take_busy() => {
+                    let pause = started.elapsed() * (QCOW2_SETTLE_SHARE - 1);
+                    Some(pause.min(QCOW2_SETTLE_PAUSE))
+                }
+                Ok(Slice::More) => Some(Duration::ZERO),
+                Ok(Slice::Done) => {
+                    (retry, told) = (QCOW2_SETTLE_RETRY.0, false);
+                    None
+                }
+                Ok(Slice::Stuck) => {
+                    image.settling.try_again();
+                    retry = (retry * 2).min(QCOW2_SETTLE_RETRY.1);
+                    Some(retry)
+                }
+                Err(error) => {
+                    if !std::mem::replace(&mut told, true) {
+                        log::warn!("qcow2: settling behind a snapshot is tried again: {error}");
+                    }
+                    // What has failed waits until all else is done.
+                    Some(Duration::ZERO)
+                }
+            }
+        };
+        match pause {
+            Some(Duration::ZERO) => tokio::task::yield_now().await,
+            Some(pause) => tokio::time::sleep(pause).await,
+            None => wake.notified().await,
+        }
+    }
+}

@@ -1,0 +1,301 @@
+//! What is still to be done behind snapshot operations: the state, without I/O.
+//!
+//! An L1 table that is taken (by a new snapshot, or as the active one) refers to every L2 table in it, and one that is dropped
+//! no longer does. Neither changes a refcount: how many references of L1 tables the stored counts of an L2 table, and
+//! of all below it, lack or have too many is noted here, and `settle` makes it good.
+//!
+//! ```text
+//! stored(T) = references to T - owed(T)          owed > 0: to be added, before anything is changed through T
+//! stored(c) = sum of stored(T) over all T -> c   owed < 0: to be taken away, some time
+//! ```
+//!
+//! Both hold beside what is in the quarantine. What is owed rises only together with the references, so every L2 table in use, and
+//! every cluster below it, keeps a stored count of at least 1: the allocator never hands it out.
+//!
+//! An entry of the active L1 table has COPIED only where nothing is owed and the stored count is 1: whoever may change a table in
+//! place has nobody to ask.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::formats::qcow2::alloc::Run;
+use crate::formats::qcow2::entry::L1Entry;
+use crate::formats::qcow2::geometry::Geometry;
+use crate::formats::qcow2::l1::L1Table;
+use crate::units::ClusterIndex;
+
+/// How the references of L1 tables to an L2 table change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Change {
+    /// The cluster of the L2 table.
+    pub(super) table: ClusterIndex,
+    /// Its index in the L1 tables.
+    pub(super) slot: usize,
+    /// References more; below zero, less.
+    pub(super) more: i64,
+}
+
+/// What an L1 table does when it is taken (`more` is 1) or dropped (-1). Its entries have been checked.
+pub(super) fn changes(g: Geometry, l1: &[u64], more: i64) -> impl Iterator<Item = Change> + '_ {
+    tables(g, l1).map(move |(slot, table)| Change { table, slot, more })
+}
+
+/// Adds up the changes of each table, ascending; none where they make up for each other.
+pub(super) fn sum(mut changes: Vec<Change>) -> Vec<Change> {
+    changes.sort_by_key(|change| change.table);
+    changes.dedup_by(|next, kept| {
+        let same = next.table == kept.table;
+        if same {
+            kept.more += next.more;
+        }
+        same
+    });
+    changes.retain(|change| change.more != 0);
+    changes
+}
+
+/// What the stored counts of an L2 table owe.
+#[derive(Debug, Clone, Copy)]
+struct Owed {
+    /// References to be added; below zero, to be taken away.
+    references: i64,
+    /// Index of the table in the L1 tables.
+    slot: usize,
+    /// The active L1 entry had COPIED when the first reference came, and all below has been as it was since.
+    was_copied: bool,
+    /// It could not be settled: later ones go first.
+    failed: bool,
+}
+
+/// A piece of work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Work {
+    /// Clusters of replaced tables.
+    Areas,
+    /// Clusters whose last reference is gone.
+    Freed,
+    /// The COPIED flags of an L1 index.
+    Flags(usize),
+    /// An L2 table that owes, in this cluster.
+    Table(ClusterIndex),
+}
+
+/// The state.
+#[derive(Debug, Default)]
+pub(in crate::formats::qcow2) struct Settling(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// By the cluster of the L2 table.
+    owed: BTreeMap<u64, Owed>,
+    /// L1 indices whose COPIED flags may differ from what the stored counts say.
+    flags: BTreeSet<usize>,
+    /// Those of them that could not be looked at.
+    failed_flags: BTreeSet<usize>,
+    /// Tables that nothing points to any more, still counted.
+    areas: Vec<Run>,
+    /// Clusters that nothing points to any more, still counted once.
+    freed: Vec<Run>,
+    /// Areas or freed clusters could not be freed.
+    frees_failed: bool,
+}
+
+impl Settling {
+    /// Notes what has happened. `before` was the active L1 table and `active` is it now; its COPIED flags follow.
+    ///
+    /// Under the closed gate.
+    pub(super) fn apply(
+        &self,
+        g: Geometry,
+        changes: &[Change],
+        before: &L1Table,
+        active: &L1Table,
+    ) {
+        let mut state = self.state();
+        for change in changes {
+            let Change { table, slot, more } = *change;
+            let owed = state.owed.entry(table.0).or_insert_with(|| Owed {
+                references: 0,
+                slot,
+                was_copied: is_at(g, before.get(slot), table.0) && before.get(slot).is_copied(),
+                failed: false,
+            });
+            owed.references += more;
+        }
+        let State { owed, flags, .. } = &mut *state;
+        owed.retain(|table, owed| {
+            if owed.references != 0 {
+                return true;
+            }
+            let present = active.get(owed.slot);
+            if owed.was_copied && is_at(g, present, *table) {
+                if !present.is_copied() {
+                    active.set(owed.slot, present.with_copied(true));
+                }
+            } else {
+                flags.insert(owed.slot);
+            }
+            false
+        });
+        active.change(|entry| {
+            let host = entry.l2_offset().filter(|_| entry.is_copied())?;
+            let owes = owed.contains_key(&g.host_cluster(host).0);
+            owes.then(|| entry.with_copied(false))
+        });
+    }
+
+    /// How many references of L1 tables the stored counts of the table lack; below zero, how many they have too many.
+    pub(super) fn owed(&self, table: ClusterIndex) -> i64 {
+        let state = self.state();
+        state.owed.get(&table.0).map_or(0, |owed| owed.references)
+    }
+
+    /// The L1 index of a table that owes.
+    pub(super) fn slot(&self, table: ClusterIndex) -> Option<usize> {
+        let state = self.state();
+        state.owed.get(&table.0).map(|owed| owed.slot)
+    }
+
+    /// The stored counts of the table are right now; the flags above it are to be looked at.
+    pub(super) fn settled(&self, table: ClusterIndex) {
+        let mut state = self.state();
+        if let Some(owed) = state.owed.remove(&table.0) {
+            state.flags.insert(owed.slot);
+        }
+    }
+
+    /// Whether an active table lacks references. If so it remembers that the flags below it are to be looked at when the
+    /// references go again.
+    pub(super) fn postpone_flags(&self, table: ClusterIndex) -> bool {
+        let mut state = self.state();
+        match state.owed.get_mut(&table.0) {
+            Some(owed) if owed.references > 0 => {
+                owed.was_copied = false;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Tables that nothing points to any more, durably, and that nobody reads.
+    pub(super) fn add_areas(&self, runs: impl IntoIterator<Item = Run>) {
+        self.state().areas.extend(runs);
+    }
+
+    /// Clusters whose last reference is gone, durably, and that nobody reads.
+    pub(super) fn add_freed(&self, runs: impl IntoIterator<Item = Run>) {
+        self.state().freed.extend(runs);
+    }
+
+    /// What was taken could not be freed: nothing is freed for a while.
+    pub(super) fn frees_failed(&self) {
+        self.state().frees_failed = true;
+    }
+
+    /// Takes the areas, to free them. What could not be freed comes back with `add_areas`.
+    pub(super) fn take_areas(&self) -> Vec<Run> {
+        std::mem::take(&mut self.state().areas)
+    }
+
+    /// Takes the freed clusters. What could not be freed comes back with `add_freed`.
+    pub(super) fn take_freed(&self) -> Vec<Run> {
+        std::mem::take(&mut self.state().freed)
+    }
+
+    /// Takes an L1 index whose flags are looked at now. After an error it comes back with `flags_failed`.
+    pub(super) fn take_flags(&self, slot: usize) {
+        self.state().flags.remove(&slot);
+    }
+
+    /// The flags of the index are still to be looked at, but not next.
+    pub(super) fn flags_failed(&self, slot: usize) {
+        self.state().failed_flags.insert(slot);
+    }
+
+    /// The table could not be settled: others go first.
+    pub(super) fn table_failed(&self, table: ClusterIndex) {
+        if let Some(owed) = self.state().owed.get_mut(&table.0) {
+            owed.failed = true;
+        }
+    }
+
+    /// What has failed is tried again.
+    pub(super) fn try_again(&self) {
+        let mut state = self.state();
+        let State {
+            owed,
+            flags,
+            failed_flags,
+            frees_failed,
+            ..
+        } = &mut *state;
+        flags.append(failed_flags);
+        *frees_failed = false;
+        owed.values_mut().for_each(|owed| owed.failed = false);
+    }
+
+    /// What to do next; nothing where all is settled or has failed.
+    pub(super) fn next(&self) -> Option<Work> {
+        let state = self.state();
+        if !state.areas.is_empty() && !state.frees_failed {
+            return Some(Work::Areas);
+        }
+        if !state.freed.is_empty() && !state.frees_failed {
+            return Some(Work::Freed);
+        }
+        if let Some(slot) = state.flags.first() {
+            return Some(Work::Flags(*slot));
+        }
+        Some(Work::Table(state.waiting().next()?))
+    }
+
+    /// The tables that are to be settled next, ascending.
+    pub(super) fn next_tables(&self, most: usize) -> Vec<ClusterIndex> {
+        self.state().waiting().take(most).collect()
+    }
+
+    /// Whether the stored counts and the flags in memory say what the tables say.
+    pub(super) fn is_empty(&self) -> bool {
+        let state = self.state();
+        state.owed.is_empty()
+            && state.flags.is_empty()
+            && state.failed_flags.is_empty()
+            && state.areas.is_empty()
+            && state.freed.is_empty()
+    }
+
+    /// L2 tables that owe, and L1 indices with flags to look at.
+    pub(in crate::formats::qcow2) fn unsettled_tables(&self) -> u64 {
+        let state = self.state();
+        (state.owed.len() + state.flags.len() + state.failed_flags.len()) as u64
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// The tables that can be settled now, ascending. While clusters that were freed wait, no more are.
+    fn waiting(&self) -> impl Iterator<Item = ClusterIndex> + '_ {
+        let frees = self.freed.is_empty();
+        let owed = self.owed.iter();
+        owed.filter(move |(_, owed)| !owed.failed && (frees || owed.references > 0))
+            .map(|(table, _)| ClusterIndex(*table))
+    }
+}
+
+/// The L2 tables of an L1 table that has been checked, with their indices.
+pub(super) fn tables(g: Geometry, l1: &[u64]) -> impl Iterator<Item = (usize, ClusterIndex)> + '_ {
+    let entries = l1.iter().enumerate();
+    entries.filter_map(move |(slot, entry)| {
+        let host = L1Entry(*entry).l2_offset()?;
+        Some((slot, g.host_cluster(host)))
+    })
+}
+
+fn is_at(g: Geometry, entry: L1Entry, cluster: u64) -> bool {
+    entry
+        .l2_offset()
+        .is_some_and(|host| g.host_cluster(host).0 == cluster)
+}

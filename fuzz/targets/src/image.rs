@@ -13,7 +13,7 @@ use block::driver::{
     Driver, NewSnapshot, Preallocation, Requests, SnapshotSelector, Snapshots, WriteFlags,
     ZeroFlags,
 };
-use block::formats::qcow2::check::{check, repair};
+use block::formats::qcow2::check::{CheckOptions, Repair, check, repair};
 use block::formats::qcow2::create::{Compat, CreateOptions, create};
 use block::formats::qcow2::{OpenOptions, Qcow2};
 use block::io::Data;
@@ -168,7 +168,7 @@ async fn edit(disk: &Arc<Memory>, input: &mut Input<'_>) {
 
 async fn check_and_repair(disk: &Arc<Memory>) {
     let _ = check(&disk.child()).await;
-    if let Err(error) = repair(&disk.child()).await {
+    if let Err(error) = repair(&disk.child(), Repair::All, &CheckOptions::default()).await {
         assert!(!error.message().is_empty());
     }
 }

@@ -26,6 +26,11 @@ impl CounterWidth {
         u64::MAX >> (64 - (1 << self.order))
     }
 
+    /// The width of nearly all images.
+    pub(crate) fn is_16_bits(self) -> bool {
+        self.order == 4
+    }
+
     /// How many counters `bytes` bytes hold.
     pub(crate) fn per_bytes(self, bytes: u64) -> u64 {
         (bytes * 8) >> self.order

@@ -6,8 +6,10 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock};
 
+use super::Qcow2;
 use super::alloc::Allocator;
 use super::bitmaps::Bitmaps;
+use super::check::{self, CheckOptions, Repair};
 use super::damage::Damage;
 use super::entry::L1Entry;
 use super::gate::Gate;
@@ -21,7 +23,6 @@ use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
 use super::snapshot::{Settler, Settling, SnapshotList};
 use super::write_back::Commits;
-use super::{Qcow2, check};
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Reporter;
@@ -93,8 +94,13 @@ impl Qcow2 {
                 ));
             }
             if header.incompatible.has(Incompatible::DIRTY) {
-                log::warn!("qcow2: the image was not closed; rebuilding its refcounts");
-                check::repair(&file).await?;
+                log::warn!("qcow2: the image was not closed; its refcounts are repaired");
+                let repaired = check::repair(&file, Repair::All, &CheckOptions::default()).await?;
+                log::info!(
+                    "qcow2: {} leaks and {} errors repaired",
+                    repaired.leaks_fixed,
+                    repaired.corruptions_fixed
+                );
                 header = read_header(&file).await?;
             }
         }

@@ -3,11 +3,14 @@
 //! Snapshots, checks and repairs touch every L2 table of an image. One request per table would cost a round trip each;
 //! sorted and coalesced they run at the speed of the device.
 
+use std::pin::pin;
+use std::sync::Arc;
+
 use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 
 use crate::driver::{Child, WriteFlags};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Data, Segment};
 use crate::units::HostOffset;
 
@@ -16,6 +19,10 @@ const PIECE: u64 = 2 << 20;
 
 /// Pieces under way at once. With `PIECE` it bounds the memory in flight.
 const DEPTH: usize = 8;
+
+/// Pieces that are worked on at once, each by a thread: enough to keep up with the page cache, and few enough to leave
+/// processors to others.
+const WORKERS: usize = 4;
 
 /// Clusters that follow each other in the file: where they begin, and which of the list they are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,12 +65,7 @@ pub(crate) async fn read_clusters(
     debug_assert!(offsets.is_sorted());
     let reads = group(offsets.iter().copied(), cluster_size)
         .into_iter()
-        .map(|run| async move {
-            let data = file
-                .read(run.start.0, run.count as u64 * cluster_size)
-                .await?;
-            Ok((run, data.to_bytes()))
-        });
+        .map(|run| read_run(file, run, cluster_size));
     let mut reads = stream::iter(reads).buffered(DEPTH);
     while let Some(piece) = reads.next().await {
         let (run, bytes) = piece?;
@@ -72,6 +74,54 @@ pub(crate) async fn read_clusters(
         }
     }
     Ok(())
+}
+
+/// The same for clusters that need work: other threads make something of each with `work`, which knows its index,
+/// and `each` gets that.
+///
+/// Cancellation: safe; the threads end with the pieces that they are at.
+pub(crate) async fn map_clusters<T: Send + 'static>(
+    file: &Child,
+    offsets: &[HostOffset],
+    cluster_size: u64,
+    work: impl Fn(usize, &[u8]) -> T + Send + Sync + 'static,
+    mut each: impl FnMut(usize, T) -> Result<()>,
+) -> Result<()> {
+    debug_assert!(offsets.is_sorted());
+    let work = Arc::new(work);
+    let pieces = group(offsets.iter().copied(), cluster_size)
+        .into_iter()
+        .map(|run| read_run(file, run, cluster_size));
+    let made = stream::iter(pieces).buffered(DEPTH).map(|piece| {
+        let work = work.clone();
+        async move {
+            let (run, bytes) = piece?;
+            let first = run.first;
+            let clusters = move || -> Vec<T> {
+                let clusters = bytes.chunks_exact(cluster_size as usize).enumerate();
+                clusters
+                    .map(|(nth, cluster)| work(first + nth, cluster))
+                    .collect()
+            };
+            let made = tokio::task::spawn_blocking(clusters).await;
+            let made = made.map_err(|error| Error::new(ErrorKind::Io, error.to_string()))?;
+            Ok((first, made))
+        }
+    });
+    let mut made = pin!(made.buffered(WORKERS));
+    while let Some(piece) = made.next().await {
+        let (first, made): (usize, Vec<T>) = piece?;
+        for (nth, made) in made.into_iter().enumerate() {
+            each(first + nth, made)?;
+        }
+    }
+    Ok(())
+}
+
+async fn read_run(file: &Child, run: Run, cluster_size: u64) -> Result<(Run, Bytes)> {
+    let len = run.count as u64 * cluster_size;
+    let data = file.read(run.start.0, len).await?;
+    Ok((run, data.to_bytes()))
 }
 
 /// Writes clusters, given with their ascending offsets, in the same way. Not durable before a flush.

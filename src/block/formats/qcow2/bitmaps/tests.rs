@@ -9,7 +9,7 @@ use crate::driver::{
     Driver, FormatSpecific, NewSnapshot, Preallocation, Requests, SnapshotSelector, Snapshots,
     ZeroFlags,
 };
-use crate::formats::qcow2::check::{check, read_header, repair};
+use crate::formats::qcow2::check::{CheckOptions, Repair, check, read_header, repair};
 use crate::io::Data;
 use crate::protocols::memory::{Change, Fault, Memory, OpKind};
 
@@ -260,7 +260,9 @@ fn bitmaps_nobody_vouches_for_are_nobodys() {
         let path = scratch.save("forgotten.qcow2", &disk);
         let (found, _) = super::super::testing::qemu_check(&path);
         assert_eq!(found["leaks"], report.leaks);
-        repair(&disk.child()).await.unwrap();
+        repair(&disk.child(), Repair::All, &CheckOptions::default())
+            .await
+            .unwrap();
     });
     assert_qemu_clean(&scratch.save("repaired.qcow2", &disk));
 }

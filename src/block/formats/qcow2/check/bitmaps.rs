@@ -36,8 +36,6 @@ impl Scan<'_> {
     }
 
     fn bitmaps_are_wrong(&mut self, error: &Error) {
-        self.report.corruptions += 1;
-        self.structural += 1;
-        self.report.note(|| format!("ERROR {error}"));
+        self.corrupt(1, || format!("ERROR {error}"));
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::formats::qcow2::counters::CounterWidth;
 use crate::limits::QCOW2_MAX_CHECK_BYTES;
 
 /// Clusters per chunk: the unit of memory.
@@ -12,8 +13,17 @@ const CHUNK: u64 = 1 << 16;
 /// Counts at this value continue in `Counts::large`.
 const SATURATED: u16 = u16::MAX;
 
+/// The chunk of each part of a range, and the part.
+fn parts(clusters: Range<u64>) -> impl DoubleEndedIterator<Item = (usize, Range<u64>)> {
+    let chunks = clusters.start / CHUNK..clusters.end.div_ceil(CHUNK);
+    chunks.map(move |chunk| {
+        let start = clusters.start.max(chunk * CHUNK);
+        (chunk as usize, start..clusters.end.min((chunk + 1) * CHUNK))
+    })
+}
+
 /// How often each host cluster is referenced. Chunks without references take no memory.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Counts {
     chunks: Vec<Option<Box<[u16]>>>,
     /// Counts that do not fit 16 bits. They need 65535 snapshots, or an image made to annoy.
@@ -49,42 +59,84 @@ impl Counts {
     /// Adds `times` to each cluster of the range; answers how many references did not fit the refcount width.
     pub(super) fn add(&mut self, clusters: Range<u64>, times: u64) -> Result<u64> {
         let limit = u64::from(SATURATED).min(self.max.saturating_add(1));
+        // A cluster alone, as in images whose clusters lie in no order.
+        if clusters.end == clusters.start + 1
+            && let Some(Some(slots)) = self.chunks.get_mut((clusters.start / CHUNK) as usize)
+        {
+            let slot = &mut slots[(clusters.start % CHUNK) as usize];
+            if u64::from(*slot).saturating_add(times) < limit {
+                *slot += times as u16;
+                return Ok(0);
+            }
+        }
         let mut lost = 0_u64;
-        let mut at = clusters.start;
-        while at < clusters.end {
-            let end = clusters.end.min((at / CHUNK + 1) * CHUNK);
-            let slots = self.ensure(at / CHUNK)?;
-            let part = &mut slots[(at % CHUNK) as usize..][..(end - at) as usize];
-            let simple = part
+        for (chunk, part) in parts(clusters) {
+            let slots = self.ensure(chunk)?;
+            let slots = &mut slots[inside(&part)];
+            let simple = slots
                 .iter()
                 .all(|count| u64::from(*count).saturating_add(times) < limit);
             if simple {
-                part.iter_mut().for_each(|count| *count += times as u16);
+                slots.iter_mut().for_each(|count| *count += times as u16);
             } else {
-                for cluster in at..end {
+                for cluster in part {
                     lost = lost.saturating_add(self.add_one(cluster, times)?);
                 }
             }
-            at = end;
         }
         Ok(lost)
     }
 
+    /// The counts of the range as a refcount block has them: zeroes where nothing is written.
+    pub(super) fn encode(&self, clusters: Range<u64>, width: CounterWidth, block: &mut [u8]) {
+        let first = clusters.start;
+        for (chunk, part) in parts(self.within(clusters)) {
+            let Some(Some(slots)) = self.chunks.get(chunk) else {
+                continue;
+            };
+            let at = (part.start - first) as usize;
+            let slots = &slots[inside(&part)];
+            if width.is_16_bits() {
+                let (counters, _) = block[2 * at..].as_chunks_mut::<2>();
+                for (counter, count) in counters.iter_mut().zip(slots) {
+                    // 65535 is itself: such an image has no larger count.
+                    *counter = count.to_be_bytes();
+                }
+                continue;
+            }
+            for (nth, count) in slots.iter().enumerate().filter(|(_, count)| **count != 0) {
+                let count = match *count {
+                    SATURATED => self.get(part.start + nth as u64),
+                    count => u64::from(count),
+                };
+                width.set(block, at + nth, count);
+            }
+        }
+    }
+
     /// The first counted cluster of the range.
     pub(super) fn next_counted(&self, clusters: Range<u64>) -> Option<u64> {
-        let mut at = clusters.start;
-        while at < clusters.end {
-            let end = clusters.end.min((at / CHUNK + 1) * CHUNK);
-            if let Some(Some(chunk)) = self.chunks.get((at / CHUNK) as usize) {
-                let from = (at % CHUNK) as usize;
-                let part = &chunk[from..from + (end - at) as usize];
-                if let Some(found) = part.iter().position(|count| *count != 0) {
-                    return Some(at + found as u64);
-                }
-            }
-            at = end;
-        }
-        None
+        parts(self.within(clusters)).find_map(|(chunk, part)| {
+            let slots = self.chunks.get(chunk)?.as_ref()?;
+            let found = slots[inside(&part)].iter().position(|count| *count != 0)?;
+            Some(part.start + found as u64)
+        })
+    }
+
+    /// The last counted cluster of the range.
+    pub(super) fn last_counted(&self, clusters: Range<u64>) -> Option<u64> {
+        parts(self.within(clusters))
+            .rev()
+            .find_map(|(chunk, part)| {
+                let slots = self.chunks.get(chunk)?.as_ref()?;
+                let found = slots[inside(&part)].iter().rposition(|count| *count != 0)?;
+                Some(part.start + found as u64)
+            })
+    }
+
+    /// The part of a range that can have counts.
+    fn within(&self, clusters: Range<u64>) -> Range<u64> {
+        clusters.start..clusters.end.min(self.end()).max(clusters.start)
     }
 
     /// The end of the last chunk that has counts, in clusters.
@@ -93,8 +145,7 @@ impl Counts {
     }
 
     /// The counters of a chunk, made if need be.
-    fn ensure(&mut self, index: u64) -> Result<&mut [u16]> {
-        let index = index as usize;
+    fn ensure(&mut self, index: usize) -> Result<&mut [u16]> {
         if self.chunks.len() <= index {
             self.spend((index + 1 - self.chunks.len()) as u64 * 16)?;
             self.chunks.resize_with(index + 1, || None);
@@ -133,6 +184,12 @@ impl Counts {
             .ok_or_else(too_large_to_check)?;
         Ok(())
     }
+}
+
+/// Where in its chunk a part of a range lies.
+fn inside(part: &Range<u64>) -> Range<usize> {
+    let start = (part.start % CHUNK) as usize;
+    start..start + (part.end - part.start) as usize
 }
 
 /// One bit per host cluster, as sparse as the counts.
@@ -174,7 +231,26 @@ impl Bitmap {
 
     /// How many clusters of the range have their bit set.
     pub(super) fn count(&self, clusters: Range<u64>) -> u64 {
-        clusters.filter(|&cluster| self.get(cluster)).count() as u64
+        if clusters.end == clusters.start + 1 {
+            return u64::from(self.get(clusters.start));
+        }
+        let mut found = 0;
+        for (chunk, part) in parts(clusters) {
+            let Some(Some(words)) = self.chunks.get(chunk) else {
+                continue;
+            };
+            let inside = inside(&part);
+            for word in inside.start / 64..inside.end.div_ceil(64) {
+                // Runs are mostly long or single clusters: whole words but for the ends.
+                let below = |end: usize| match end.saturating_sub(word * 64) {
+                    bits @ 0..64 => (1 << bits) - 1,
+                    _ => u64::MAX,
+                };
+                let wanted = below(inside.end) & !below(inside.start);
+                found += u64::from((words[word] & wanted).count_ones());
+            }
+        }
+        found
     }
 
     fn spend(&mut self, bytes: u64) -> Result<()> {
@@ -225,5 +301,28 @@ mod tests {
         assert!(!bits.set(CHUNK + 7).unwrap());
         assert!(bits.set(CHUNK + 7).unwrap());
         assert_eq!(bits.count(0..3 * CHUNK), 1);
+        assert_eq!(bits.count(CHUNK + 7..CHUNK + 8), 1);
+        assert_eq!(bits.count(CHUNK + 8..3 * CHUNK), 0);
+        assert_eq!(bits.count(0..CHUNK + 7), 0);
+        assert_eq!(counts.last_counted(0..9 * CHUNK), Some(range.end - 1));
+        assert_eq!(counts.last_counted(0..range.start), None);
+    }
+
+    #[test]
+    fn a_block_of_any_width_says_what_was_counted() {
+        for order in 0..=6 {
+            let width = CounterWidth::new(order);
+            let mut counts = Counts::new(width.max());
+            let large = width.max().min(100_000);
+            counts.add(CHUNK - 3..CHUNK + 1, 1).unwrap();
+            counts.add(CHUNK + 1..CHUNK + 2, large).unwrap();
+            let mut block = vec![0; 64];
+            let range = CHUNK - 4..CHUNK + 4;
+            counts.encode(range.clone(), width, &mut block);
+            for (nth, cluster) in range.enumerate() {
+                let counted = counts.get(cluster);
+                assert_eq!(width.get(&block, nth), counted, "order {order}, {nth}");
+            }
+        }
     }
 }

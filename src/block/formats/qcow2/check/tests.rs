@@ -183,7 +183,7 @@ fn hostile_headers_and_tables_never_panic() {
         }
         // Any answer is fine; what counts is that there is one.
         let _ = block_on(check(&disk.child()));
-        let _ = block_on(repair(&disk.child()));
+        let _ = block_on(repair(&disk.child(), Repair::All, &CheckOptions::default()));
     }
 }
 
@@ -216,7 +216,7 @@ fn wrong_refcounts_and_flags_are_repaired() {
         overwrite(&disk, block, &vec![0; cluster_size as usize]);
         let report = block_on(check(&disk.child())).unwrap();
         assert!(report.is_broken(), "{options}");
-        block_on(repair(&disk.child())).unwrap();
+        block_on(repair(&disk.child(), Repair::All, &CheckOptions::default())).unwrap();
         let after = block_on(check(&disk.child())).unwrap();
         assert!(after.is_clean(), "{options}: {:#?}", after.findings);
         let path = scratch.save("repaired.qcow2", &disk);

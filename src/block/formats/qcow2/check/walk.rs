@@ -1,23 +1,26 @@
 //! From L1 tables to data clusters.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
-use super::Scan;
+use super::tables::{Facts, Finding, Flags, Table, Wrong};
+use super::{Scan, refcounts};
 use crate::error::{Error, ErrorKind, Result};
-use crate::formats::qcow2::entry::{L1Entry, L2Entry, Mapping, l2_entries};
+use crate::formats::qcow2::entry::L1Entry;
 use crate::formats::qcow2::geometry::ENTRY_SIZE;
-use crate::formats::qcow2::runs::read_clusters;
+use crate::formats::qcow2::runs::map_clusters;
 use crate::limits;
 use crate::units::HostOffset;
 
 /// Bits of an L1 entry that must be 0: 0 to 8 and 56 to 62.
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 
-/// Bits of a standard L2 entry that must be 0: 1 to 8 and 56 to 61.
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
-
 /// Uses of L2 tables kept before equal ones are merged.
 const MERGE_AT: usize = 1 << 20;
+
+/// Bytes of L2 tables above which the file is asked for holes before they are read. An image that is made to annoy can have
+/// terabytes of tables in a hole; others have so many only at some 8 TiB of disk, where the questions cost little.
+const LOOK_ABOVE: u64 = 1 << 30;
 
 /// How often an L2 table is used.
 #[derive(Debug, Clone, Copy)]
@@ -29,100 +32,131 @@ struct TableUse {
     active: u64,
 }
 
-/// Neighbouring data clusters that are not counted yet.
-#[derive(Debug, Default)]
-struct PendingRun {
-    start: u64,
-    len: u64,
+/// An L1 table, or several in the same place.
+struct L1 {
+    /// What it is, for messages.
+    what: &'static str,
+    offset: u64,
+    entries: u32,
+    /// How many have this place.
+    times: u64,
+    flags: Flags,
+}
+
+impl L1 {
+    fn bytes(&self) -> u64 {
+        u64::from(self.entries) * ENTRY_SIZE
+    }
 }
 
 impl Scan<'_> {
     /// Counts all L1 tables, L2 tables and data clusters.
     pub(super) async fn walk_tables(&mut self) -> Result<()> {
+        let active = L1 {
+            what: "active L1 table",
+            offset: self.header.l1_table_offset.0,
+            entries: self.header.l1_size,
+            times: 1,
+            flags: Flags::Meant,
+        };
+        self.use_metadata(active.what, active.offset, active.bytes())?;
         let mut uses = Vec::new();
-        let (offset, entries) = (self.header.l1_table_offset.0, self.header.l1_size);
-        self.use_metadata("active L1 table", offset, u64::from(entries) * ENTRY_SIZE)?;
-        self.l1_table(offset, entries, 1, &mut uses, true).await?;
+        self.l1_table(&active, &mut uses).await?;
         let snapshots = self.snapshot_l1_tables()?;
         // All of them before the first is read: an image with too many is refused at once.
-        let l1_bytes = |table: &(u64, u32, u64)| u64::from(table.1) * ENTRY_SIZE;
-        self.spend(snapshots.iter().map(l1_bytes).sum())?;
-        for (offset, entries, times) in snapshots {
-            self.l1_table(offset, entries, times, &mut uses, false)
-                .await?;
+        self.spend(snapshots.iter().map(L1::bytes).sum())?;
+        for table in snapshots {
+            self.l1_table(&table, &mut uses).await?;
         }
         merge(&mut uses)?;
         for table in &uses {
             self.own("L2 table", table.offset.0, self.g.cluster_size())?;
         }
-        self.l2_tables(&uses).await
+        self.l2_tables(uses).await
     }
 
     /// The L1 tables of snapshots, equal ones once with their number.
-    fn snapshot_l1_tables(&mut self) -> Result<Vec<(u64, u32, u64)>> {
+    fn snapshot_l1_tables(&mut self) -> Result<Vec<L1>> {
         let mut tables: HashMap<(u64, u32), u64> = HashMap::new();
         let entries = self.snapshots.entries().to_vec();
         for (index, entry) in entries.iter().enumerate() {
-            let bytes = u64::from(entry.l1_entries) * ENTRY_SIZE;
-            let usable = self.g.is_aligned(entry.l1_offset) && bytes <= limits::QCOW2_MAX_L1_BYTES;
-            if !usable {
-                self.structure_is_wrong(1, || {
-                    format!("ERROR snapshot table entry {index} has an impossible L1 table")
+            let (at, bytes) = (entry.l1_offset, u64::from(entry.l1_entries) * ENTRY_SIZE);
+            if !self.g.is_aligned(at) || bytes > limits::QCOW2_MAX_L1_BYTES {
+                self.corrupt(1, || {
+                    format!(
+                        "ERROR snapshot table entry {index} has an impossible L1 table at {at:#x}"
+                    )
                 });
                 continue;
             }
-            self.use_metadata("L1 table of a snapshot", entry.l1_offset, bytes)?;
-            *tables
-                .entry((entry.l1_offset, entry.l1_entries))
-                .or_default() += 1;
+            self.use_metadata("L1 table of a snapshot", at, bytes)?;
+            *tables.entry((at, entry.l1_entries)).or_default() += 1;
         }
-        let mut tables: Vec<_> = tables.into_iter().map(|((o, e), n)| (o, e, n)).collect();
+        let mut tables: Vec<_> = tables.into_iter().collect();
         tables.sort_unstable();
-        Ok(tables)
+        let tables = tables.into_iter().map(|((offset, entries), times)| L1 {
+            what: "L1 table of a snapshot",
+            offset,
+            entries,
+            times,
+            flags: Flags::Ignored,
+        });
+        Ok(tables.collect())
     }
 
-    async fn l1_table(
-        &mut self,
-        offset: u64,
-        entries: u32,
-        times: u64,
-        uses: &mut Vec<TableUse>,
-        active: bool,
-    ) -> Result<()> {
-        let bytes = u64::from(entries) * ENTRY_SIZE;
+    async fn l1_table(&mut self, table: &L1, uses: &mut Vec<TableUse>) -> Result<()> {
         // An L1 table outside of the file was counted as an error; what is behind the end is empty.
-        let end = offset.saturating_add(bytes).min(self.file.size());
-        let Some(len) = end.checked_sub(offset).filter(|len| *len > 0) else {
+        let end = table.offset.saturating_add(table.bytes());
+        let end = end.min(self.file.size());
+        let Some(len) = end.checked_sub(table.offset).filter(|len| *len > 0) else {
             return Ok(());
         };
-        let table = self.file.read(offset, len).await?.to_bytes();
-        for (index, entry) in table.as_chunks().0.iter().enumerate() {
+        let bytes = self.file.read(table.offset, len).await?.to_bytes();
+        for (index, entry) in bytes.as_chunks().0.iter().enumerate() {
             let entry = L1Entry(u64::from_be_bytes(*entry));
             if entry.0 == 0 {
                 continue;
             }
+            let L1 { what, offset, .. } = table;
+            let place = || format!("{what} at {offset:#x}, entry {index} ({:#x})", entry.0);
             if entry.0 & L1_RESERVED != 0 {
-                self.structure_is_wrong(times, || {
-                    format!(
-                        "ERROR found L1 entry with reserved bits set: {:#x}",
-                        entry.0
-                    )
+                self.corrupt(table.times, || {
+                    format!("ERROR {}: reserved bits are set", place())
                 });
             }
             let l2 = entry.l2_offset().unwrap_or_default();
-            self.count(l2.0, self.g.cluster_size(), times)?;
-            if !self.g.is_aligned(l2.0) {
-                self.structure_is_wrong(times, || {
-                    format!("ERROR l2_offset={l2}: Table is not cluster aligned")
-                });
+            match self.bounds.clusters(l2.0, self.g.cluster_size()) {
+                Some(clusters) => self.add(clusters, table.times)?,
+                None => self.corrupt(table.times, || {
+                    format!(
+                        "ERROR {}: the L2 table lies behind the end of the file",
+                        place()
+                    )
+                }),
             }
-            if active {
-                self.compare_copied("L2 table", index, entry.0, entry.is_copied(), l2, 1);
+            if !self.g.is_aligned(l2.0) {
+                self.corrupt(table.times, || {
+                    format!("ERROR {}: the L2 table is not properly aligned", place())
+                });
+                // Tables that overlap are read many times over.
+                self.spend(self.g.cluster_size())?;
+            }
+            if table.flags == Flags::Meant && l2.0 != 0 && !self.agrees(l2, entry.is_copied()) {
+                self.report.corruptions += 1;
+                self.report.note(|| {
+                    format!(
+                        "ERROR {}: OFLAG_COPIED disagrees with the refcount of the L2 table",
+                        place()
+                    )
+                });
             }
             uses.push(TableUse {
                 offset: l2,
-                total: times,
-                active: if active { times } else { 0 },
+                total: table.times,
+                active: match table.flags {
+                    Flags::Meant => table.times,
+                    Flags::Ignored => 0,
+                },
             });
             if uses.len() >= MERGE_AT && uses.len().is_power_of_two() {
                 merge(uses)?;
@@ -131,145 +165,100 @@ impl Scan<'_> {
         Ok(())
     }
 
-    async fn l2_tables(&mut self, uses: &[TableUse]) -> Result<()> {
-        let readable: Vec<TableUse> = uses
-            .iter()
-            .copied()
-            .filter(|table| self.is_readable(table.offset))
-            .collect();
-        let offsets: Vec<HostOffset> = readable.iter().map(|table| table.offset).collect();
+    /// Whether a COPIED flag is what the stored refcount asks for, as far as that matters and is known.
+    fn agrees(&self, host: HostOffset, copied: bool) -> bool {
+        let cluster = self.g.host_cluster(host).0;
+        let stored: Option<&refcounts::StoredOnes> = self.stored.as_deref();
+        stored.is_none_or(|stored| stored.agree(cluster, copied))
+    }
+
+    async fn l2_tables(&mut self, mut uses: Vec<TableUse>) -> Result<()> {
+        uses.retain(|table| self.bounds.is_readable(table.offset));
+        if uses.len() as u64 * self.g.cluster_size() > LOOK_ABOVE {
+            self.drop_holes(&mut uses).await?;
+        }
+        if let Some(progress) = &self.progress {
+            progress.expect(uses.len());
+        }
+        let offsets: Vec<HostOffset> = uses.iter().map(|table| table.offset).collect();
+        let facts = Facts {
+            bounds: self.bounds,
+            stored: self.stored.clone(),
+        };
+        let uses: Arc<[TableUse]> = uses.into();
+        let work = {
+            let uses = uses.clone();
+            move |nth: usize, bytes: &[u8]| {
+                let flags = match uses[nth].active {
+                    0 => Flags::Ignored,
+                    _ => Flags::Meant,
+                };
+                Table::read(&facts, flags, bytes)
+            }
+        };
         let (file, cluster_size) = (self.file, self.g.cluster_size());
-        read_clusters(file, &offsets, cluster_size, |index, bytes| {
-            self.l2_table(readable[index], bytes)
+        map_clusters(file, &offsets, cluster_size, work, |nth, table| {
+            self.count_table(uses[nth], table)
         })
         .await
     }
 
-    fn l2_table(&mut self, table: TableUse, bytes: &[u8]) -> Result<()> {
-        let mut pending = PendingRun::default();
-        let mut expected = None;
-        let cluster_size = self.g.cluster_size();
-        for (index, entry) in l2_entries(self.g, bytes).enumerate() {
-            if entry.is_empty() {
-                continue;
+    /// Leaves out tables that lie in holes of the file: they say nothing.
+    async fn drop_holes(&self, uses: &mut Vec<TableUse>) -> Result<()> {
+        let size = self.file.size();
+        let mut extent = 0..0;
+        let mut is_hole = false;
+        let mut kept = Vec::new();
+        for table in uses.drain(..) {
+            let start = table.offset.0;
+            let end = start + self.g.cluster_size();
+            if start >= extent.end && end <= size {
+                let status = self.file.block_status(start, size - start).await?;
+                extent = start..start + status.len;
+                is_hole = status.zero;
             }
-            if entry.is_compressed() {
-                self.compressed(entry, table)?;
-                continue;
+            if !(is_hole && end <= extent.end) {
+                kept.push(table);
             }
-            if entry.descriptor() & L2_RESERVED != 0 {
-                self.structure_is_wrong(table.total, || {
-                    format!("ERROR found L2 entry with reserved bits set: {entry}")
+        }
+        *uses = kept;
+        Ok(())
+    }
+
+    /// Counts what an L2 table says as often as it is used.
+    fn count_table(&mut self, used: TableUse, table: Table) -> Result<()> {
+        self.report.allocated_clusters += table.allocated * used.active;
+        self.report.fragmented_clusters += table.fragmented * used.active;
+        self.report.compressed_clusters += table.compressed * used.active;
+        for Finding { index, entry, what } in table.wrong {
+            let at = used.offset;
+            let text = || format!("ERROR L2 table at {at}, entry {index} ({entry}): {what}");
+            if what == Wrong::Flag {
+                self.report.corruptions += used.active;
+                self.report.note(text);
+            } else {
+                self.corrupt(used.total, text);
+            }
+        }
+        for run in table.runs {
+            let overlaps = self.metadata.count(run.clone());
+            if overlaps > 0 {
+                self.report.overlaps += overlaps;
+                let at = used.offset;
+                self.cannot_cure(|| {
+                    format!(
+                        "ERROR L2 table at {at}: data in clusters {} to {} overlap metadata",
+                        run.start,
+                        run.end - 1
+                    )
                 });
             }
-            let Some(host) = entry.host_cluster() else {
-                continue;
-            };
-            self.report.allocated_clusters += table.active;
-            if expected.is_some_and(|expected| expected != host) {
-                self.report.fragmented_clusters += table.active;
-            }
-            expected = Some(host + cluster_size);
-            let unaligned = !self.g.is_aligned(host.0);
-            if unaligned {
-                self.structure_is_wrong(table.total, || {
-                    format!("ERROR offset={host}: Data cluster is not properly aligned")
-                });
-            }
-            if table.active > 0 {
-                let copied = entry.is_copied();
-                let shown = entry.descriptor();
-                self.compare_copied("data cluster", index, shown, copied, host, table.active);
-            }
-            if unaligned || self.clusters(host.0, cluster_size).is_none() {
-                self.count(host.0, cluster_size, table.total)?;
-                continue;
-            }
-            self.gather(&mut pending, self.g.host_cluster(host).0, table)?;
+            self.add(run, used.total)?;
         }
-        self.count_run(&pending, table)
-    }
-
-    fn gather(&mut self, pending: &mut PendingRun, cluster: u64, table: TableUse) -> Result<()> {
-        if pending.len > 0 && pending.start + pending.len == cluster {
-            pending.len += 1;
-            return Ok(());
-        }
-        self.count_run(pending, table)?;
-        *pending = PendingRun {
-            start: cluster,
-            len: 1,
-        };
-        Ok(())
-    }
-
-    fn count_run(&mut self, run: &PendingRun, table: TableUse) -> Result<()> {
-        let clusters = run.start..run.start + run.len;
-        self.find_overlaps(clusters.clone());
-        let lost = self.counts.add(clusters, table.total)?;
-        if lost > 0 {
-            self.structure_is_wrong(lost, || {
-                format!("ERROR refcount overflow behind cluster {}", run.start)
-            });
+        if let Some(progress) = &self.progress {
+            progress.advance();
         }
         Ok(())
-    }
-
-    fn compressed(&mut self, entry: L2Entry, table: TableUse) -> Result<()> {
-        if entry.is_copied() {
-            self.structure_is_wrong(table.total, || {
-                format!("ERROR {entry}: copied flag must never be set for compressed clusters")
-            });
-        }
-        if let Ok(Mapping::Compressed(stream)) = entry.with_copied(false).decode(self.g, true) {
-            self.count(stream.host.0, stream.len, table.total)?;
-            if let Some(clusters) = self.clusters(stream.host.0, stream.len) {
-                self.find_overlaps(clusters);
-            }
-        } else {
-            self.structure_is_wrong(table.total, || {
-                format!("ERROR impossible compressed cluster: {entry}")
-            });
-        }
-        self.report.allocated_clusters += table.active;
-        self.report.compressed_clusters += table.active;
-        self.report.fragmented_clusters += table.active;
-        Ok(())
-    }
-
-    fn find_overlaps(&mut self, clusters: std::ops::Range<u64>) {
-        let found = self.metadata.count(clusters.clone());
-        if found > 0 {
-            self.report.overlaps += found;
-            self.structural += found;
-            self.report
-                .note(|| format!("ERROR data overlap metadata in clusters {clusters:?}"));
-        }
-    }
-
-    fn compare_copied(
-        &mut self,
-        what: &str,
-        index: usize,
-        entry: u64,
-        copied: bool,
-        host: HostOffset,
-        times: u64,
-    ) {
-        let cluster = self.g.host_cluster(host).0;
-        let right = copied == self.stored_ones.get(cluster);
-        if host.0 == 0 || right || self.is_unknown(cluster) {
-            return;
-        }
-        self.report.corruptions += times;
-        self.report
-            .note(|| format!("ERROR OFLAG_COPIED {what}: entry {index} is {entry:#x}"));
-    }
-
-    fn structure_is_wrong(&mut self, times: u64, text: impl FnOnce() -> String) {
-        self.report.corruptions += times;
-        self.structural += times;
-        self.report.note(text);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::*;
 use crate::driver::SnapshotSelector;
 use crate::error::ErrorKind;
-use crate::formats::qcow2::check::check;
+use crate::formats::qcow2::check::{CheckOptions, Repair, check, repair};
 
 /// A damage that does not keep the image from being opened.
 type Case = (&'static str, fn(&mut Vec<u8>));
@@ -346,7 +346,7 @@ fn the_repair_of_a_truncated_file_spares_its_last_table() {
         image[79] |= 1;
         put(&mut image, 96, 4, 0);
         let disk = Memory::with_content(&image);
-        crate::formats::qcow2::check::repair(&disk.child())
+        repair(&disk.child(), Repair::All, &CheckOptions::default())
             .await
             .unwrap();
         let report = check(&disk.child()).await.unwrap();

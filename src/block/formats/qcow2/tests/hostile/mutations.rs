@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::driver::{NewSnapshot, Preallocation, SnapshotSelector, Snapshots};
-use crate::formats::qcow2::check::{check, repair};
+use crate::formats::qcow2::check::{CheckOptions, Repair, check, repair};
 
 /// Cases of an ordinary run: a few seconds.
 const CASES: u64 = 1500;
@@ -258,8 +258,8 @@ async fn use_image(disk: &Arc<Memory>, random: &mut fastrand::Rng) {
 /// Checks the damaged image and repairs it: what counts as repaired has right refcounts.
 async fn check_and_repair(disk: &Arc<Memory>) {
     let _ = check(&disk.child()).await;
-    match repair(&disk.child()).await {
-        Ok(()) => {
+    match repair(&disk.child(), Repair::All, &CheckOptions::default()).await {
+        Ok(_) => {
             let report = check(&disk.child()).await.unwrap();
             let wrong: Vec<_> = report.findings.iter().collect();
             let counts = wrong

@@ -1,0 +1,146 @@
+//! What one L2 table says, out of its bytes alone: the part of a check that other threads do.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::Bounds;
+use super::refcounts::StoredOnes;
+use crate::formats::qcow2::entry::{L2Entry, Mapping, l2_entries};
+use crate::units::HostOffset;
+
+/// Bits of a standard cluster descriptor that must be 0: 1 to 8 and 56 to 61.
+const RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+/// What is known before the first L2 table is read.
+#[derive(Debug, Clone)]
+pub(super) struct Facts {
+    /// Where things may lie.
+    pub(super) bounds: Bounds,
+    /// What COPIED flags are held against, if they are.
+    pub(super) stored: Option<Arc<StoredOnes>>,
+}
+
+/// An entry that is wrong.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Finding {
+    /// Its index in the table.
+    pub(super) index: u32,
+    pub(super) entry: L2Entry,
+    pub(super) what: Wrong,
+}
+
+/// What is wrong with an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wrong {
+    Reserved,
+    Unaligned,
+    Outside,
+    CopiedStream,
+    ImpossibleStream,
+    /// The COPIED flag is not what the stored refcount asks for.
+    Flag,
+}
+
+impl fmt::Display for Wrong {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Wrong::Reserved => "reserved bits are set",
+            Wrong::Unaligned => "the data cluster is not properly aligned",
+            Wrong::Outside => "the data lie behind the end of the file",
+            Wrong::CopiedStream => "a compressed cluster has the copied flag",
+            Wrong::ImpossibleStream => "the compressed cluster is impossible",
+            Wrong::Flag => "OFLAG_COPIED disagrees with the refcount of the data cluster",
+        })
+    }
+}
+
+/// What a table says.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    /// Clusters that it refers to, one reference each: neighbours as one run, streams one by one.
+    pub(super) runs: Vec<Range<u64>>,
+    pub(super) allocated: u64,
+    pub(super) fragmented: u64,
+    pub(super) compressed: u64,
+    pub(super) wrong: Vec<Finding>,
+}
+
+/// Which of an entry's flags are of interest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Flags {
+    /// The table belongs to the active layer: COPIED has a meaning.
+    Meant,
+    /// Only snapshots have it.
+    Ignored,
+}
+
+impl Table {
+    /// Reads a table.
+    pub(super) fn read(facts: &Facts, flags: Flags, bytes: &[u8]) -> Table {
+        let mut table = Table::default();
+        let mut expected = None;
+        for (index, entry) in (0..).zip(l2_entries(facts.bounds.g, bytes)) {
+            if entry.is_empty() {
+                continue;
+            }
+            let wrong = |what| Finding { index, entry, what };
+            if entry.is_compressed() {
+                table.compressed(facts, entry, wrong);
+                continue;
+            }
+            if entry.descriptor() & RESERVED != 0 {
+                table.wrong.push(wrong(Wrong::Reserved));
+            }
+            let Some(host) = entry.host_cluster() else {
+                continue;
+            };
+            table.allocated += 1;
+            if expected.is_some_and(|expected| expected != host) {
+                table.fragmented += 1;
+            }
+            expected = Some(host + facts.bounds.g.cluster_size());
+            if !facts.bounds.g.is_aligned(host.0) {
+                table.wrong.push(wrong(Wrong::Unaligned));
+            }
+            if flags == Flags::Meant
+                && let Some(stored) = &facts.stored
+                && !stored.agree(facts.bounds.g.host_cluster(host).0, entry.is_copied())
+            {
+                table.wrong.push(wrong(Wrong::Flag));
+            }
+            match facts.bounds.clusters(host.0, facts.bounds.g.cluster_size()) {
+                Some(clusters) => table.refer(clusters),
+                None => table.wrong.push(wrong(Wrong::Outside)),
+            }
+        }
+        table
+    }
+
+    /// Adds a data cluster, or the two that an unaligned one touches.
+    fn refer(&mut self, clusters: Range<u64>) {
+        match self.runs.last_mut() {
+            Some(last) if last.end == clusters.start => last.end = clusters.end,
+            _ => self.runs.push(clusters),
+        }
+    }
+
+    fn compressed(&mut self, facts: &Facts, entry: L2Entry, wrong: impl Fn(Wrong) -> Finding) {
+        if entry.is_copied() {
+            self.wrong.push(wrong(Wrong::CopiedStream));
+        }
+        let mapping = entry.with_copied(false).decode(facts.bounds.g, true);
+        if let Ok(Mapping::Compressed(stream)) = mapping {
+            let HostOffset(offset) = stream.host;
+            match facts.bounds.clusters(offset, stream.len) {
+                Some(clusters) => self.runs.push(clusters),
+                None => self.wrong.push(wrong(Wrong::Outside)),
+            }
+        } else {
+            self.wrong.push(wrong(Wrong::ImpossibleStream));
+        }
+        self.allocated += 1;
+        self.compressed += 1;
+        self.fragmented += 1;
+    }
+}

@@ -436,6 +436,43 @@ Example:
 EQMP
 
     {
+        .name       = "x-blockdev-snapshot-revert",
+        .args_type  = "device:B,id:s?,name:s?",
+        .params     = "device [id] [name]",
+        .help       = "go back to a snapshot inside the image",
+        .mhandler.cmd_new = qmp_marshal_input_x_blockdev_snapshot_revert,
+    },
+
+SQMP
+x-blockdev-snapshot-revert
+--------------------------
+
+Make the disk what it was when a snapshot inside the image was taken. What has
+been written since is gone, unless another snapshot has it; the snapshot stays.
+The disk may be exported, but a guest that has it mounted must be stopped first.
+If both "id" and "name" are given, one snapshot must match both; at least one
+must be given.
+
+Arguments:
+
+- "device": the drive or node (json-string)
+- "id": the snapshot's id (json-string, optional)
+- "name": the snapshot's name (json-string, optional)
+
+Return a json-object about the snapshot, as
+blockdev-snapshot-delete-internal-sync does.
+
+Example:
+
+-> { "execute": "x-blockdev-snapshot-revert",
+     "arguments": { "device": "ide-hd0", "name": "monday" } }
+<- { "return": { "id": "1", "name": "monday", "vm-state-size": 0,
+                 "date-sec": 1763758800, "date-nsec": 250000000,
+                 "vm-clock-sec": 0, "vm-clock-nsec": 0 } }
+
+EQMP
+
+    {
         .name       = "transaction",
         .args_type  = "actions:q,properties:q?",
         .params     = "actions [properties]",
@@ -447,19 +484,20 @@ SQMP
 transaction
 -----------
 
-Carry out several actions as one. If one of them fails, those before it are
-undone in reverse order, and its error is the answer.
+Carry out several actions as one, each on what those before it have left. If one
+of them fails nothing has happened, and its error is the answer.
 
 Arguments:
 
 - "actions": the actions (json-array of json-objects), each with:
-  - "type": "blockdev-snapshot-internal-sync", or "abort", which always fails
-    (json-string)
+  - "type": "blockdev-snapshot-internal-sync",
+    "x-blockdev-snapshot-delete-internal-sync", "x-blockdev-snapshot-revert", or
+    "abort", which always fails (json-string)
   - "data": the arguments of the command of that name (json-object)
 - "properties": what holds for the transaction (json-object, optional)
   - "completion-mode": only "individual" (json-string, optional)
 
-Example:
+Examples:
 
 -> { "execute": "transaction",
      "arguments": { "actions": [
@@ -467,6 +505,18 @@ Example:
            "data": { "device": "ide-hd0", "name": "tuesday" } },
          { "type": "blockdev-snapshot-internal-sync",
            "data": { "device": "ide-hd1", "name": "tuesday" } } ] } }
+<- { "return": {} }
+
+Go back by a day, and keep what there was:
+
+-> { "execute": "transaction",
+     "arguments": { "actions": [
+         { "type": "blockdev-snapshot-internal-sync",
+           "data": { "device": "ide-hd0", "name": "friday" } },
+         { "type": "x-blockdev-snapshot-revert",
+           "data": { "device": "ide-hd0", "name": "thursday" } },
+         { "type": "x-blockdev-snapshot-delete-internal-sync",
+           "data": { "device": "ide-hd0", "name": "thursday" } } ] } }
 <- { "return": {} }
 
 4. Exports

@@ -68,4 +68,11 @@ impl BlockCore<Cx> for Handlers {
     ) -> Result<SnapshotInfo, QmpError> {
         snapshots::delete(cx, args).await
     }
+
+    async fn x_blockdev_snapshot_revert(
+        cx: &Cx,
+        args: qapi::commands::XBlockdevSnapshotRevert,
+    ) -> Result<SnapshotInfo, QmpError> {
+        snapshots::revert(cx, args).await
+    }
 }

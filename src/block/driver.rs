@@ -265,6 +265,14 @@ pub struct SnapshotSelector {
     pub name: Option<String>,
 }
 
+impl SnapshotSelector {
+    /// Whether it is this one.
+    pub fn matches(&self, info: &SnapshotInfo) -> bool {
+        self.id.as_ref().is_none_or(|id| *id == info.id)
+            && self.name.as_ref().is_none_or(|name| *name == info.name)
+    }
+}
+
 /// What a new snapshot is called and when it was taken.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewSnapshot {

@@ -1,111 +1,176 @@
-//! The action `blockdev-snapshot-internal-sync`.
+//! The actions on internal snapshots: take, delete, revert.
 
-use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::driver::{BoxFuture, NewSnapshot, SnapshotInfo, SnapshotSelector};
-use block::graph::Node;
+use block::error::{Error, ErrorKind};
 use qapi::rt::QmpError;
 
-use super::Action;
+use super::changes::Changes;
+use super::{Action, Disk};
 
-/// Takes an internal snapshot of a node that is held back.
-pub(crate) struct SnapshotInternal {
-    device: String,
-    name: String,
-    node: Arc<Node>,
-    created: Option<SnapshotInfo>,
+/// An operation on the internal snapshots of a disk.
+pub(crate) struct SnapshotAction {
+    disk: Disk,
+    operation: Operation,
+    /// The snapshot that it was about, once it is prepared.
+    about: Option<SnapshotInfo>,
 }
 
-impl SnapshotInternal {
-    /// `device` is what the client called the node.
-    pub(crate) fn new(device: String, name: String, node: Arc<Node>) -> Self {
-        SnapshotInternal {
-            device,
-            name,
-            node,
-            created: None,
+/// What is done.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Operation {
+    /// Take a snapshot of this name.
+    Create {
+        /// New in the image.
+        name: String,
+    },
+    /// Delete a snapshot.
+    Delete(SnapshotSelector),
+    /// Make the disk what a snapshot has.
+    Revert(SnapshotSelector),
+}
+
+impl SnapshotAction {
+    /// Checks all that does not depend on what earlier actions do, with QEMU's sentences in QEMU's order: no guest is held back
+    /// for what cannot succeed.
+    pub(crate) fn new(disk: Disk, operation: Operation) -> Result<Self, QmpError> {
+        let action = SnapshotAction {
+            disk,
+            operation,
+            about: None,
+        };
+        match &action.operation {
+            Operation::Create { name } => action.check_create(name)?,
+            Operation::Delete(which) | Operation::Revert(which) => action.check_selector(which)?,
         }
+        Ok(action)
     }
 
-    async fn create(&mut self) -> Result<(), QmpError> {
-        let SnapshotInternal {
-            device, name, node, ..
-        } = self;
+    fn check_create(&self, name: &str) -> Result<(), QmpError> {
+        let Disk { device, node, .. } = &self.disk;
         if node.behaviour().read_only {
-            return Err(QmpError::generic(format!("Device '{device}' is read only")));
+            return Err(self.read_only());
         }
-        let Some(snapshots) = node.driver().snapshots() else {
+        if node.driver().snapshots().is_none() {
             return Err(QmpError::generic(format!(
                 "Block format '{}' used by device '{device}' does not support internal snapshots",
                 node.driver().info().driver
             )));
-        };
-        if name.is_empty() {
-            return Err(QmpError::generic("Name is empty"));
         }
-        if snapshots.list().iter().any(|info| info.name == *name) {
-            return Err(QmpError::generic(format!(
-                "Snapshot with name '{name}' already exists on device '{device}'"
-            )));
+        match name {
+            "" => Err(QmpError::generic("Name is empty")),
+            _ => Ok(()),
         }
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        let new = NewSnapshot {
-            name: name.clone(),
-            // The image's field is as narrow, and wraps in 2106.
-            date_sec: now.as_secs() as u32,
-            date_nsec: now.subsec_nanos(),
-            vm_clock_nsec: 0,
-        };
-        let created = snapshots.create(new).await.map_err(|error| {
-            QmpError::generic(format!(
-                "Failed to create snapshot '{name}' on device '{device}': {error}"
-            ))
-        })?;
-        self.created = Some(created);
-        Ok(())
     }
 
-    async fn delete(&mut self) {
-        let Some(created) = self.created.take() else {
-            return;
-        };
-        let which = SnapshotSelector {
-            id: Some(created.id.clone()),
-            name: Some(created.name.clone()),
-        };
-        let deleted = match self.node.driver().snapshots() {
-            Some(snapshots) => snapshots.delete(which).await.map(|_| ()),
-            None => Ok(()),
-        };
-        if let Err(error) = deleted {
-            log::error!(
-                "device '{}': snapshot '{}' (id {}) of a transaction that failed could not be deleted again: {error}. \
-                 Delete it with blockdev-snapshot-delete-internal-sync, or when the daemon has ended with \
-                 `qemu-img snapshot -d {} {}`",
-                self.device,
-                created.name,
-                created.id,
-                created.name,
-                self.node.driver().info().filename,
-            );
+    fn check_selector(&self, which: &SnapshotSelector) -> Result<(), QmpError> {
+        let node = &self.disk.node;
+        if which.id.is_none() && which.name.is_none() {
+            return Err(QmpError::generic("Name or id must be provided"));
         }
+        let Some(snapshots) = node.driver().snapshots() else {
+            return Err(QmpError::generic(
+                "Failed to get a snapshot list: Operation not supported",
+            ));
+        };
+        if !node.behaviour().read_only {
+            return Ok(());
+        }
+        // No action changes this list, so that it can be looked at now.
+        match snapshots.list().iter().any(|info| which.matches(info)) {
+            true => Err(self.read_only()),
+            false => Err(self.not_found(which)),
+        }
+    }
+
+    fn read_only(&self) -> QmpError {
+        match &self.operation {
+            Operation::Delete(_) => QmpError::generic(
+                "Failed to remove snapshot from snapshot list: Operation not permitted",
+            ),
+            Operation::Create { .. } | Operation::Revert(_) => {
+                QmpError::generic(format!("Device '{}' is read only", self.disk.device))
+            }
+        }
+    }
+
+    fn not_found(&self, which: &SnapshotSelector) -> QmpError {
+        let text = |part: &Option<String>| part.clone().unwrap_or_else(|| "null".to_owned());
+        QmpError::generic(format!(
+            "Snapshot with id '{}' and name '{}' does not exist on device '{}'",
+            text(&which.id),
+            text(&which.name),
+            self.disk.device
+        ))
+    }
+
+    /// How a message begins that it has failed.
+    fn failure(&self) -> String {
+        let named = |which: &SnapshotSelector| match (&which.name, &which.id) {
+            (Some(name), _) => format!("snapshot '{name}'"),
+            (None, id) => format!("snapshot with id '{}'", id.as_deref().unwrap_or_default()),
+        };
+        let (what, which) = match &self.operation {
+            Operation::Create { name } => ("create", format!("snapshot '{name}'")),
+            Operation::Delete(which) => ("delete", named(which)),
+            Operation::Revert(which) => ("revert to", named(which)),
+        };
+        format!("Failed to {what} {which} on device '{}'", self.disk.device)
+    }
+
+    /// The engine's error as the client sees it.
+    fn error(&self, error: &Error) -> QmpError {
+        let device = &self.disk.device;
+        match (&self.operation, error.kind()) {
+            (Operation::Create { name }, ErrorKind::AlreadyExists) => QmpError::generic(format!(
+                "Snapshot with name '{name}' already exists on device '{device}'"
+            )),
+            (Operation::Delete(which) | Operation::Revert(which), ErrorKind::NotFound) => {
+                self.not_found(which)
+            }
+            _ => QmpError::generic(format!("{}: {error}", self.failure())),
+        }
+    }
+
+    async fn step(&mut self, changes: &mut Changes) -> Result<(), QmpError> {
+        let done = match changes.of(&self.disk.node, &self.failure()) {
+            Err(error) => Err(error),
+            Ok(change) => match &self.operation {
+                Operation::Create { name } => change.create(new_snapshot(name)).await,
+                Operation::Delete(which) => change.delete(which.clone()).await,
+                Operation::Revert(which) => change.revert(which.clone()).await,
+            },
+        };
+        self.about = Some(done.map_err(|error| self.error(&error))?);
+        Ok(())
     }
 }
 
-impl Action for SnapshotInternal {
-    fn prepare(&mut self) -> BoxFuture<'_, Result<(), QmpError>> {
-        Box::pin(self.create())
+fn new_snapshot(name: &str) -> NewSnapshot {
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    NewSnapshot {
+        name: name.to_owned(),
+        // The image's field is as narrow, and wraps in 2106.
+        date_sec: now.as_secs() as u32,
+        date_nsec: now.subsec_nanos(),
+        vm_clock_nsec: 0,
+    }
+}
+
+impl Action for SnapshotAction {
+    fn snapshots_of(&self) -> Option<&Disk> {
+        Some(&self.disk)
     }
 
-    fn abort(&mut self) -> BoxFuture<'_, ()> {
-        Box::pin(self.delete())
+    fn prepare<'a>(&'a mut self, changes: &'a mut Changes) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(self.step(changes))
     }
 
-    fn commit(self: Box<Self>) {
-        // It is durable since it was created.
+    fn commit(self: Box<Self>) -> Option<SnapshotInfo> {
+        self.about
     }
 }
 

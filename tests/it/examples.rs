@@ -123,24 +123,20 @@ impl Scene {
         let empty = Scene::default;
         let exported = || empty().node().server().run("block-export-add", export());
         match subject {
-            "query-block" | "blockdev-snapshot-delete-internal-sync" => {
-                let snapshot = json!({"device": "ide-hd0", "name": "monday"});
-                empty()
-                    .drive(0)
-                    .run("blockdev-snapshot-internal-sync", snapshot)
+            "query-block"
+            | "blockdev-snapshot-delete-internal-sync"
+            | "x-blockdev-snapshot-revert" => empty().drive(0, "disk.qcow2").snapshot("monday"),
+            "blockdev-snapshot-internal-sync" | "block_resize" => empty().drive(0, "disk.qcow2"),
+            "transaction" => {
+                let drives = empty().drive(0, "disk.qcow2").drive(1, "other.qcow2");
+                drives.snapshot("thursday")
             }
-            "blockdev-snapshot-internal-sync" | "block_resize" => empty().drive(0),
-            "transaction" => empty().drive(0).drive(1),
-            "query-named-block-nodes" | "blockdev-add" => {
-                let file =
-                    json!({"driver": "file", "node-name": "disk-file", "filename": "disk.raw"});
-                empty().run("blockdev-add", file)
-            }
+            "query-named-block-nodes" | "blockdev-add" => empty().raw_file(),
             "blockdev-del" => empty().node(),
             "nbd-server-stop" => empty().server(),
-            "nbd-server-add" => empty().drive(0).server(),
+            "nbd-server-add" => empty().drive(0, "disk.qcow2").server(),
             "nbd-server-remove" => empty()
-                .drive(0)
+                .drive(0, "disk.qcow2")
                 .server()
                 .run("nbd-server-add", json!({"device": "ide-hd0"})),
             "block-export-add" => empty().node().server(),
@@ -155,11 +151,21 @@ impl Scene {
         }
     }
 
-    fn drive(mut self, number: usize) -> Scene {
-        let file = ["disk.qcow2", "other.qcow2"][number];
+    fn drive(mut self, number: usize, file: &str) -> Scene {
         let drive = format!("id=ide-hd{number},file={file},size=1G");
         self.arguments.extend(["--drive".to_owned(), drive]);
         self
+    }
+
+    /// A snapshot of the first drive.
+    fn snapshot(self, name: &str) -> Scene {
+        let snapshot = json!({"device": "ide-hd0", "name": name});
+        self.run("blockdev-snapshot-internal-sync", snapshot)
+    }
+
+    fn raw_file(self) -> Scene {
+        let file = json!({"driver": "file", "node-name": "disk-file", "filename": "disk.raw"});
+        self.run("blockdev-add", file)
     }
 
     fn node(self) -> Scene {

@@ -334,6 +334,23 @@ impl Qmp {
         }
     }
 
+    /// Waits until nothing is left to do behind snapshot operations, on any node.
+    pub(crate) fn settled(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let nodes = self.ok("query-named-block-nodes", json!({"flat": true}));
+            let is_busy = |node: &Value| {
+                node.get("x-unsettled-tables").is_some() || node["image"]["dirty-flag"] == true
+            };
+            let nodes = nodes.as_array().unwrap();
+            let Some(node) = nodes.iter().find(|node| is_busy(node)) else {
+                return;
+            };
+            assert!(Instant::now() < deadline, "not settled: {node}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Waits for an event of this name.
     pub(crate) fn event(&mut self, name: &str) -> Value {
         if let Some(at) = self.events.iter().position(|event| event["event"] == name) {

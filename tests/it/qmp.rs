@@ -47,6 +47,14 @@ fn transactions() {
 }
 
 #[test]
+fn revert() {
+    let Some(()) = harness::need(&["nbdinfo"]) else {
+        return;
+    };
+    golden("revert");
+}
+
+#[test]
 fn exports() {
     golden("exports");
 }

@@ -32,6 +32,7 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
     let folder = tempfile::tempdir().unwrap();
     let mut arguments: Vec<String> = Vec::new();
     let mut running: Option<(Daemon, Qmp)> = None;
+    let mut negotiated = false;
     let mut exchanges = Vec::new();
     let mut names = Names::default();
     for line in session.lines().filter(|line| !line.is_empty()) {
@@ -49,6 +50,11 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
                     let qmp = daemon.raw_qmp();
                     (daemon, qmp)
                 });
+                // What queries show of an image changes until it is settled; that of the peer always is.
+                if program == Program::Qblockd && line.contains("'query-") && negotiated {
+                    qmp.settled();
+                }
+                negotiated |= line.contains("'qmp_capabilities'");
                 let (line, reply) = match line.strip_prefix('~') {
                     Some(line) => (line, when_free(qmp, line)),
                     None => (line, qmp.exchange(line)),

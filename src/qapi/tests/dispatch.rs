@@ -76,6 +76,14 @@ impl handlers::BlockCore<Counter> for Fake {
             icount: None,
         })
     }
+    async fn x_blockdev_snapshot_revert(
+        cx: &Counter,
+        args: args::XBlockdevSnapshotRevert,
+    ) -> Result<types::SnapshotInfo, QmpError> {
+        let args::XBlockdevSnapshotRevert { device, id, name } = args;
+        let same = args::BlockdevSnapshotDeleteInternalSync { device, id, name };
+        Self::blockdev_snapshot_delete_internal_sync(cx, same).await
+    }
 }
 
 impl handlers::BlockExport<Counter> for Fake {

@@ -1,0 +1,224 @@
+//! A disk that writes down what is done to its snapshots, and fails where it is told to.
+
+use std::sync::{Arc, Mutex};
+
+use block::driver::{
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, NewSnapshot, Preallocation, RequestLimits,
+    Requests, SnapshotChange, SnapshotInfo, SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
+};
+use block::error::{Error, ErrorKind, Result};
+use block::graph::{Behaviour, Node, NodeName};
+use block::io::Data;
+use block::protocols::memory::Memory;
+
+use crate::transaction::Disk;
+
+/// What has happened, in order, to all disks and actions of a test.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Log(Arc<Mutex<Vec<String>>>);
+
+impl Log {
+    pub(crate) fn note(&self, what: String) {
+        self.0.lock().unwrap().push(what);
+    }
+
+    pub(crate) fn take(&self) -> String {
+        std::mem::take(&mut *self.0.lock().unwrap()).join(", ")
+    }
+}
+
+/// The part of a change that goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    Change,
+    Create,
+    Prepare,
+    Commit,
+    CommitPanics,
+    RollBack,
+}
+
+#[derive(Clone)]
+struct Fake {
+    name: &'static str,
+    faults: &'static [Fault],
+    log: Log,
+    memory: Arc<Memory>,
+}
+
+/// A disk of this name.
+pub(crate) fn disk(name: &'static str, faults: &'static [Fault], log: &Log) -> Disk {
+    let driver = Fake {
+        name,
+        faults,
+        log: log.clone(),
+        memory: Memory::new(512),
+    };
+    let node_name = NodeName::given(name).unwrap();
+    let behaviour = Behaviour::default();
+    Disk {
+        device: name.to_owned(),
+        node: Node::new(node_name, Arc::new(driver), behaviour, Vec::new()),
+    }
+}
+
+impl Fake {
+    /// Writes down what is done, or what fails.
+    fn run(&self, what: &str, fault: Fault) -> Result<()> {
+        if self.faults.contains(&fault) {
+            self.log.note(format!("{what} {} fails", self.name));
+            let text = format!("{what}: no");
+            return Err(Error::new(ErrorKind::Io, text));
+        }
+        self.log.note(format!("{what} {}", self.name));
+        Ok(())
+    }
+}
+
+impl Snapshots for Fake {
+    fn list(&self) -> Vec<SnapshotInfo> {
+        Vec::new()
+    }
+
+    fn change(&self) -> BoxFuture<'_, Result<Box<dyn SnapshotChange>>> {
+        Box::pin(async {
+            self.run("change", Fault::Change)?;
+            let change: Box<dyn SnapshotChange> = Box::new(FakeChange {
+                disk: self.clone(),
+                end: "drop",
+            });
+            Ok(change)
+        })
+    }
+}
+
+struct FakeChange {
+    disk: Fake,
+    /// What its end is written down as.
+    end: &'static str,
+}
+
+impl FakeChange {
+    fn step(&self, what: &str, which: Option<String>) -> Result<SnapshotInfo> {
+        let name = which.unwrap_or_default();
+        self.disk.run(&format!("{what} {name} of"), Fault::Create)?;
+        Ok(SnapshotInfo {
+            id: "1".to_owned(),
+            name,
+            vm_state_size: 0,
+            date_sec: 0,
+            date_nsec: 0,
+            vm_clock_nsec: 0,
+            icount: None,
+            disk_size: 512,
+        })
+    }
+}
+
+impl SnapshotChange for FakeChange {
+    fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        Box::pin(async { self.step("create", Some(new.name)) })
+    }
+
+    fn delete(&mut self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        Box::pin(async { self.step("delete", which.name) })
+    }
+
+    fn revert(&mut self, which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>> {
+        Box::pin(async { self.step("revert", which.name) })
+    }
+
+    fn size(&self) -> u64 {
+        512
+    }
+
+    fn prepare(&mut self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.disk.run("prepare", Fault::Prepare) })
+    }
+
+    fn commit(&mut self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async {
+            assert!(
+                !self.disk.faults.contains(&Fault::CommitPanics),
+                "as the test wants it"
+            );
+            self.disk.run("commit", Fault::Commit)
+        })
+    }
+
+    fn roll_back(&mut self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { self.disk.run("roll back", Fault::RollBack) })
+    }
+
+    fn finish(mut self: Box<Self>) {
+        self.end = "finish";
+    }
+}
+
+impl Drop for FakeChange {
+    fn drop(&mut self) {
+        self.disk
+            .log
+            .note(format!("{} {}", self.end, self.disk.name));
+    }
+}
+
+impl Driver for Fake {
+    fn info(&self) -> DriverInfo {
+        DriverInfo {
+            filename: format!("{}.qcow2", self.name),
+            ..DriverInfo::default()
+        }
+    }
+
+    fn children(&self) -> Vec<(&'static str, Child)> {
+        Vec::new()
+    }
+
+    fn close(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+}
+
+impl Requests for Fake {
+    fn size(&self) -> u64 {
+        self.memory.size()
+    }
+
+    fn limits(&self) -> RequestLimits {
+        self.memory.limits()
+    }
+
+    fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
+        self.memory.read(offset, len)
+    }
+
+    fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        self.memory.write(offset, data, flags)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
+        self.memory.write_zeroes(offset, len, flags)
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        self.memory.discard(offset, len)
+    }
+
+    fn flush(&self) -> BoxFuture<'_, Result<()>> {
+        self.log.note(format!("flush {}", self.name));
+        self.memory.flush()
+    }
+
+    fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
+        self.memory.block_status(offset, len)
+    }
+
+    fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
+        self.memory.resize(size, preallocation)
+    }
+}

@@ -6,7 +6,7 @@ use std::thread::available_parallelism;
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 
-use super::entry::{Compressed, L2Entry, Mapping};
+use super::entry::{Compressed, L2Entry};
 use super::image::Image;
 use crate::driver::WriteFlags;
 use crate::error::{Error, ErrorKind, Result};
@@ -108,11 +108,7 @@ impl Image {
             let new = L2Entry::compressed(stream, self.g);
             if self.l2.replace(&table, index, old, new) {
                 reserved.publish(1);
-                let freed: Option<_> = match mapping {
-                    Mapping::Unallocated | Mapping::ZeroPlain => None,
-                    other => self.references(other),
-                };
-                self.quarantine.unlinked(freed);
+                self.quarantine.unlinked(self.references(mapping));
                 self.commits.touch();
                 return Ok(());
             }

@@ -14,9 +14,10 @@ use bytes::Bytes;
 
 use super::codec::CompressionType;
 use super::counters::CounterWidth;
-use super::entry::{L1Entry, L2Entry};
+use super::entry::{L1Entry, L2Entry, PlainCluster};
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header::{Autoclear, Compatible, Header, Incompatible, Version};
+use super::subclusters::{State, Subclusters, mask};
 pub use crate::driver::{BackingFile, Compat};
 use crate::driver::{Child, Preallocation, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
@@ -161,8 +162,8 @@ pub async fn create(file: &Child, options: &CreateOptions) -> Result<()> {
     write_refblocks(file, &layout).await?;
     write_l1(file, &layout).await?;
     if layout.l2_tables > 0 {
-        let entry = data_entry(file, options)?;
-        write_l2_tables(file, &layout, entry).await?;
+        let state = preallocated_state(file, &layout, options)?;
+        write_l2_tables(file, &layout, state).await?;
     }
     file.flush().await?;
     write(file, HostOffset(0), header).await?;
@@ -337,14 +338,18 @@ async fn clear(file: &Child, layout: &Layout) -> Result<()> {
     file.write_zeroes(0, layout.metadata_bytes(), flags).await
 }
 
-/// What the L2 entries of preallocated clusters say besides the offset.
-fn data_entry(file: &Child, options: &CreateOptions) -> Result<fn(HostOffset) -> L2Entry> {
+/// What the subclusters of preallocated clusters are.
+fn preallocated_state(file: &Child, layout: &Layout, options: &CreateOptions) -> Result<State> {
+    if layout.geometry.has_extended_l2() {
+        // They have their place, and show the backing.
+        return Ok(State::Unallocated);
+    }
     if file.limits().growable {
-        return Ok(L2Entry::normal);
+        return Ok(State::Data);
     }
     // The device has old bytes where a file has a hole.
     match options.compat {
-        Compat::V1_1 => Ok(L2Entry::zero_allocated),
+        Compat::V1_1 => Ok(State::Zero),
         Compat::V0_10 => Err(Error::new(
             ErrorKind::Unsupported,
             "Preallocation on a device needs compatibility level 1.1 or above",
@@ -390,19 +395,22 @@ async fn write_l1(file: &Child, layout: &Layout) -> Result<()> {
     write(file, layout.offset(layout.l1()), table(entries)).await
 }
 
-async fn write_l2_tables(
-    file: &Child,
-    layout: &Layout,
-    entry: fn(HostOffset) -> L2Entry,
-) -> Result<()> {
+async fn write_l2_tables(file: &Child, layout: &Layout, state: State) -> Result<()> {
     let g = layout.geometry;
+    let subclusters = Subclusters::default().with(mask(0..g.subclusters()), state);
+    let entry = |data| {
+        let cluster = PlainCluster {
+            host: Some(layout.offset(layout.first_data() + data)),
+            copied: true,
+            subclusters,
+        };
+        L2Entry::plain(cluster, g).to_bytes(g)
+    };
     let mut pieces = Pieces::new(file, layout.offset(layout.first_l2()));
     for index in 0..layout.l2_tables {
         let first = index * g.l2_entries();
         let count = g.l2_entries().min(layout.data_clusters - first);
-        let mut bytes: Vec<u8> = (first..first + count)
-            .flat_map(|data| entry(layout.offset(layout.first_data() + data)).to_bytes(g))
-            .collect();
+        let mut bytes: Vec<u8> = (first..first + count).flat_map(entry).collect();
         bytes.resize(g.cluster_size() as usize, 0);
         pieces.push(bytes.into()).await?;
     }

@@ -5,6 +5,7 @@
 use std::fmt;
 
 use super::geometry::Geometry;
+use super::subclusters::{State, Subclusters};
 use crate::units::{ClusterIndex, HostOffset};
 
 /// Bits 9 to 55: a host offset.
@@ -25,6 +26,8 @@ pub(crate) enum BadEntry {
     Reserved(u64),
     /// The zero flag in an image whose version has none.
     ZeroInV2,
+    /// A bitmap of subclusters that contradicts itself or the descriptor.
+    Subclusters(u64),
 }
 
 /// An entry of an L1 table (block by block: "L1 table entry" of the specification).
@@ -90,26 +93,28 @@ pub(crate) fn l2_entries(g: Geometry, table: &[u8]) -> impl Iterator<Item = L2En
 /// What an L2 entry says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Mapping {
-    /// The backing decides.
-    Unallocated,
-    /// Zeroes; no host cluster.
-    ZeroPlain,
-    /// Zeroes; the host cluster is kept for later writes.
-    ZeroAllocated {
-        /// The kept cluster.
-        host: HostOffset,
-        /// Its refcount is exactly 1.
-        copied: bool,
-    },
-    /// The data as they are.
-    Normal {
-        /// Where they lie.
-        host: HostOffset,
-        /// The cluster's refcount is exactly 1.
-        copied: bool,
-    },
+    /// A cluster whose data, as far as it has any, lie in the file as they are.
+    Plain(PlainCluster),
     /// A compressed stream.
     Compressed(Compressed),
+}
+
+/// A cluster that is not compressed (specification: "standard cluster"). The default is unallocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct PlainCluster {
+    /// The host cluster behind it. It may be there, kept for later writes, although no subcluster has data.
+    pub(crate) host: Option<HostOffset>,
+    /// The host cluster's refcount is exactly 1.
+    pub(crate) copied: bool,
+    /// What its parts hold. Those with data have a host cluster.
+    pub(crate) subclusters: Subclusters,
+}
+
+impl PlainCluster {
+    /// The host cluster, if it may be changed in place.
+    pub(crate) fn ours(self) -> Option<HostOffset> {
+        self.host.filter(|_| self.copied)
+    }
 }
 
 impl L2Entry {
@@ -159,20 +164,21 @@ impl L2Entry {
         self == Self::default()
     }
 
-    /// A data cluster of our own.
-    pub(crate) fn normal(host: HostOffset) -> Self {
-        debug_assert_eq!(host.0 & !OFFSET_MASK, 0);
-        L2Entry::standard(host.0 | COPIED)
-    }
-
-    /// Zeroes without a host cluster.
-    pub(crate) fn zero_plain() -> Self {
-        L2Entry::standard(ZERO)
-    }
-
-    /// Zeroes with a host cluster of our own kept behind.
-    pub(crate) fn zero_allocated(host: HostOffset) -> Self {
-        L2Entry::standard(host.0 | COPIED | ZERO)
+    /// The entry of a cluster that is not compressed.
+    ///
+    /// # Panics
+    /// In debug builds, for what the geometry's entries cannot say.
+    pub(crate) fn plain(cluster: PlainCluster, g: Geometry) -> Self {
+        let host = cluster.host.map_or(0, |host| host.0);
+        let subclusters = cluster.subclusters;
+        let mut entry = L2Entry::standard(host).with_copied(cluster.copied);
+        if g.has_extended_l2() {
+            entry.bitmap = u64::from(subclusters.zero()) << 32 | u64::from(subclusters.data());
+        } else if subclusters.zero() != 0 {
+            entry.descriptor |= ZERO;
+        }
+        debug_assert_eq!(entry.decode(g, true), Ok(Mapping::Plain(cluster)));
+        entry
     }
 
     /// A compressed stream.
@@ -188,7 +194,11 @@ impl L2Entry {
         if self.descriptor & COMPRESSED != 0 {
             return self.decode_compressed(g);
         }
-        let reserved = self.descriptor & !(OFFSET_MASK | COPIED | ZERO);
+        let flags = match g.has_extended_l2() {
+            true => COPIED,
+            false => COPIED | ZERO,
+        };
+        let reserved = self.descriptor & !(OFFSET_MASK | flags);
         if reserved != 0 {
             return Err(BadEntry::Reserved(reserved));
         }
@@ -196,19 +206,31 @@ impl L2Entry {
         if zero && !has_zero_flag {
             return Err(BadEntry::ZeroInV2);
         }
-        let host = HostOffset(self.descriptor & OFFSET_MASK);
+        let offset = HostOffset(self.descriptor & OFFSET_MASK);
         let copied = self.is_copied();
-        if !g.is_aligned(host.0) {
-            return Err(BadEntry::Unaligned(host));
+        if !g.is_aligned(offset.0) {
+            return Err(BadEntry::Unaligned(offset));
         }
-        Ok(match (host.0, zero) {
-            // COPIED without a cluster is only legal with an external data file, which open refuses.
-            (0, _) if copied => return Err(BadEntry::Reserved(COPIED)),
-            (0, false) => Mapping::Unallocated,
-            (0, true) => Mapping::ZeroPlain,
-            (_, false) => Mapping::Normal { host, copied },
-            (_, true) => Mapping::ZeroAllocated { host, copied },
-        })
+        let host = (offset.0 != 0).then_some(offset);
+        if host.is_none() && copied {
+            // Only legal with an external data file, which open refuses.
+            return Err(BadEntry::Reserved(COPIED));
+        }
+        let subclusters = match g.has_extended_l2() {
+            true => Subclusters::new(self.bitmap as u32, (self.bitmap >> 32) as u32)
+                .filter(|subclusters| host.is_some() || subclusters.data() == 0)
+                .ok_or(BadEntry::Subclusters(self.bitmap))?,
+            false => match (host, zero) {
+                (_, true) => Subclusters::default().with(1, State::Zero),
+                (Some(_), false) => Subclusters::default().with(1, State::Data),
+                (None, false) => Subclusters::default(),
+            },
+        };
+        Ok(Mapping::Plain(PlainCluster {
+            host,
+            copied,
+            subclusters,
+        }))
     }
 
     fn decode_compressed(self, g: Geometry) -> Result<Mapping, BadEntry> {
@@ -217,6 +239,9 @@ impl L2Entry {
         let above = host & !((1 << 56) - 1);
         if self.is_copied() || above != 0 {
             return Err(BadEntry::Reserved(self.descriptor & COPIED | above));
+        }
+        if self.bitmap != 0 {
+            return Err(BadEntry::Subclusters(self.bitmap));
         }
         let sectors = ((self.descriptor & !(COPIED | COMPRESSED)) >> shift) + 1;
         Ok(Mapping::Compressed(Compressed {
@@ -290,31 +315,79 @@ mod tests {
         Geometry::new(16, 4)
     }
 
+    fn plain(host: Option<HostOffset>, copied: bool, subclusters: Subclusters) -> Mapping {
+        Mapping::Plain(PlainCluster {
+            host,
+            copied,
+            subclusters,
+        })
+    }
+
+    #[track_caller]
+    fn assert_says(g: Geometry, entry: L2Entry, mapping: Mapping) {
+        assert_eq!(entry.decode(g, true), Ok(mapping));
+        let Mapping::Plain(cluster) = mapping else {
+            return;
+        };
+        assert_eq!(L2Entry::plain(cluster, g), entry);
+        let bytes: Vec<u8> = entry.to_bytes(g).collect();
+        assert_eq!(bytes.len() as u64, g.l2_entry_size());
+        assert_eq!(l2_entries(g, &bytes).next(), Some(entry));
+    }
+
     #[test]
     fn each_kind_of_standard_entry_is_told_apart() {
         let g = geometry();
-        let host = HostOffset(0x50000);
-        let cases = [
-            (L2Entry::standard(0), Mapping::Unallocated),
-            (L2Entry::standard(1), Mapping::ZeroPlain),
+        let host = Some(HostOffset(0x50000));
+        let none = Subclusters::default();
+        let (data, zero) = (none.with(1, State::Data), none.with(1, State::Zero));
+        for (descriptor, mapping) in [
+            (0, plain(None, false, none)),
+            (1, plain(None, false, zero)),
+            (COPIED | 0x50000, plain(host, true, data)),
+            (0x50000, plain(host, false, data)),
+            (COPIED | 0x50001, plain(host, true, zero)),
+        ] {
+            assert_says(g, L2Entry::standard(descriptor), mapping);
+        }
+    }
+
+    #[test]
+    fn each_kind_of_extended_entry_is_told_apart() {
+        let g = geometry().with_extended_l2();
+        let host = Some(HostOffset(0x50000));
+        let zero = Subclusters::default().with(0b110, State::Zero);
+        let both = zero.with(0b1 << 31, State::Data);
+        let entry = |descriptor, bitmap| L2Entry { descriptor, bitmap };
+        for (entry, mapping) in [
+            (entry(0, 0), plain(None, false, Subclusters::default())),
+            (entry(0, 0b110 << 32), plain(None, false, zero)),
+            (entry(0x50000, 0b110 << 32), plain(host, false, zero)),
             (
-                L2Entry::normal(host),
-                Mapping::Normal { host, copied: true },
+                entry(COPIED | 0x50000, 0b110 << 32 | 1 << 31),
+                plain(host, true, both),
             ),
             (
-                L2Entry::standard(0x50000),
-                Mapping::Normal {
-                    host,
-                    copied: false,
-                },
+                entry(COPIED | 0x50000, 0),
+                plain(host, true, Subclusters::default()),
             ),
-            (
-                L2Entry::zero_allocated(host),
-                Mapping::ZeroAllocated { host, copied: true },
-            ),
-        ];
-        for (entry, mapping) in cases {
-            assert_eq!(entry.decode(g, true), Ok(mapping));
+        ] {
+            assert_says(g, entry, mapping);
+        }
+    }
+
+    #[test]
+    fn extended_entries_that_break_the_specification_are_refused() {
+        let g = geometry().with_extended_l2();
+        for (descriptor, bitmap, reason) in [
+            (0x50000, 1 << 32 | 1, BadEntry::Subclusters(1 << 32 | 1)),
+            (0, 1, BadEntry::Subclusters(1)),
+            (COMPRESSED | 0x50000, 2, BadEntry::Subclusters(2)),
+            (COPIED, 0, BadEntry::Reserved(COPIED)),
+            (ZERO, 0, BadEntry::Reserved(ZERO)),
+        ] {
+            let entry = L2Entry { descriptor, bitmap };
+            assert_eq!(entry.decode(g, true), Err(reason));
         }
     }
 

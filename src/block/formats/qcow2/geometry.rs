@@ -2,11 +2,16 @@
 //!
 //! Everything here is total for values that passed `Header::validate`.
 
+use std::ops::Range;
+
 use crate::limits::QCOW2_MIN_EXTENDED_CLUSTER_BITS;
 use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 
 /// Bytes of an L1 entry, and of a refcount table entry. L2 entries may be larger: [`Geometry::l2_entry_size`].
 pub(crate) const ENTRY_SIZE: u64 = 8;
+
+/// log2 of the number of subclusters of a cluster, where it has any (specification: "Extended L2 Entries").
+const SUBCLUSTER_ORDER: u32 = 5;
 
 /// The number of a cluster of the guest's disk; `ClusterIndex` numbers those of the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -89,6 +94,31 @@ impl Geometry {
     /// Entries of an L2 table.
     pub(crate) fn l2_entries(self) -> u64 {
         1 << self.l2_bits()
+    }
+
+    /// Subclusters of a cluster. A cluster with a standard entry is its only subcluster.
+    pub(crate) fn subclusters(self) -> u32 {
+        1 << (self.cluster_bits - self.subcluster_bits())
+    }
+
+    /// log2 of the size of a subcluster.
+    pub(crate) fn subcluster_bits(self) -> u32 {
+        match self.extended_l2 {
+            true => self.cluster_bits - SUBCLUSTER_ORDER,
+            false => self.cluster_bits,
+        }
+    }
+
+    /// Bytes of a subcluster: the unit in which guest data are allocated, zeroed and discarded.
+    pub(crate) fn subcluster_size(self) -> u64 {
+        1 << self.subcluster_bits()
+    }
+
+    /// The subclusters that a range inside of a cluster touches.
+    pub(crate) fn subclusters_of(self, from: u64, len: u64) -> Range<u32> {
+        let first = from >> self.subcluster_bits();
+        let end = (from + len).div_ceil(self.subcluster_size());
+        first as u32..end as u32
     }
 
     /// Bytes of guest disk behind one L2 table.
@@ -178,10 +208,17 @@ mod tests {
     }
 
     #[test]
-    fn extended_entries_halve_the_tables() {
+    fn extended_entries_halve_the_tables_and_divide_the_clusters() {
         let g = Geometry::new(17, 4).with_extended_l2();
         assert_eq!(g.l2_entries(), 8192);
         assert_eq!(g.l2_span(), 1 << 30);
+        assert_eq!(g.subclusters(), 32);
+        assert_eq!(g.subcluster_size(), 4096);
+        assert_eq!(g.subclusters_of(4095, 2), 0..2);
+        assert_eq!(g.subclusters_of(4096, 4096), 1..2);
+        assert_eq!(Geometry::new(17, 4).subclusters(), 1);
+        let smallest = Geometry::new(14, 4).with_extended_l2();
+        assert_eq!(smallest.subcluster_size(), 512);
         assert_eq!(g.l1_index(g.guest_cluster(GuestOffset(5 << 30))), 5);
     }
 

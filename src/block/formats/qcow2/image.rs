@@ -3,8 +3,8 @@
 //! Locks, in the order in which they are taken:
 //!
 //! 1. `gate`: every request is inside, operations on the whole image are alone
-//! 2. `clusters`: ranges of guest clusters; allocating writes, discards and zero writes of the same cluster
-//!    follow each other, all others run in parallel
+//! 2. `clusters`: ranges of guest subclusters; allocating writes, discards and zero writes of the same one follow each
+//!    other, all others run in parallel. Who changes which host cluster an entry has holds all of the cluster
 //! 3. `tables`: L1 indices; who makes or copies an L2 table
 //! 4. `committing` (write-back), then `alloc` (refcounts and free clusters)
 //!
@@ -183,6 +183,9 @@ impl Image {
                     format!("L2 entry {entry} has reserved bits {bits:#x} set")
                 }
                 BadEntry::ZeroInV2 => "Zero cluster entry found in pre-v3 image".to_owned(),
+                BadEntry::Subclusters(bitmap) => {
+                    format!("L2 entry {entry} has an invalid subcluster bitmap {bitmap:#x}")
+                }
             };
             let place = self.entry_place(cluster);
             self.damage.met(format!("{what} ({place})"), None)
@@ -315,8 +318,17 @@ impl Image {
         first: GuestCluster,
         last: GuestCluster,
     ) -> RangeGuard<'_> {
-        let clusters = first.0..last.0 + 1;
-        self.clusters.lock(clusters, Access::Exclusive).await
+        let start = self.g.guest_offset(first).0;
+        let count = last.0 - first.0 + 1;
+        self.lock_subclusters(start, count << self.g.cluster_bits())
+            .await
+    }
+
+    /// Has the subclusters that a guest range touches alone: lock 2. Enough to write to clusters that stay where they are.
+    pub(super) async fn lock_subclusters(&self, offset: u64, len: u64) -> RangeGuard<'_> {
+        let first = offset >> self.g.subcluster_bits();
+        let last = (offset + len - 1) >> self.g.subcluster_bits();
+        self.clusters.lock(first..last + 1, Access::Exclusive).await
     }
 
     /// The run of the one cluster at `host`.
@@ -330,10 +342,7 @@ impl Image {
     /// The references that go when an entry with this meaning is replaced: of each of these clusters one.
     pub(super) fn references(&self, mapping: Mapping) -> Option<Run> {
         match mapping {
-            Mapping::Unallocated | Mapping::ZeroPlain => None,
-            Mapping::Normal { host, .. } | Mapping::ZeroAllocated { host, .. } => {
-                Some(self.cluster_run(host))
-            }
+            Mapping::Plain(cluster) => Some(self.cluster_run(cluster.host?)),
             Mapping::Compressed(stream) => {
                 let (first, last) = stream.clusters(self.g);
                 Some(Run {

@@ -96,11 +96,7 @@ impl L2Table {
     /// A range of its bytes; the ends are those of entries.
     fn bytes(&self, range: std::ops::Range<usize>) -> Vec<u8> {
         let size = self.g.l2_entry_size() as usize;
-        let mut bytes = Vec::with_capacity(range.len());
-        for index in range.start / size..range.end / size {
-            bytes.extend(self.entries.get(index).to_bytes(self.g));
-        }
-        bytes
+        self.entries.to_bytes(range.start / size..range.end / size)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use super::entry::{Compressed, Mapping};
 use super::image::Image;
+use super::l2::L2Table;
+use super::subclusters::State;
 use crate::driver::BlockStatus;
 use crate::error::Result;
 use crate::units::HostOffset;
@@ -41,39 +43,58 @@ impl Image {
                 len: most,
             });
         };
-        let first = self.g.l2_index(cluster);
-        let in_cluster = self.g.in_cluster(offset);
-        let source = |mapping: Mapping| match mapping {
-            Mapping::Unallocated => Source::Unallocated,
-            Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => Source::Zero,
-            Mapping::Normal { host, copied } => Source::Data {
-                host,
-                ours: copied && l1_entry.is_copied(),
-            },
-            Mapping::Compressed(stream) => Source::Compressed(stream),
-        };
-        let start = source(self.decode(table.get(first), cluster)?);
-        let size = self.g.cluster_size();
-        let mut found = size - in_cluster;
-        let mut clusters = 1;
-        while found < most {
-            let next = source(self.decode(table.get(first + clusters), cluster)?);
-            if !continues(start, next, clusters as u64 * size) {
+        let first = self.source_at(&table, offset)?;
+        let ours = l1_entry.is_copied();
+        let mut found = first.len;
+        // Only whole clusters go on: within one, runs of subclusters end where the state changes.
+        while found < most && self.g.is_aligned(offset + found) {
+            let next = self.source_at(&table, offset + found)?;
+            if !continues(first.source, next.source, found) {
                 break;
             }
-            clusters += 1;
-            found += size;
+            found += next.len;
         }
-        let source = match start {
-            Source::Data { host, ours } => Source::Data {
-                host: host + in_cluster,
-                ours,
+        let source = match first.source {
+            Source::Data { host, ours: copied } => Source::Data {
+                host,
+                ours: copied && ours,
             },
             other => other,
         };
         Ok(Extent {
             source,
             len: found.min(most),
+        })
+    }
+
+    /// What lies at `offset`, for as much of its cluster as has the same source.
+    fn source_at(&self, table: &L2Table, offset: u64) -> Result<Extent> {
+        let cluster = self.cluster_at(offset);
+        let in_cluster = self.g.in_cluster(offset);
+        let mapping = self.decode(table.get(self.g.l2_index(cluster)), cluster)?;
+        let plain = match mapping {
+            Mapping::Plain(plain) => plain,
+            Mapping::Compressed(stream) => {
+                return Ok(Extent {
+                    source: Source::Compressed(stream),
+                    len: self.g.cluster_size() - in_cluster,
+                });
+            }
+        };
+        let first = (in_cluster >> self.g.subcluster_bits()) as u32;
+        let (state, count) = plain.subclusters.run(first..self.g.subclusters());
+        let end = u64::from(first + count) << self.g.subcluster_bits();
+        let source = match (state, plain.host) {
+            (State::Data, Some(host)) => Source::Data {
+                host: host + in_cluster,
+                ours: plain.copied,
+            },
+            (State::Zero, _) => Source::Zero,
+            _ => Source::Unallocated,
+        };
+        Ok(Extent {
+            source,
+            len: end - in_cluster,
         })
     }
 

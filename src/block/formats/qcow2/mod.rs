@@ -3,7 +3,7 @@
 //! Split by structure and by operation:
 //! * `header`: the header, its extensions and feature bits
 //! * `geometry`: arithmetic of clusters and tables
-//! * `entry`: entries of the tables and what they mean
+//! * `entry`: entries of the tables and what they mean; `subclusters`: the parts of a cluster
 //! * `counters`: refcounts in their blocks, one by one and in runs
 //! * `runs`: many clusters read or written at once
 //! * `create`: new images
@@ -15,7 +15,8 @@
 //! * `owners`: which host clusters hold metadata
 //! * `damage`: what is done about damage that is found
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
-//! * `open`, `read`, `write`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of them
+//! * `open`, `read`, `write`, `cow`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of
+//!   them
 //! * `codec`: the bytes of a compressed cluster
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
 //! * `gate`, `parallel`: what runs at the same time
@@ -37,6 +38,7 @@ pub mod check;
 mod codec;
 mod compress;
 mod counters;
+mod cow;
 pub mod create;
 mod damage;
 mod entry;
@@ -57,6 +59,7 @@ mod requests;
 mod resize;
 mod runs;
 mod snapshot;
+mod subclusters;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]

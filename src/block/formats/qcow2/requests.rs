@@ -111,7 +111,7 @@ impl Requests for Qcow2 {
     fn limits(&self) -> RequestLimits {
         RequestLimits {
             alignment: 1,
-            preferred: self.image.g.cluster_size() as u32,
+            preferred: self.image.g.subcluster_size() as u32,
             growable: false,
         }
     }

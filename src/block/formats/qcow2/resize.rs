@@ -122,7 +122,7 @@ impl Image {
         self.write_back().await?;
         self.header.update(|header| header.size = new).await?;
         self.size.store(new, Ordering::Release);
-        let start = new.next_multiple_of(self.g.cluster_size());
+        let start = new.next_multiple_of(self.g.subcluster_size());
         let dropped = async {
             if start < old {
                 self.unmap(start, old, Unmap::Forget).await?;

@@ -1,29 +1,35 @@
-//! Writes: in place where a cluster is ours, else to new clusters with the rest of the old content around.
+//! Writes: in place where a cluster is ours, else to new clusters with what they keep of the old content.
 //!
 //! An allocating write, under the range lock of its guest clusters:
 //!
 //! 1. makes the L2 table ours, so that a full disk is found before anything is written
 //! 2. reserves a contiguous run of host clusters
-//! 3. reads what is kept of the first and last cluster, unless it is known to be zero
-//! 4. writes head, guest data and tail with one write (on clusters that were never used, zero borders are skipped)
+//! 3. reads what is kept of the first and last cluster (see `cow`), unless it is known to be zero
+//! 4. writes old and new data, with one write as a rule (on clusters that were never used, zeroes are skipped)
 //! 5. publishes: replaces each L2 entry, if it is still the one that step 3 read, and hands the old cluster to the quarantine
+//!
+//! In a cluster of ours that has no data yet in all of its subclusters, or is kept behind zeroes, steps 2 and 5 are
+//! simpler: the data go where they belong, then the entry says that they are there. The lock is that of the subclusters
+//! alone, so that writes side by side in one cluster do not wait for each other.
 //!
 //! An error at any step leaves the old mapping; the reservation gives itself back.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use futures_util::future::try_join;
+use futures_util::future::{try_join, try_join_all};
 
 use super::alloc::Reserved;
-use super::entry::{L2Entry, Mapping};
+use super::entry::{L2Entry, Mapping, PlainCluster};
 use super::geometry::GuestCluster;
 use super::image::Image;
 use super::l2::L2Table;
 use super::map::{Extent, Source};
 use super::parallel::run_all;
+use super::subclusters::{State, Subclusters, mask};
 use crate::driver::{BoxFuture, WriteFlags};
 use crate::error::Result;
-use crate::io::{Data, Segment};
+use crate::io::Data;
 use crate::units::HostOffset;
 
 /// A part of a write request.
@@ -36,10 +42,19 @@ struct Part {
 
 /// What an allocating write does at one place, once it holds the lock.
 enum Step {
-    InPlace(HostOffset),
-    /// A zero cluster that has kept its host cluster.
-    Reuse(HostOffset),
+    /// A cluster of ours gets data.
+    Fill(PlainCluster),
+    /// The place gets another host cluster.
     New,
+}
+
+/// What an allocating write has alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    /// The subclusters that it writes to: enough for `Step::Fill`.
+    Subclusters,
+    /// All of their clusters.
+    Clusters,
 }
 
 /// Part of a write within neighbouring clusters of one L2 table, of which none is ours.
@@ -78,8 +93,14 @@ impl Image {
         let mut parts: Vec<Part> = Vec::new();
         let mut at = offset;
         let mut extent = first;
+        let least = match self.g.has_extended_l2() {
+            true => self.g.cluster_size(),
+            false => 0,
+        };
         loop {
             let in_place = match extent.source {
+                // Subclusters in place go with their neighbours in the cluster: one write for all.
+                _ if extent.len < least => None,
                 Source::Data { host, ours: true } => Some(host),
                 _ => None,
             };
@@ -118,58 +139,80 @@ impl Image {
         self.file.write(host.0, data, WriteFlags::default()).await
     }
 
-    /// Writes to clusters of one L2 table, most of which are not ours.
+    /// Writes to clusters of one L2 table that are not ours, or have no data yet where they are written.
     async fn write_allocating(&self, offset: u64, mut data: Data) -> Result<()> {
-        let first = self.cluster_at(offset);
-        let last = self.cluster_at(offset + data.len() - 1);
-        let _lock = self.lock_clusters(first, last).await;
-        let table = self.own_table(self.g.l1_index(first)).await?;
         let mut at = offset;
+        let mut scope = self.scope(offset).await?;
         while !data.is_empty() {
-            // Looked at again under the lock: whoever had it before may have allocated.
-            let (step, len) = self.next_step(&table, at, data.len())?;
-            let done = match step {
-                Step::InPlace(host) => {
-                    self.write_in_place(host, data.slice(0, len)).await?;
-                    len
-                }
-                Step::Reuse(host) => {
-                    self.write_reused(&table, at, host, data.slice(0, len))
-                        .await?;
-                    len
-                }
-                Step::New => {
-                    let target = Target {
-                        table: &table,
-                        offset: at,
-                    };
-                    self.write_new(target, &data.slice(0, len)).await?
-                }
-            };
+            let done = self.write_alone(scope, at, &data).await?;
             let _ = data.split_to(done);
             at += done;
+            scope = Scope::Clusters;
         }
         Ok(())
     }
 
+    /// What a write has to lock, by what is there now. It may turn out to be too little.
+    async fn scope(&self, offset: u64) -> Result<Scope> {
+        if !self.g.has_extended_l2() {
+            return Ok(Scope::Clusters);
+        }
+        let index = self.g.l1_index(self.cluster_at(offset));
+        let step = match self.table(index).await? {
+            Some((table, entry)) if entry.is_copied() => self.next_step(&table, offset, 1)?.0,
+            _ => Step::New,
+        };
+        Ok(match step {
+            Step::Fill(_) => Scope::Subclusters,
+            Step::New => Scope::Clusters,
+        })
+    }
+
+    /// Writes `data` under a lock of the given scope. Answers how many bytes are done: all, or those in front of a place
+    /// for which the scope is too small.
+    async fn write_alone(&self, scope: Scope, offset: u64, data: &Data) -> Result<u64> {
+        let first = self.cluster_at(offset);
+        let last = self.cluster_at(offset + data.len() - 1);
+        let _lock = match scope {
+            Scope::Subclusters => self.lock_subclusters(offset, data.len()).await,
+            Scope::Clusters => self.lock_clusters(first, last).await,
+        };
+        let table = self.own_table(self.g.l1_index(first)).await?;
+        let mut done = 0;
+        while done < data.len() {
+            let at = offset + done;
+            // Looked at again under the lock: whoever had it before may have allocated.
+            let (step, len) = self.next_step(&table, at, data.len() - done)?;
+            let target = Target {
+                table: &table,
+                offset: at,
+            };
+            let piece = data.slice(done, len);
+            done += match step {
+                Step::Fill(cluster) => self.fill(target, cluster, piece).await?,
+                Step::New if scope == Scope::Subclusters => return Ok(done),
+                Step::New => self.write_new(target, &piece).await?,
+            };
+        }
+        Ok(done)
+    }
+
     /// What to do at `at`, and for how many bytes: one cluster, or as many as need new clusters in a row.
     fn next_step(&self, table: &L2Table, at: u64, len: u64) -> Result<(Step, u64)> {
-        let size = self.g.cluster_size();
-        let in_cluster = self.g.in_cluster(at);
         let step_at = |offset: u64| -> Result<Step> {
             let cluster = self.cluster_at(offset);
             let entry = table.get(self.g.l2_index(cluster));
-            Ok(match self.decode(entry, cluster)? {
-                Mapping::Normal { host, copied: true } => Step::InPlace(host + in_cluster),
-                Mapping::ZeroAllocated { host, copied: true } => Step::Reuse(host),
+            match self.decode(entry, cluster)? {
+                Mapping::Plain(plain) if plain.ours().is_some() => Ok(Step::Fill(plain)),
                 _ => {
                     self.decode_to_replace(entry, cluster)?;
-                    Step::New
+                    Ok(Step::New)
                 }
-            })
+            }
         };
+        let size = self.g.cluster_size();
         let first = step_at(at)?;
-        let mut found = size - in_cluster;
+        let mut found = size - self.g.in_cluster(at);
         if matches!(first, Step::New) {
             while found < len && matches!(step_at(at + found)?, Step::New) {
                 found += size;
@@ -178,27 +221,61 @@ impl Image {
         Ok((first, found.min(len)))
     }
 
-    /// Writes into the kept cluster of a zero cluster: all of it, as what it held before shows nowhere.
-    async fn write_reused(
-        &self,
-        table: &Arc<L2Table>,
-        at: u64,
-        host: HostOffset,
-        data: Data,
-    ) -> Result<()> {
-        let cluster = self.cluster_at(at);
-        let index = self.g.l2_index(cluster);
-        let head = self.g.in_cluster(at);
-        let tail = self.g.cluster_size() - head - data.len();
-        let mut all = Data::zeroes(head);
+    /// Writes into a cluster of ours, and says that there are data where there were none. Answers how many bytes are
+    /// written; none when the cluster is no longer there.
+    async fn fill(&self, target: Target<'_>, plain: PlainCluster, data: Data) -> Result<u64> {
+        let Some(host) = plain.ours() else {
+            return Ok(0);
+        };
+        let cluster = self.cluster_at(target.offset);
+        let len = data.len();
+        let from = self.g.in_cluster(target.offset);
+        let touched = self.g.subclusters_of(from, len);
+        let has_data = |index| plain.subclusters.state(index) == State::Data;
+        // Only subclusters that begin to have data need borders.
+        let byte = |index: u32| u64::from(index) << self.g.subcluster_bits();
+        let start = match has_data(touched.start) {
+            true => from,
+            false => byte(touched.start),
+        };
+        let end = match has_data(touched.end - 1) {
+            true => from + len,
+            false => byte(touched.end),
+        };
+        let old = Mapping::Plain(plain);
+        let (mut all, after) = try_join(
+            self.read_old(old, cluster, start..from),
+            self.read_old(old, cluster, from + len..end),
+        )
+        .await?;
         all.append(data);
-        all.push(Segment::Zeroes(tail));
-        self.write_in_place(host, all).await?;
-        let old = L2Entry::zero_allocated(host);
-        let replaced = self.l2.replace(table, index, old, L2Entry::normal(host));
-        debug_assert!(replaced, "the range lock keeps others off");
-        self.commits.touch();
-        Ok(())
+        all.append(after);
+        self.write_in_place(host + start, all).await?;
+        let written = mask(touched);
+        if written & !plain.subclusters.data() == 0 {
+            return Ok(len);
+        }
+        loop {
+            let index = self.g.l2_index(cluster);
+            let old = target.table.get(index);
+            let now = match self.decode(old, cluster)? {
+                Mapping::Plain(now) if now.ours() == Some(host) => now,
+                _ => {
+                    debug_assert!(false, "the range lock keeps others off");
+                    return Ok(0);
+                }
+            };
+            let new = PlainCluster {
+                subclusters: now.subclusters.with(written, State::Data),
+                ..now
+            };
+            // Neighbours in the cluster may be written meanwhile.
+            let new = L2Entry::plain(new, self.g);
+            if self.l2.replace(target.table, index, old, new) {
+                self.commits.touch();
+                return Ok(len);
+            }
+        }
     }
 
     /// Writes the front of `data` to new clusters; answers how many bytes are written and published.
@@ -209,91 +286,106 @@ impl Image {
         let mut reserved = self.alloc.lock().await.allocate(want).await?;
         let run = reserved.run();
         let len = data.len().min((run.count << self.g.cluster_bits()) - head);
-        let tail = (run.count << self.g.cluster_bits()) - head - len;
         let first = self.cluster_at(target.offset);
         let index = self.g.l2_index(first);
         let old: Vec<L2Entry> = (index..index + run.count as usize)
             .map(|index| target.table.get(index))
             .collect();
-        let last = GuestCluster(first.0 + run.count - 1);
-        let (before, after) = try_join(
-            self.read_old(old[0], first, 0, head),
-            self.read_old(old[old.len() - 1], last, size - tail, tail),
-        )
-        .await?;
+        let mut pieces: Vec<(u64, Data)> = vec![(head, data.slice(0, len))];
         let fresh = reserved.is_fresh();
-        let mut host = self.g.host_offset(run.start);
-        let mut all = Data::new();
-        if fresh && before.is_known_zero() {
-            host = host + head;
-        } else {
-            all.append(before);
+        // Only the clusters at the ends keep something.
+        let mut kept = Vec::new();
+        let last = run.count - 1;
+        for nth in [0, last].into_iter().take(if last > 0 { 2 } else { 1 }) {
+            let cluster = GuestCluster(first.0 + nth);
+            let mapping = self.decode(old[nth as usize], cluster)?;
+            let written = within(head..head + len, nth * size, size);
+            for range in self.kept(mapping, written) {
+                if !(fresh && self.surely_zero(mapping, &range)) {
+                    kept.push((nth * size + range.start, mapping, cluster, range));
+                }
+            }
         }
-        all.append(data.slice(0, len));
-        if !(fresh && after.is_known_zero()) {
-            all.append(after);
+        if !kept.is_empty() {
+            let reads = kept.iter().map(|(_, mapping, cluster, range)| {
+                self.read_old(*mapping, *cluster, range.clone())
+            });
+            for ((at, ..), old_data) in kept.iter().zip(try_join_all(reads).await?) {
+                if !(fresh && old_data.is_known_zero()) {
+                    pieces.push((*at, old_data));
+                }
+            }
         }
-        self.file.write(host.0, all, WriteFlags::default()).await?;
-        let published = self.publish(target.table, index, &old, &mut reserved)?;
+        self.write_pieces(self.g.host_offset(run.start), pieces)
+            .await?;
+        let published = self.publish(&target, &old, head..head + len, &mut reserved)?;
         Ok(((published << self.g.cluster_bits()).saturating_sub(head)).min(len))
     }
 
-    /// What a cluster shows at `[from, from + len)` inside it, to be copied.
-    async fn read_old(
-        &self,
-        entry: L2Entry,
-        cluster: GuestCluster,
-        from: u64,
-        len: u64,
-    ) -> Result<Data> {
-        if len == 0 {
-            return Ok(Data::new());
-        }
-        match self.decode(entry, cluster)? {
-            Mapping::Unallocated => {
-                let offset = self.g.guest_offset(cluster).0 + from;
-                // Bytes behind the end of the disk are zero, even where the backing is longer.
-                let inside = self.size().saturating_sub(offset).min(len);
-                let mut data = self.read_backing_to_copy(offset, inside).await?;
-                data.push(Segment::Zeroes(len - inside));
-                Ok(data)
+    /// Writes pieces at their distances from `start`; neighbours together.
+    async fn write_pieces(&self, start: HostOffset, mut pieces: Vec<(u64, Data)>) -> Result<()> {
+        pieces.sort_unstable_by_key(|(at, _)| *at);
+        pieces.dedup_by(|(at, piece), (before_at, before)| {
+            let joins = *before_at + before.len() == *at;
+            if joins {
+                before.append(std::mem::take(piece));
             }
-            Mapping::ZeroPlain | Mapping::ZeroAllocated { .. } => Ok(Data::zeroes(len)),
-            Mapping::Normal { host, .. } => self.file.read((host + from).0, len).await,
-            Mapping::Compressed(stream) => {
-                let bytes = self.decompress(stream).await?;
-                Ok(Data::from(
-                    bytes.slice(from as usize..(from + len) as usize),
-                ))
-            }
+            joins
+        });
+        let flags = WriteFlags::default();
+        if pieces.len() == 1
+            && let Some((at, data)) = pieces.pop()
+        {
+            return self.file.write((start + at).0, data, flags).await;
         }
+        let write = |(at, data)| -> BoxFuture<'_, Result<()>> {
+            self.file.write((start + at).0, data, flags)
+        };
+        run_all(pieces.into_iter().map(write).collect()).await
     }
 
-    /// Points the entries from `index` on to the reserved clusters, as long as they are still the `old` ones.
-    /// Answers how many; the rest stays reserved.
+    /// Points the entries from `target` on to the reserved clusters, as long as they are still the `old` ones. `written`
+    /// is counted from the first cluster's start. Answers how many; the rest stays reserved.
     fn publish(
         &self,
-        table: &Arc<L2Table>,
-        index: usize,
+        target: &Target<'_>,
         old: &[L2Entry],
+        written: Range<u64>,
         reserved: &mut Reserved,
     ) -> Result<u64> {
+        let size = self.g.cluster_size();
+        let first = self.g.l2_index(self.cluster_at(target.offset));
         let start = self.g.host_offset(reserved.run().start);
         let mut freed = Vec::new();
         let mut published = 0;
         for (nth, old) in old.iter().enumerate() {
-            let host = start + ((nth as u64) << self.g.cluster_bits());
-            if !self
-                .l2
-                .replace(table, index + nth, *old, L2Entry::normal(host))
-            {
+            // Decoded before, when it was read.
+            let Ok(mapping) = old.decode(self.g, self.has_zero_flag()) else {
+                break;
+            };
+            let at = nth as u64 * size;
+            let part = within(written.clone(), at, size);
+            let subclusters = match mapping {
+                Mapping::Plain(cluster) => {
+                    let touched = self.g.subclusters_of(part.start, part.end - part.start);
+                    cluster.subclusters.with(mask(touched), State::Data)
+                }
+                Mapping::Compressed(_) => {
+                    let all = mask(0..self.g.subclusters());
+                    Subclusters::default().with(all, State::Data)
+                }
+            };
+            let new = PlainCluster {
+                host: Some(start + at),
+                copied: true,
+                subclusters,
+            };
+            let new = L2Entry::plain(new, self.g);
+            if !self.l2.replace(target.table, first + nth, *old, new) {
                 break;
             }
             published += 1;
-            // Decoded before, when it was read.
-            if let Ok(mapping) = old.decode(self.g, self.has_zero_flag()) {
-                freed.extend(self.references(mapping));
-            }
+            freed.extend(self.references(mapping));
         }
         reserved.publish(published);
         if !freed.is_empty() {
@@ -302,4 +394,10 @@ impl Image {
         self.commits.touch();
         Ok(published)
     }
+}
+
+/// The part of `range` in the `size` bytes from `start` on, counted from there.
+fn within(range: Range<u64>, start: u64, size: u64) -> Range<u64> {
+    let part = range.start.max(start)..range.end.min(start + size);
+    part.start - start..part.end - start
 }

@@ -1,15 +1,18 @@
-//! Zero writes and discards: whole clusters by their L2 entries, borders as data.
+//! Zero writes and discards: whole subclusters by their L2 entries, borders as data.
 //!
 //! Both take the range lock of their guest clusters, so that they never free a cluster under an allocating write. The
-//! clusters that they unlink go to the quarantine.
+//! clusters that they unlink go to the quarantine. A cluster in which no data are left is unlinked, unless it is
+//! to be kept.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::entry::{L2Entry, Mapping};
+use super::entry::{L2Entry, Mapping, PlainCluster};
 use super::geometry::GuestCluster;
 use super::image::Image;
 use super::l2::L2Table;
 use super::map::Source;
+use super::subclusters::{State, Subclusters, mask};
 use crate::driver::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
@@ -17,10 +20,10 @@ use crate::io::Data;
 /// Longest run of zero bytes written at once where an image cannot say zero.
 const ZERO_PIECE: u64 = 4 << 20;
 
-/// What happens to the entries of whole clusters.
+/// What happens to whole subclusters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Unmap {
-    /// They read as zeroes and keep their host clusters.
+    /// They read as zeroes, and clusters of ours keep their host clusters.
     KeepAllocated,
     /// They read as zeroes and give their host clusters back.
     Zero,
@@ -32,9 +35,9 @@ impl Image {
     /// Makes a checked range read as zeroes. The caller is inside the gate and has prepared for changes.
     /// Cancellation: run to the end by the caller.
     pub(super) async fn zero_range(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
-        let size = self.g.cluster_size();
+        let size = self.g.subcluster_size();
         let end = offset + len;
-        // The last cluster of the disk is whole when its part on the disk is.
+        // The last subcluster of the disk is whole when its part on the disk is.
         let whole_end = if end == self.size() {
             end.next_multiple_of(size)
         } else {
@@ -50,7 +53,7 @@ impl Image {
         }
         self.zero_bytes(offset, whole_start - offset, flags).await?;
         let tail = whole_end.min(end);
-        self.zero_clusters(whole_start, tail, flags).await?;
+        self.zero_subclusters(whole_start, tail, flags).await?;
         self.zero_bytes(tail, end - tail, flags).await
     }
 
@@ -61,7 +64,7 @@ impl Image {
         Ok(())
     }
 
-    /// Zeroes inside of one or two clusters, as data unless they are there already.
+    /// Zeroes as data, unless they are there already.
     async fn zero_bytes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
         if len == 0 || self.reads_zero(offset, len).await? {
             return Ok(());
@@ -104,25 +107,24 @@ impl Image {
         }
     }
 
-    /// Zeroes of whole clusters; `end` may be the end of the disk inside of one.
-    async fn zero_clusters(&self, start: u64, end: u64, flags: ZeroFlags) -> Result<()> {
-        if self.has_zero_flag() {
-            let how = match flags.may_unmap {
-                true => Unmap::Zero,
-                false => Unmap::KeepAllocated,
-            };
-            return self.unmap(start, end, how).await;
+    /// Zeroes of whole subclusters; `end` may be the end of the disk inside of one.
+    async fn zero_subclusters(&self, start: u64, end: u64, flags: ZeroFlags) -> Result<()> {
+        let how = match (self.has_zero_flag(), flags.may_unmap) {
+            (true, true) => Unmap::Zero,
+            (true, false) => Unmap::KeepAllocated,
+            // Version 2 has no zero flag. Without a backing, unallocated clusters are zero.
+            (false, true) if !self.may_have_backing() => Unmap::Forget,
+            (false, _) => return self.zero_bytes(start, end - start, flags).await,
+        };
+        for (at, len) in self.unmap(start, end, how).await? {
+            self.zero_bytes(at, len, flags).await?;
         }
-        // Version 2 has no zero flag. Without a backing, unallocated clusters are zero.
-        if flags.may_unmap && !self.may_have_backing() {
-            return self.unmap(start, end, Unmap::Forget).await;
-        }
-        self.zero_bytes(start, end - start, flags).await
+        Ok(())
     }
 
-    /// Drops the content of the whole clusters in a checked range. The caller is inside the gate and has prepared.
+    /// Drops the content of the whole subclusters in a checked range. The caller is inside the gate and has prepared.
     pub(super) async fn discard_range(&self, offset: u64, len: u64) -> Result<()> {
-        let size = self.g.cluster_size();
+        let size = self.g.subcluster_size();
         let end = offset + len;
         let start = offset.next_multiple_of(size);
         let whole_end = match end == self.size() {
@@ -137,11 +139,14 @@ impl Image {
             true => Unmap::Zero,
             false => Unmap::Forget,
         };
-        self.unmap(start, whole_end, how).await
+        // Parts of compressed clusters stay: it is a hint.
+        self.unmap(start, whole_end, how).await.map(|_left| ())
     }
 
-    /// Changes the entries of all clusters in `[start, end)`, one L2 table after the other.
-    pub(super) async fn unmap(&self, start: u64, end: u64, how: Unmap) -> Result<()> {
+    /// Changes the entries of all whole subclusters in `[start, end)`, one L2 table after the other. Answers the parts of
+    /// compressed clusters at the ends, which no entry can say anything about: offsets and lengths.
+    pub(super) async fn unmap(&self, start: u64, end: u64, how: Unmap) -> Result<Vec<(u64, u64)>> {
+        let mut left = Vec::new();
         let mut at = start;
         while at < end {
             let len = self.within_table(at, end - at);
@@ -149,57 +154,86 @@ impl Image {
             let last = self.cluster_at(at + len - 1);
             {
                 let _lock = self.lock_clusters(first, last).await;
-                self.unmap_in_table(first, last, how).await?;
+                self.unmap_in_table(at..at + len, how, &mut left).await?;
             }
             self.relieve().await;
             at += len;
         }
-        Ok(())
+        Ok(left)
     }
 
     async fn unmap_in_table(
         &self,
-        first: GuestCluster,
-        last: GuestCluster,
+        range: Range<u64>,
         how: Unmap,
+        left: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
+        let first = self.cluster_at(range.start);
+        let last = self.cluster_at(range.end - 1);
         let l1_index = self.g.l1_index(first);
         let present = self.table(l1_index).await?.map(|(table, _)| table);
-        let unallocated = self.unmapped(Mapping::Unallocated, how);
-        if present.is_none() && unallocated == L2Entry::default() {
+        if present.is_none() && (how == Unmap::Forget || !self.may_have_backing()) {
             // Nothing to look at, so that the size of an empty disk costs no time.
             return Ok(());
         }
         // A table is made or copied only when one of its entries really changes.
         let mut changes = false;
-        for cluster in first.0..=last.0 {
-            let cluster = GuestCluster(cluster);
+        for cluster in (first.0..=last.0).map(GuestCluster) {
             let entry = present.as_ref().map_or_else(L2Entry::default, |table| {
                 table.get(self.g.l2_index(cluster))
             });
             let mapping = self.decode(entry, cluster)?;
-            if self.unmapped(mapping, how) != entry {
-                self.decode_to_replace(entry, cluster)?;
-                changes = true;
+            let part = self.part_of(cluster, &range);
+            match self.unmapped(mapping, self.whole_subclusters(&part), how) {
+                Some(new) if new == entry => {}
+                Some(_) => {
+                    self.decode_to_replace(entry, cluster)?;
+                    changes = true;
+                }
+                None => {
+                    let at = self.g.guest_offset(cluster).0 + part.start;
+                    left.push((at, part.end - part.start));
+                }
             }
         }
         if !changes {
             return Ok(());
         }
         let table = self.own_table(l1_index).await?;
-        for cluster in first.0..=last.0 {
-            self.unmap_cluster(&table, GuestCluster(cluster), how)?;
+        for cluster in (first.0..=last.0).map(GuestCluster) {
+            let part = self.part_of(cluster, &range);
+            self.unmap_cluster(&table, cluster, self.whole_subclusters(&part), how)?;
         }
         self.commits.touch();
         Ok(())
     }
 
-    fn unmap_cluster(&self, table: &Arc<L2Table>, cluster: GuestCluster, how: Unmap) -> Result<()> {
+    /// The bytes of a cluster that are in a guest range.
+    fn part_of(&self, cluster: GuestCluster, range: &Range<u64>) -> Range<u64> {
+        let start = self.g.guest_offset(cluster).0;
+        let end = range.end.min(start + self.g.cluster_size());
+        range.start.max(start) - start..end - start
+    }
+
+    /// The subclusters of a part of a cluster that begins with one. The last one is whole when the disk ends in it.
+    fn whole_subclusters(&self, part: &Range<u64>) -> u32 {
+        mask(self.g.subclusters_of(part.start, part.end - part.start))
+    }
+
+    fn unmap_cluster(
+        &self,
+        table: &Arc<L2Table>,
+        cluster: GuestCluster,
+        subclusters: u32,
+        how: Unmap,
+    ) -> Result<()> {
         let index = self.g.l2_index(cluster);
         loop {
             let old = table.get(index);
             let mapping = self.decode(old, cluster)?;
-            let new = self.unmapped(mapping, how);
+            let Some(new) = self.unmapped(mapping, subclusters, how) else {
+                return Ok(());
+            };
             if new == old {
                 return Ok(());
             }
@@ -213,24 +247,42 @@ impl Image {
         }
     }
 
-    /// What an entry becomes.
-    fn unmapped(&self, mapping: Mapping, how: Unmap) -> L2Entry {
-        let nothing = match how {
-            Unmap::Forget => L2Entry::default(),
-            Unmap::Zero | Unmap::KeepAllocated => L2Entry::zero_plain(),
+    /// What an entry becomes; `None` for a part of a compressed cluster.
+    fn unmapped(&self, mapping: Mapping, subclusters: u32, how: Unmap) -> Option<L2Entry> {
+        let all = mask(0..self.g.subclusters());
+        let old = match mapping {
+            Mapping::Plain(cluster) => cluster,
+            Mapping::Compressed(_) if subclusters == all => PlainCluster {
+                subclusters: Subclusters::default().with(all, State::Data),
+                ..PlainCluster::default()
+            },
+            Mapping::Compressed(_) => return None,
         };
-        match mapping {
-            // Without a backing it reads as zeroes already.
-            Mapping::Unallocated if !self.may_have_backing() => L2Entry::default(),
-            Mapping::ZeroPlain if how != Unmap::Forget => L2Entry::zero_plain(),
-            Mapping::Normal { host, copied: true }
-            | Mapping::ZeroAllocated { host, copied: true }
-                if how == Unmap::KeepAllocated =>
-            {
-                L2Entry::zero_allocated(host)
+        let states = old.subclusters;
+        let states = match how {
+            Unmap::Forget => states.with(subclusters, State::Unallocated),
+            Unmap::Zero | Unmap::KeepAllocated => {
+                // Without a backing the others read as zeroes already.
+                let shown = match self.may_have_backing() {
+                    true => all,
+                    false => states.data() | states.zero(),
+                };
+                states.with(subclusters & shown, State::Zero)
             }
-            _ => nothing,
-        }
+        };
+        let keep = match how {
+            Unmap::KeepAllocated => old.ours().is_some(),
+            Unmap::Zero | Unmap::Forget => false,
+        };
+        let host = old.host.filter(|_| keep || states.data() != 0);
+        Some(L2Entry::plain(
+            PlainCluster {
+                host,
+                copied: old.copied && host.is_some(),
+                subclusters: states,
+            },
+            self.g,
+        ))
     }
 }
 

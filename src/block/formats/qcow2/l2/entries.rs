@@ -4,6 +4,7 @@
 //! table's mutex and makes a sequence counter odd meanwhile, and a reader that sees the counter odd or changed
 //! reads again.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
@@ -72,6 +73,21 @@ impl Entries {
         match self {
             Entries::Standard(words) => L2Entry::standard(words[index].load(Ordering::Acquire)),
             Entries::Extended(pairs) => pairs.get(index),
+        }
+    }
+
+    /// Some of the entries as they go to the file.
+    pub(super) fn to_bytes(&self, range: Range<usize>) -> Vec<u8> {
+        match self {
+            Entries::Standard(words) => words[range]
+                .iter()
+                .flat_map(|word| word.load(Ordering::Acquire).to_be_bytes())
+                .collect(),
+            Entries::Extended(pairs) => range
+                .map(|index| pairs.get(index))
+                .flat_map(|entry| [entry.descriptor, entry.bitmap])
+                .flat_map(u64::to_be_bytes)
+                .collect(),
         }
     }
 

@@ -13,11 +13,13 @@
 //! * `oracle`: what must hold in each state, and still after recovery and more writes
 //! * `qemu`: QEMU's tools as another oracle, and QEMU's own write logs as input
 //! * `lab`: many seeds, and the figures
+//! * `compare`: snapshot operations of QEMU and of this driver, side by side
 //!
 //! The durability model: a write is durable when a flush that was issued after the write's completion has completed. Of the
 //! others any subset may reach the disk, each torn at sectors of 512 bytes. docs/crash-safety.md has the whole.
 
 pub mod audit;
+pub mod compare;
 pub mod content;
 pub mod lab;
 pub mod oracle;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::audit::{Audit, Verdict};
 use super::content::{Content, Versions};
 use super::qemu::Qemu;
-use super::run::{Kind, Moment, Problem, Runner, Snapshot, World, open};
+use super::run::{Kind, Moment, Problem, Runner, Snapshot, World, open, snapshots_differ};
 use super::script::{Case, Script};
 use super::states::{Effort, State, epochs, whole_sectors};
 use crate::driver::BoxFuture;
@@ -86,9 +86,28 @@ pub struct Oracle {
 
 /// The candidates of a recording by (last durable moment, last begun moment), and the states seen.
 #[derive(Default)]
-struct Known {
+pub(super) struct Known {
     candidates: HashMap<(usize, usize), Vec<Candidate>>,
     seen: HashSet<(u64, usize, usize)>,
+}
+
+impl Known {
+    fn candidates(&mut self, recording: &Recording, state: &State) -> &[Candidate] {
+        let (durable, begun) = between(&recording.moments, state);
+        self.candidates
+            .entry((durable, begun))
+            .or_insert_with(|| candidates(&recording.moments, durable, begun))
+    }
+}
+
+/// What a state holds before anybody opens it, if that is something that it may hold.
+pub(super) fn observe_state(
+    bytes: &[u8],
+    recording: &Recording,
+    known: &mut Known,
+    state: &State,
+) -> Result<World, Problem> {
+    observe(bytes, known.candidates(recording, state)).map(|(world, _)| world)
 }
 
 impl Oracle {
@@ -135,14 +154,13 @@ impl Oracle {
         let bytes = state.disk.content();
         self.figures.states += 1;
         self.figures.second += u64::from(depth < 2);
-        let candidates = known
-            .candidates
-            .entry((durable, begun))
-            .or_insert_with(|| candidates(&recording.moments, durable, begun));
-        let result = match observe(&bytes, candidates) {
-            Ok((world, verdict)) => {
-                self.note(&verdict);
-                self.recover(recording, state, &bytes, (world, verdict), depth)
+        let result = match observe(&bytes, known.candidates(recording, state)) {
+            Ok((_, observed)) if !observed.verdict.dangers.is_empty() => {
+                Err(observed.verdict.dangers.join("\n  "))
+            }
+            Ok((world, observed)) => {
+                self.note(&observed);
+                self.recover(recording, state, &bytes, (world, observed), depth)
                     .await
             }
             Err(problem) => Err(problem),
@@ -333,9 +351,6 @@ fn settled_world(settled: &[Moment]) -> Arc<Content> {
 fn observe(bytes: &[u8], candidates: &[Candidate]) -> Result<(World, Observed), Problem> {
     let audit = Audit::new(bytes)?;
     let verdict = audit.verdict()?;
-    if !verdict.dangers.is_empty() {
-        return Err(verdict.dangers.join("\n  "));
-    }
     let active = audit.active()?;
     let mut snapshots = Vec::new();
     for snapshot in audit.snapshots() {
@@ -347,7 +362,7 @@ fn observe(bytes: &[u8], candidates: &[Candidate]) -> Result<(World, Observed), 
     }
     let mut problems = Vec::new();
     for candidate in candidates {
-        let problem = compare_snapshots(&candidate.snapshots, &snapshots)
+        let problem = snapshots_differ(&candidate.snapshots, &snapshots)
             .or_else(|| candidate.active.violation(&active));
         match problem {
             Some(problem) => problems.push(problem),
@@ -364,35 +379,8 @@ fn observe(bytes: &[u8], candidates: &[Candidate]) -> Result<(World, Observed), 
     Err(problems.join("\n  or: "))
 }
 
-fn compare_snapshots(wanted: &[Snapshot], is: &[Snapshot]) -> Option<Problem> {
-    let names = |list: &[Snapshot]| -> Vec<String> {
-        let named = |s: &Snapshot| format!("{} ({})", s.id, s.name);
-        list.iter().map(named).collect()
-    };
-    if names(wanted) != names(is) {
-        return Some(format!(
-            "snapshots {:?} instead of {:?}",
-            names(is),
-            names(wanted)
-        ));
-    }
-    wanted.iter().zip(is).find_map(|(wanted, is)| {
-        let difference = wanted.content.difference(&is.content)?;
-        Some(format!("snapshot {}: {difference}", wanted.name))
-    })
-}
-
-fn compare_world(wanted: &World, is: &World) -> Result<(), Problem> {
-    let problem = compare_snapshots(&wanted.snapshots, &is.snapshots)
-        .or_else(|| wanted.active.difference(&is.active));
-    match problem {
-        Some(problem) => Err(problem),
-        None => Ok(()),
-    }
-}
-
 /// What an image holds, exactly.
-fn world_of(audit: &Audit<'_>) -> Result<World, Problem> {
+pub(super) fn world_of(audit: &Audit<'_>) -> Result<World, Problem> {
     let snapshots = audit.snapshots().iter().map(|snapshot| {
         Ok(Snapshot {
             id: snapshot.id.clone(),
@@ -425,7 +413,9 @@ async fn recovered(
     if audit.is_dirty() || verdict != Verdict::default() {
         return Err(format!("repaired, dirty {}: {verdict:?}", audit.is_dirty()));
     }
-    compare_world(world, &world_of(&audit)?).map_err(|problem| format!("repaired: {problem}"))?;
+    if let Some(problem) = world.difference(&world_of(&audit)?) {
+        return Err(format!("repaired: {problem}"));
+    }
     let report = check(&disk.child()).await.map_err(text)?;
     match report.is_clean() {
         true => Ok(verdict),
@@ -471,7 +461,9 @@ async fn settled(disk: &Arc<Memory>, world: &World, leaks: u64) -> Result<(), Pr
             audit.is_dirty()
         ));
     }
-    compare_world(world, &world_of(&audit)?)?;
+    if let Some(problem) = world.difference(&world_of(&audit)?) {
+        return Err(problem);
+    }
     let report = check(&disk.child()).await.map_err(text)?;
     agree(&report, &verdict)
 }

@@ -37,6 +37,33 @@ pub struct World {
     pub active: Arc<Content>,
 }
 
+impl World {
+    /// How another world differs from this one, as text.
+    pub fn difference(&self, other: &World) -> Option<Problem> {
+        snapshots_differ(&self.snapshots, &other.snapshots)
+            .or_else(|| self.active.difference(&other.active))
+    }
+}
+
+/// How a list of snapshots differs from the one that is wanted, as text.
+pub(super) fn snapshots_differ(wanted: &[Snapshot], is: &[Snapshot]) -> Option<Problem> {
+    let names = |list: &[Snapshot]| -> Vec<String> {
+        let named = |s: &Snapshot| format!("{} ({})", s.id, s.name);
+        list.iter().map(named).collect()
+    };
+    if names(wanted) != names(is) {
+        return Some(format!(
+            "snapshots {:?} instead of {:?}",
+            names(is),
+            names(wanted)
+        ));
+    }
+    wanted.iter().zip(is).find_map(|(wanted, is)| {
+        let difference = wanted.content.difference(&is.content)?;
+        Some(format!("snapshot {}: {difference}", wanted.name))
+    })
+}
+
 /// An operation that has been answered.
 #[derive(Debug, Clone)]
 pub struct Moment {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::compare::{Comparison, Operation, Program};
 use super::lab::{Outcome, Plan, record, run, run_script};
 use super::oracle::{Oracle, Samples};
 use super::qemu::Qemu;
@@ -72,6 +73,27 @@ fn a_seed_gives_the_same_run_again() {
         let script = Script::random(seed);
         let (first, second) = (run_script(&script, &plan), run_script(&script, &plan));
         assert_eq!(format!("{first:?}"), format!("{second:?}"));
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn snapshot_operations_of_qemu_are_enumerated_too() {
+    let effort = Effort {
+        per_epoch: 6,
+        ..Effort::default()
+    };
+    let Some(mut comparison) = Comparison::new(effort, 1) else {
+        println!("skipped: QEMU's tools are not installed");
+        return;
+    };
+    for operation in [Operation::Create, Operation::Revert] {
+        for row in comparison.rows(operation, 4096).await.unwrap() {
+            println!("{row:?}");
+            // What QEMU's states are worth is for docs/crash-safety.md to say.
+            let ours = row.by == Program::Qblockd;
+            assert!(!ours || row.lost + row.poisoned == 0, "{row:?}");
+            assert!(row.states >= 5, "{row:?}");
+        }
     }
 }
 

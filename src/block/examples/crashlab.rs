@@ -10,12 +10,15 @@ use std::process::ExitCode;
 use std::str::FromStr;
 use std::time::Duration;
 
+use block::crashlab::compare::{CLUSTER_SIZES, Comparison, OPERATIONS, Program, Row};
 use block::crashlab::lab::{Failure, Outcome, Plan, run};
 use block::crashlab::oracle::Samples;
 use block::crashlab::qemu::Qemu;
 use block::crashlab::states::Effort;
 
 const USAGE: &str = "\
+crashlab compare [--seed N] [--per-epoch N]
+  the table of unsafe states: snapshot operations of QEMU and of qblockd, side by side
 crashlab [--seed N] [--minutes M] [--scripts N] [--per-epoch N] [--second N] [--qemu N]
   --seed N       first script; the others follow (a random one)
   --minutes M    ends behind this time (1)
@@ -25,13 +28,24 @@ crashlab [--seed N] [--minutes M] [--scripts N] [--per-epoch N] [--second N] [--
   --qemu N       repair and reading by QEMU for one of N states; 0: none (500)";
 
 fn main() -> ExitCode {
-    let plan = match parse(std::env::args().skip(1)) {
+    let mut args = std::env::args().skip(1).peekable();
+    let compares = args.next_if(|first| first == "compare").is_some();
+    let plan = match parse(args) {
         Ok(plan) => plan,
         Err(problem) => {
             eprintln!("{problem}\n{USAGE}");
             return ExitCode::from(2);
         }
     };
+    if compares {
+        return match compare(&plan) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(problem) => {
+                eprintln!("{problem}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     println!(
         "seed {}, QEMU for one of {} states",
         plan.seed, plan.samples.qemu
@@ -106,6 +120,60 @@ fn figures(outcome: &Outcome) -> String {
         states.by_qemu,
         outcome.failures.len(),
         outcome.time.as_secs_f64()
+    )
+}
+
+fn compare(plan: &Plan) -> Result<(), String> {
+    let mut comparison = Comparison::new(plan.effort, plan.seed)
+        .ok_or("qemu-img, qemu-io and qemu-storage-daemon are needed")?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .map_err(|error| error.to_string())?;
+    println!(
+        "seed {}, at most {} states between two flushes\n",
+        plan.seed, plan.effort.per_epoch
+    );
+    println!(
+        "| operation | clusters | by | opened by | log | states | lost | poisoned | `check` complains |"
+    );
+    println!("|---|---|---|---|---|---|---|---|---|");
+    let mut examples = Vec::new();
+    for operation in OPERATIONS {
+        for cluster_size in CLUSTER_SIZES {
+            for row in runtime.block_on(comparison.rows(operation, cluster_size))? {
+                println!("{}", line(&row));
+                examples.extend(row.example.map(|example| {
+                    format!("{operation:?} by {:?}, {cluster_size}: {example}", row.by)
+                }));
+            }
+        }
+    }
+    println!();
+    examples.iter().for_each(|example| println!("{example}"));
+    Ok(())
+}
+
+fn line(row: &Row) -> String {
+    let complaints = match row.opened_by {
+        Program::Qemu => row.complaints.to_string(),
+        Program::Qblockd => String::new(),
+    };
+    let name = |program| match program {
+        Program::Qemu => "QEMU",
+        Program::Qblockd => "qblockd",
+    };
+    format!(
+        "| {:?} | {} | {} | {} | {} | {} | {} | {} | {complaints} |",
+        row.operation,
+        row.cluster_size,
+        name(row.by),
+        name(row.opened_by),
+        row.records,
+        row.states,
+        row.lost,
+        row.poisoned
     )
 }
 

@@ -1,5 +1,8 @@
 //! QEMU's tools as another oracle: they repair a state, read every layer of it, and write.
 
+pub mod daemon;
+pub mod write_log;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::atomic::{AtomicU64, Ordering};

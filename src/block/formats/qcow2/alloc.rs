@@ -25,9 +25,11 @@ use crate::limits;
 use crate::units::{ClusterIndex, HostOffset};
 
 use block::Block;
+use greatest::Greatest;
 
 mod block;
 mod blocks;
+mod greatest;
 mod grow;
 mod tables;
 
@@ -138,6 +140,9 @@ pub(crate) struct Allocator {
     returned: Returned,
     /// The cluster that takes the next compressed stream, and the offset of its free part.
     partial: Option<(ClusterIndex, u64)>,
+    /// A cluster with this count takes no other stream.
+    stream_limit: u64,
+    greatest: Greatest,
 }
 
 impl Allocator {
@@ -172,6 +177,8 @@ impl Allocator {
             free: BTreeMap::new(),
             returned: Returned::default(),
             partial: None,
+            stream_limit: g.refcount_max(),
+            greatest: Greatest::default(),
             g,
             file,
             header,
@@ -226,7 +233,7 @@ impl Allocator {
             && used + len <= self.g.cluster_size()
         {
             let count = self.count(cluster).await?;
-            if count > 0 && count < self.g.refcount_max() {
+            if count > 0 && count < self.stream_limit {
                 let run = Run {
                     start: cluster,
                     count: 1,
@@ -544,21 +551,25 @@ impl Allocator {
             let done = match self.block(region).await {
                 Ok(Some(block)) => {
                     block.counters.add(first, count, more);
-                    Ok(())
+                    Ok(block.counters.bounds(first, count).1)
                 }
                 Ok(None) => Err(Error::new(ErrorKind::Corrupt, "refcount block is missing")),
                 Err(error) => Err(error),
             };
-            if let Err(error) = done {
-                let undo = Run {
-                    start: run.start,
-                    count: part.start.0 - run.start.0,
-                };
-                if undo.count > 0 && self.subtract(undo, more).await.is_err() {
-                    log::error!("qcow2: {undo:?} keep {more} references too many");
+            let greatest = match done {
+                Ok(greatest) => greatest,
+                Err(error) => {
+                    let undo = Run {
+                        start: run.start,
+                        count: part.start.0 - run.start.0,
+                    };
+                    if undo.count > 0 && self.subtract(undo, more).await.is_err() {
+                        log::error!("qcow2: {undo:?} keep {more} references too many");
+                    }
+                    return Err(error);
                 }
-                return Err(error);
-            }
+            };
+            self.note_count(greatest);
             self.mark_dirty(region, first, count);
         }
         Ok(())

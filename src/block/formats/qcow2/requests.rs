@@ -71,6 +71,7 @@ impl Image {
         if !self.read_only && !self.is_closed() {
             self.settle_to_close().await;
             self.write_back_all().await?;
+            self.mark_clean().await?;
         }
         self.closed.store(true, Ordering::Release);
         Ok(())

@@ -130,6 +130,7 @@ impl Allocator {
             }
         }
         block.counters.add(first, count, more);
+        self.note_count(greatest.max(1) + more);
         self.mark_dirty(region, first, count);
         Ok(healed)
     }

@@ -22,7 +22,8 @@ use crate::driver::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::gate::Exclusive;
-use crate::formats::qcow2::header::{Header, Version};
+use crate::formats::qcow2::geometry::Geometry;
+use crate::formats::qcow2::header::{Header, Incompatible, Version};
 use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::l1::L1Table;
 use crate::formats::qcow2::owners::Owner;
@@ -40,6 +41,15 @@ const MAX_HOLES: usize = 32;
 pub(super) struct Change {
     staged: Arc<Mutex<Staged>>,
     size: Arc<AtomicU64>,
+}
+
+/// When what a change takes is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Counting {
+    /// Before the header's switch.
+    Before,
+    /// Behind it, under the dirty bit.
+    Behind,
 }
 
 /// How far a change is.
@@ -78,6 +88,7 @@ pub(super) struct Staged {
     pub(super) size: Arc<AtomicU64>,
     /// What the steps change, one after the other.
     pub(super) changes: Vec<settling::Change>,
+    counting: Counting,
     /// References that have been counted already.
     counted: Vec<settling::Change>,
     /// L1 tables that have been written, and nothing points to.
@@ -96,6 +107,7 @@ impl Change {
             let _inside = image.gate.enter().await;
             image.check_range(0, 0)?;
             image.prepare_metadata_change().await?;
+            look_for_greatest(&image).await?;
             // While requests go on, so that little is left when they wait.
             image.write_back().await?;
         }
@@ -105,7 +117,10 @@ impl Change {
         if let Err(error) = image.free_areas().await {
             log::warn!("qcow2: replaced tables keep their space for now: {error}");
         }
-        image.write_back().await?;
+        // Data that are written in place are flushed with what is prepared.
+        if !image.commits.is_clean() || image.alloc.lock().await.is_dirty() {
+            image.write_back().await?;
+        }
         let before = image.l1();
         let old = image.header.get();
         let table = SnapshotTable::clone(&image.snapshots.get());
@@ -125,6 +140,7 @@ impl Change {
             table,
             size: size.clone(),
             changes: Vec::new(),
+            counting: Counting::Before,
             counted: Vec::new(),
             new_l1s: Vec::new(),
             new_table: None,
@@ -209,7 +225,11 @@ impl Staged {
     async fn prepare(&mut self) -> Result<()> {
         self.check_phase()?;
         self.write_table().await?;
-        self.count_takes().await?;
+        self.changes = sum(std::mem::take(&mut self.changes));
+        match self.may_count_behind().await {
+            true => self.counting = Counting::Behind,
+            false => self.count_takes().await?,
+        }
         // The counters of the new tables with them.
         self.image.write_back().await?;
         self.phase = Phase::Prepared;
@@ -251,9 +271,31 @@ impl Staged {
         }
     }
 
+    /// Whether no counter can become too narrow when what the change takes is counted behind it.
+    async fn may_count_behind(&self) -> bool {
+        if self.old.version == Version::V2 {
+            return false;
+        }
+        let (g, burden) = (self.image.g, self.image.settling.burden());
+        let more = self.changes.iter().map(|change| change.more).max();
+        let lacking = burden.lacking + u64::try_from(more.unwrap_or(0)).unwrap_or(0);
+        let mut alloc = self.image.alloc.lock().await;
+        // Each L1 table counts a cluster once, or once for each compressed stream in it. One more for the quarantine.
+        let tables = 1 + self.table.entries().len() as u64 + burden.drops;
+        let by_tables = (tables + 1) * most_streams(g) <= g.refcount_max();
+        // Each table that reaches a cluster has at least one reference in its count, and lacks so many at most.
+        let by_counts = alloc
+            .greatest_of_all()
+            .is_some_and(|most| most.saturating_mul(lacking + 1) <= g.refcount_max());
+        if by_tables || by_counts {
+            alloc.limit_streams(g.refcount_max() / (lacking + 1));
+        }
+        by_tables || by_counts
+    }
+
     /// Counts what the change takes, in memory and in the file. On error that is undone.
     async fn count_takes(&mut self) -> Result<()> {
-        let mut takes = sum(self.changes.clone());
+        let mut takes = self.changes.clone();
         takes.retain(|change| change.more > 0);
         if takes.is_empty() {
             return Ok(());
@@ -303,6 +345,7 @@ impl Staged {
         };
         let count = self.table.entries().len() as u32;
         let (size, active) = (self.size(), &self.active);
+        let dirty = self.counting == Counting::Behind && !self.changes.is_empty();
         let switched = self
             .image
             .header
@@ -312,6 +355,9 @@ impl Staged {
                 header.l1_table_offset = active.offset;
                 header.nb_snapshots = count;
                 header.snapshots_offset = snapshots_offset;
+                if dirty {
+                    header.incompatible.0 |= Incompatible::DIRTY;
+                }
             })
             .await;
         self.phase = match switched {
@@ -357,7 +403,7 @@ impl Staged {
     fn apply(&mut self) {
         self.keep();
         let image = &self.image;
-        let mut changes = sum(std::mem::take(&mut self.changes));
+        let mut changes = std::mem::take(&mut self.changes);
         if !self.counted.is_empty() {
             changes.retain(|change| change.more < 0);
         }
@@ -403,6 +449,28 @@ impl Image {
             .write(at, bytes.into(), WriteFlags::default())
             .await
     }
+}
+
+/// Looks for the greatest refcount where the number of snapshots alone does not say that all counters are wide enough.
+async fn look_for_greatest(image: &Image) -> Result<()> {
+    let g = image.g;
+    let header = image.header.get();
+    let tables = u64::from(header.nb_snapshots) + 2 + image.settling.burden().drops;
+    if header.version == Version::V2 || (tables + 1) * most_streams(g) <= g.refcount_max() {
+        return Ok(());
+    }
+    // A piece at a time: guests allocate in between.
+    while !image.alloc.lock().await.look_for_greatest().await? {}
+    Ok(())
+}
+
+/// How many compressed streams may lie in one host cluster: each is as long at least as that of a cluster of equal bytes,
+/// by deflate (1032 bytes for one) or zstd (4 bytes for 128 KiB, and a header).
+fn most_streams(g: Geometry) -> u64 {
+    let size = g.cluster_size();
+    let deflate = 5 + size / 1032;
+    let zstd = 8 + 4 * size.div_ceil(128 << 10);
+    size / deflate.min(zstd)
 }
 
 /// The entries of an L1 table as a snapshot has them.

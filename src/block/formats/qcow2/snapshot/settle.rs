@@ -19,6 +19,7 @@ use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Allocator, Run, push_run};
 use crate::formats::qcow2::entry::{L1Entry, L2Entry, Mapping};
+use crate::formats::qcow2::header::{Header, Incompatible};
 use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::l2::L2Table;
 use crate::formats::qcow2::owners::Owner;
@@ -303,10 +304,7 @@ impl Image {
 
     /// Settles everything, as fast as it goes. Answers whether all of it is done by the deadline. The caller is inside the gate, or
     /// has closed it.
-    pub(in crate::formats::qcow2) async fn settle_all(
-        &self,
-        deadline: Option<Instant>,
-    ) -> Result<bool> {
+    pub(super) async fn settle_all(&self, deadline: Option<Instant>) -> Result<bool> {
         self.settling.try_again();
         let mut result = Ok(());
         let mut ahead = Vec::new();
@@ -330,6 +328,28 @@ impl Image {
         }
         drop(ahead);
         result.map(|()| self.settling.is_empty())
+    }
+
+    /// Clears the dirty bit when nothing is left to be settled. The caller is inside the gate, or has closed it.
+    pub(in crate::formats::qcow2) async fn mark_clean(&self) -> Result<()> {
+        let unknown = self.header.check().is_err();
+        if unknown || !self.is_marked_dirty() || !self.settling.is_empty() {
+            return Ok(());
+        }
+        // Nothing can be owed again before the gate has been closed.
+        self.write_back().await?;
+        {
+            let mut alloc = self.alloc.lock().await;
+            alloc.limit_streams(self.g.refcount_max());
+        }
+        let clean = |header: &mut Header| header.incompatible.0 &= !Incompatible::DIRTY;
+        self.header.update(clean).await
+    }
+
+    /// Whether the refcounts in the file are worth nothing at the moment.
+    pub(in crate::formats::qcow2) fn is_marked_dirty(&self) -> bool {
+        let header = self.header.get();
+        header.incompatible.has(Incompatible::DIRTY)
     }
 
     /// Reads the tables that come next, at once. What fails is met again when its turn comes.

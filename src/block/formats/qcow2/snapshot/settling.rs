@@ -98,6 +98,17 @@ struct State {
     freed: Vec<Run>,
     /// Areas or freed clusters could not be freed.
     frees_failed: bool,
+    /// L1 tables that have been dropped since references were last owed that are to be taken away.
+    drops: u64,
+}
+
+/// What stored counts may have to take yet, or hold too much.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Burden {
+    /// The most references that a table lacks.
+    pub(super) lacking: u64,
+    /// L1 tables that have been dropped, and are still counted in part.
+    pub(super) drops: u64,
 }
 
 impl Settling {
@@ -122,6 +133,8 @@ impl Settling {
             });
             owed.references += more;
         }
+        let dropped = changes.iter().map(|change| -change.more).max();
+        state.drops += u64::try_from(dropped.unwrap_or(0)).unwrap_or(0);
         let State { owed, flags, .. } = &mut *state;
         owed.retain(|table, owed| {
             if owed.references != 0 {
@@ -161,6 +174,22 @@ impl Settling {
         let mut state = self.state();
         if let Some(owed) = state.owed.remove(&table.0) {
             state.flags.insert(owed.slot);
+        }
+    }
+
+    /// What counters have to hold beside the references that there are.
+    pub(super) fn burden(&self) -> Burden {
+        let mut state = self.state();
+        let owed = state.owed.values().map(|owed| owed.references);
+        let (least, most) = owed.fold((0, 0), |(least, most), owed| {
+            (owed.min(least), owed.max(most))
+        });
+        if least == 0 {
+            state.drops = 0;
+        }
+        Burden {
+            lacking: u64::try_from(most).unwrap_or(0),
+            drops: state.drops,
         }
     }
 

@@ -68,15 +68,13 @@ impl Open {
     /// Everything that is left to be done behind the operations.
     fn try_settle(&self) -> Result<()> {
         let image = &self.image.image;
-        self.runtime.block_on(async {
-            image.settle_all(None).await?;
-            image.write_back_all().await
-        })
+        self.runtime.block_on(image.settle_now())
     }
 
     fn settle(&self) {
         self.try_settle().unwrap();
-        assert_eq!(self.image.info().unsettled_tables, 0);
+        let info = self.image.info();
+        assert_eq!((info.unsettled_tables, info.dirty), (0, false));
     }
 
     fn close(self) {

@@ -7,8 +7,9 @@
 
 use std::sync::Arc;
 
-use super::super::check::check;
+use super::super::check::{check, read_header};
 use super::super::create::{BackingFile, Compat, CreateOptions, create};
+use super::super::header::Incompatible;
 use super::super::testing::{Scratch, assert_qemu_clean, block_on, qemu_img};
 use super::super::{CompressionType, OpenOptions, Qcow2};
 use crate::driver::{
@@ -223,9 +224,11 @@ impl Run {
             58..=69 => self.read().await,
             70..=77 => self.together().await,
             78..=82 => self.driver.flush().await.unwrap(),
-            83..=88 => self.take_snapshot().await,
-            89..=94 => self.delete_snapshot().await,
-            95..=96 => self.compress().await,
+            83..=87 => self.take_snapshot().await,
+            88..=92 => self.delete_snapshot().await,
+            93..=94 => self.revert().await,
+            95 => self.compress().await,
+            96 => self.driver.image.hold_settler(self.random.bool()),
             97 => self.kill().await,
             98 => self.grow().await,
             _ => self.reopen().await,
@@ -337,6 +340,31 @@ impl Run {
         self.compare_list();
     }
 
+    async fn revert(&mut self) {
+        if self.snapshots.is_empty() {
+            return;
+        }
+        let index = self.random.usize(..self.snapshots.len());
+        let (id, layer) = self.snapshots[index].clone();
+        let which = SnapshotSelector {
+            id: Some(id.clone()),
+            name: None,
+        };
+        match self.driver.revert(which).await {
+            Ok(info) => {
+                assert_eq!(info.id, id);
+                self.active = layer;
+                assert_eq!(self.driver.size(), self.active.len(), "{}", self.place());
+            }
+            Err(error) => {
+                let narrow = self.case.refcount_bits <= 4;
+                let full = error.kind() == ErrorKind::OutOfRange;
+                assert!(narrow && full, "{}: {error}", self.place());
+            }
+        }
+        self.compare_list();
+    }
+
     #[track_caller]
     fn compare_list(&self) {
         let list: Vec<_> = self.driver.list().into_iter().map(|info| info.id).collect();
@@ -366,7 +394,7 @@ impl Run {
         self.driver.close().await.unwrap();
         let report = check(&self.disk.child()).await.unwrap();
         assert!(
-            report.is_clean(),
+            report.is_clean() && !self.is_dirty(&self.disk).await,
             "{}: closed image: {:#?}",
             self.place(),
             report.findings
@@ -375,11 +403,20 @@ impl Run {
         self.compare_list();
     }
 
-    /// What a killed process leaves: no flush, all completed writes. Snapshots must be right, also after more writes.
+    /// What a killed process leaves: no flush, all completed writes. What was flushed must be there, and snapshots must be
+    /// right, also after more writes.
     async fn kill(&mut self) {
+        let flushed = self.random.bool();
+        if flushed {
+            self.driver.flush().await.unwrap();
+        }
         let disk = self.disk.fork();
         self.assert_nothing_lost(&disk).await;
         let driver = open(&disk, self.base.as_ref(), false).await;
+        if flushed {
+            let active = self.read_all(&driver).await;
+            self.assert_same(&active, &self.active, "active layer after a kill");
+        }
         for _ in 0..8 {
             let (at, len) = self.range(1);
             let bytes = pattern(at, len as usize, self.next_stamp());
@@ -387,11 +424,21 @@ impl Run {
             driver.write(at, bytes.into(), flags).await.unwrap();
         }
         driver.close().await.unwrap();
+        assert!(!self.is_dirty(&disk).await);
         self.assert_nothing_lost(&disk).await;
         self.verify_snapshots(&disk).await;
     }
 
+    /// Whether the image says that its refcounts must be rebuilt.
+    async fn is_dirty(&self, disk: &Arc<Memory>) -> bool {
+        let header = read_header(&disk.child()).await.unwrap();
+        header.incompatible.has(Incompatible::DIRTY)
+    }
+
     async fn assert_nothing_lost(&self, disk: &Arc<Memory>) {
+        if self.is_dirty(disk).await {
+            return;
+        }
         let report = check(&disk.child()).await.unwrap();
         let lost = |finding: &String| finding.starts_with("ERROR cluster");
         assert!(
@@ -405,13 +452,17 @@ impl Run {
     /// Compares everything with the model, as it is after a flush.
     async fn verify(&mut self) {
         self.driver.flush().await.unwrap();
-        let report = check(&self.disk.child()).await.unwrap();
-        assert!(
-            !report.is_broken(),
-            "{}: {:#?}",
-            self.place(),
-            report.findings
-        );
+        if self.random.bool() {
+            self.driver.image.settle_now().await.unwrap();
+            let report = check(&self.disk.child()).await.unwrap();
+            let info = self.driver.info();
+            assert!(
+                report.is_clean() && !info.dirty && info.unsettled_tables == 0,
+                "{}: {:#?}",
+                self.place(),
+                report.findings
+            );
+        }
         let active = self.read_all(&self.driver).await;
         self.assert_same(&active, &self.active, "active layer");
         self.verify_snapshots(&self.disk.fork()).await;

@@ -179,8 +179,7 @@ fn a_snapshot_that_claims_what_the_image_lives_on_does_not_take_it_along() {
             let disk = Memory::with_content(&damaged);
             let image = open(&disk).await;
             image.delete(of_name("s")).await.unwrap();
-            image.image.settle_all(None).await.unwrap();
-            image.flush().await.unwrap();
+            image.image.settle_now().await.unwrap();
             assert_eq!(image.info().unsettled_tables, 0, "{what}");
             assert_eq!(read(&image, 0, 10).await, [1; 10], "{what}");
             assert_rest_works(what, &image).await;

@@ -12,6 +12,7 @@ use futures_util::{StreamExt, stream};
 use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Data, Segment};
+use crate::limits::MAX_IOVECS;
 use crate::units::HostOffset;
 
 /// The longest piece in bytes: long enough for a disk to reach its sequential speed.
@@ -23,6 +24,9 @@ const DEPTH: usize = 8;
 /// Pieces that are worked on at once, each by a thread: enough to keep up with the page cache, and few enough to leave
 /// processors to others.
 const WORKERS: usize = 4;
+
+/// The unit in which changes inside of a cluster are found, in bytes: that of memory, and of most file systems' holes.
+const CHANGED: usize = 4096;
 
 /// Clusters that follow each other in the file: where they begin, and which of the list they are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -124,25 +128,27 @@ async fn read_run(file: &Child, run: Run, cluster_size: u64) -> Result<(Run, Byt
     Ok((run, data.to_bytes()))
 }
 
-/// Writes clusters, given with their ascending offsets, in the same way. Not durable before a flush.
+/// Writes pieces of any length, given with their ascending offsets; neighbours together. Not durable before a flush.
 ///
 /// After an error any of them may have been written. Cancellation: as an error.
-pub(crate) async fn write_clusters(
-    file: &Child,
-    clusters: &[(HostOffset, Bytes)],
-    cluster_size: u64,
-) -> Result<()> {
-    debug_assert!(clusters.is_sorted_by_key(|(offset, _)| *offset));
-    let writes = group(clusters.iter().map(|(offset, _)| *offset), cluster_size)
+pub(crate) async fn write_pieces(file: &Child, pieces: &[(HostOffset, Bytes)]) -> Result<()> {
+    debug_assert!(pieces.is_sorted_by_key(|(offset, _)| *offset));
+    let mut writes: Vec<(HostOffset, Data)> = Vec::new();
+    for (offset, bytes) in pieces {
+        let len = bytes.len() as u64;
+        if let Some((start, data)) = writes.last_mut()
+            && start.0 + data.len() == offset.0
+            && data.len() + len <= PIECE
+            && data.segments().len() < MAX_IOVECS
+        {
+            data.push(Segment::Bytes(bytes.clone()));
+        } else {
+            writes.push((*offset, Data::from(bytes.clone())));
+        }
+    }
+    let writes = writes
         .into_iter()
-        .map(|run| async move {
-            let mut data = Data::new();
-            for (_, bytes) in &clusters[run.first..run.first + run.count] {
-                debug_assert_eq!(bytes.len() as u64, cluster_size);
-                data.push(Segment::Bytes(bytes.clone()));
-            }
-            file.write(run.start.0, data, WriteFlags::default()).await
-        });
+        .map(|(start, data)| file.write(start.0, data, WriteFlags::default()));
     let mut writes = stream::iter(writes).buffer_unordered(DEPTH);
     let mut result = Ok(());
     // All of them end before this answers, so that no write of ours lands after what the caller does next.
@@ -150,6 +156,31 @@ pub(crate) async fn write_clusters(
         result = result.and(written);
     }
     result
+}
+
+/// The parts of a cluster that differ from what it was, as pieces for `write_pieces`: what is a hole in the file and stays zero
+/// takes no space.
+pub(crate) fn changed_pieces(
+    offset: HostOffset,
+    old: &[u8],
+    new: &Bytes,
+) -> Vec<(HostOffset, Bytes)> {
+    debug_assert_eq!(old.len(), new.len());
+    let mut pieces: Vec<(HostOffset, Bytes)> = Vec::new();
+    let parts = old.chunks(CHANGED).zip(new.chunks(CHANGED)).enumerate();
+    let differing = parts.filter(|(_, (old, new))| old != new);
+    for (nth, (_, part)) in differing {
+        let at = nth * CHANGED;
+        let end = at + part.len();
+        if let Some((start, piece)) = pieces.last_mut()
+            && (start.0 - offset.0) as usize + piece.len() == at
+        {
+            *piece = new.slice((start.0 - offset.0) as usize..end);
+        } else {
+            pieces.push((offset + at as u64, new.slice(at..end)));
+        }
+    }
+    pieces
 }
 
 #[cfg(test)]
@@ -168,7 +199,7 @@ mod tests {
                 (HostOffset(index * 512), bytes)
             })
             .into();
-        block_on(write_clusters(&file, &clusters, 512)).unwrap();
+        block_on(write_pieces(&file, &clusters)).unwrap();
         assert_eq!(disk.count(OpKind::Write), 3);
         let offsets: Vec<_> = clusters.iter().map(|(offset, _)| *offset).collect();
         let mut seen = Vec::new();
@@ -180,6 +211,21 @@ mod tests {
         .unwrap();
         assert_eq!(disk.count(OpKind::Read), 3);
         assert_eq!(seen, [0, 1, 2, 3, 4, 5]);
+    }
+
+    #[test]
+    fn only_changed_parts_are_written() {
+        let old = vec![0; 5 * CHANGED];
+        let mut new = old.clone();
+        for at in [CHANGED, 2 * CHANGED + 7, 5 * CHANGED - 1] {
+            new[at] = 1;
+        }
+        let new = Bytes::from(new);
+        let pieces = changed_pieces(HostOffset(1 << 20), &old, &new);
+        let expected = [CHANGED..3 * CHANGED, 4 * CHANGED..5 * CHANGED]
+            .map(|range| (HostOffset(1 << 20) + range.start as u64, new.slice(range)));
+        assert_eq!(pieces, expected);
+        assert!(changed_pieces(HostOffset(0), &new, &new).is_empty());
     }
 
     #[test]

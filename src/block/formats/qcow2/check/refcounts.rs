@@ -38,12 +38,6 @@ enum BlockState {
 }
 
 impl Refblock {
-    /// Where it lies, when it lies in the file.
-    pub(super) fn offset_in_file(&self) -> Option<HostOffset> {
-        let inside = !matches!(self.state, BlockState::Outside | BlockState::Impossible);
-        inside.then_some(self.offset)
-    }
-
     /// Whether nobody can say what the block counts.
     fn is_unknown(&self) -> bool {
         matches!(self.state, BlockState::Unaligned | BlockState::Impossible)

@@ -34,7 +34,7 @@ use crate::driver::{Child, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::geometry::Geometry;
 use crate::formats::qcow2::header::{Header, Incompatible, Version};
-use crate::formats::qcow2::runs::write_clusters;
+use crate::formats::qcow2::runs::write_pieces;
 use crate::units::HostOffset;
 
 /// Refcount blocks, or L2 tables, held in memory before they are written, in bytes.
@@ -56,28 +56,12 @@ pub async fn repair(file: &Child, what: Repair, options: &CheckOptions) -> Resul
         };
         scan = Scan::counted(file, options).await?;
     }
-    let structure = scan.refcount_structure()?;
-    let plan = match (&structure, what) {
-        (Structure::Sound(own), _) => in_place::Plan::make(&mut scan, own, what)?,
-        (Structure::Damaged(_), Repair::All) => None,
-        (Structure::Damaged(wrong), Repair::Leaks) => {
-            return Err(Error::new(
-                ErrorKind::Corrupt,
-                format!("Leaks are not found while refcounts are damaged ({wrong}); repair all"),
-            ));
-        }
-    };
-    let Some(plan) = plan else {
-        let area = rebuild::Area::find(&scan)?;
-        let mut mender = Mender::new(scan, what, report);
-        if let Structure::Damaged(wrong) = structure {
-            mender.fixed(1, || format!("ERROR {wrong}"));
-        }
-        mender.rebuild(&area).await?;
-        return Ok(mender.report);
-    };
+    let way = Way::find(&mut scan, what, &mut report)?;
     let mut mender = Mender::new(scan, what, report);
-    let result = mender.correct(&plan).await;
+    let result = match &way {
+        Way::InPlace(plan) => mender.correct(plan).await,
+        Way::Rebuild(area) => mender.rebuild(area).await,
+    };
     if result.is_err() {
         mender.unmark().await;
     }
@@ -86,6 +70,37 @@ pub async fn repair(file: &Child, what: Repair, options: &CheckOptions) -> Resul
         mender.discard_leaks().await?;
     }
     Ok(mender.report)
+}
+
+/// How refcounts are repaired.
+enum Way {
+    /// The blocks are corrected where they lie.
+    InPlace(in_place::Plan),
+    /// There will be new ones, in this place.
+    Rebuild(rebuild::Area),
+}
+
+impl Way {
+    /// In place, if the refcount structures allow that.
+    fn find(scan: &mut Scan<'_>, what: Repair, report: &mut RepairReport) -> Result<Way> {
+        let plan = match (scan.refcount_structure()?, what) {
+            (Structure::Sound(own), _) => in_place::Plan::make(scan, &own, what)?,
+            (Structure::Damaged(wrong), Repair::All) => {
+                report.corruptions_fixed += 1;
+                report.findings.push(format!("ERROR {wrong}"));
+                None
+            }
+            (Structure::Damaged(wrong), Repair::Leaks) => {
+                let text = "Leaks are not found while refcounts are damaged";
+                let text = format!("{text} ({wrong}); repair all");
+                return Err(Error::new(ErrorKind::Corrupt, text));
+            }
+        };
+        Ok(match plan {
+            Some(plan) => Way::InPlace(plan),
+            None => Way::Rebuild(rebuild::Area::find(scan)?),
+        })
+    }
 }
 
 impl<'a> Scan<'a> {
@@ -204,13 +219,13 @@ impl<'a> Mender<'a> {
         }
     }
 
-    /// Writes clusters of an image whose present state is not worth keeping; says so in the header first.
-    async fn write(&mut self, clusters: &[(HostOffset, Bytes)]) -> Result<()> {
-        if clusters.is_empty() {
+    /// Writes parts of an image whose present state is not worth keeping; says so in the header first.
+    async fn write(&mut self, pieces: &[(HostOffset, Bytes)]) -> Result<()> {
+        if pieces.is_empty() {
             return Ok(());
         }
         self.mark().await?;
-        write_clusters(self.file, clusters, self.g.cluster_size()).await
+        write_pieces(self.file, pieces).await
     }
 
     /// Sets the dirty bit before the first write, where it exists and something may be wrong meanwhile.
@@ -259,3 +274,6 @@ impl<'a> Mender<'a> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use crate::driver::Requests;
 use crate::protocols::memory::{Change, Memory};
 
 /// An image of qemu-img's with data, zeroes, a compressed cluster, discards and two snapshots.
-fn sample(scratch: &Scratch, options: &str) -> Arc<Memory> {
+pub(super) fn sample(scratch: &Scratch, options: &str) -> Arc<Memory> {
     let path = scratch.path("sample.qcow2");
     let path = path.to_str().unwrap();
     qemu_img(&["create", "-q", "-f", "qcow2", "-o", options, path, "4M"]);
@@ -26,7 +26,7 @@ fn sample(scratch: &Scratch, options: &str) -> Arc<Memory> {
     scratch.load("sample.qcow2")
 }
 
-fn overwrite(disk: &Memory, offset: u64, bytes: &[u8]) {
+pub(super) fn overwrite(disk: &Memory, offset: u64, bytes: &[u8]) {
     let change = Change::Write {
         offset,
         data: bytes.to_vec().into(),
@@ -35,7 +35,7 @@ fn overwrite(disk: &Memory, offset: u64, bytes: &[u8]) {
     disk.apply(&change).unwrap();
 }
 
-fn u64_at(disk: &Memory, offset: u64) -> u64 {
+pub(super) fn u64_at(disk: &Memory, offset: u64) -> u64 {
     let bytes = block_on(disk.read(offset, 8)).unwrap().to_bytes();
     u64::from_be_bytes(bytes[..].try_into().unwrap())
 }
@@ -76,7 +76,7 @@ fn qemus(path: &Path) -> (Option<Counts>, String) {
     (counts, findings)
 }
 
-const OPTIONS: [&str; 6] = [
+pub(super) const OPTIONS: [&str; 6] = [
     "cluster_size=4k",
     "cluster_size=512,refcount_bits=32",
     "cluster_size=64k,compat=0.10",

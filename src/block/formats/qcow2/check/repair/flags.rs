@@ -11,7 +11,7 @@ use crate::formats::qcow2::check::counts::{Bitmap, Counts};
 use crate::formats::qcow2::check::report::Repair;
 use crate::formats::qcow2::entry::{L1Entry, l2_entries};
 use crate::formats::qcow2::geometry::{ENTRY_SIZE, Geometry};
-use crate::formats::qcow2::runs::map_clusters;
+use crate::formats::qcow2::runs::{changed_pieces, map_clusters};
 use crate::units::HostOffset;
 
 /// What tells right flags from wrong ones, on any thread.
@@ -40,14 +40,18 @@ impl Judge {
 /// What becomes of one L2 table.
 #[derive(Default)]
 struct Changed {
-    bytes: Option<Vec<u8>>,
+    /// What is written.
+    pieces: Vec<(HostOffset, Bytes)>,
+    /// Flags that change.
     flags: u64,
+    /// Flags that are wrong and stay.
     left: u64,
 }
 
 impl Judge {
-    fn table(&self, table: &[u8]) -> Changed {
+    fn table(&self, offset: HostOffset, table: &[u8]) -> Changed {
         let mut changed = Changed::default();
+        let mut bytes = None;
         for (index, entry) in l2_entries(self.g, table).enumerate() {
             let Some(host) = entry.host_cluster() else {
                 continue;
@@ -56,9 +60,12 @@ impl Judge {
             changed.left += u64::from(!right);
             if copied != entry.is_copied() {
                 changed.flags += 1;
-                let bytes = changed.bytes.get_or_insert_with(|| table.to_vec());
+                let bytes = bytes.get_or_insert_with(|| table.to_vec());
                 entry.with_copied(copied).put(self.g, bytes, index);
             }
+        }
+        if let Some(bytes) = bytes {
+            changed.pieces = changed_pieces(offset, table, &bytes.into());
         }
         changed
     }
@@ -80,21 +87,18 @@ impl Mender<'_> {
         for offsets in tables.chunks(self.batch()) {
             let mut writes = Vec::new();
             let work = {
-                let judge = judge.clone();
-                move |_, table: &[u8]| judge.table(table)
+                let (judge, offsets) = (judge.clone(), offsets.to_vec());
+                move |nth: usize, table: &[u8]| judge.table(offsets[nth], table)
             };
             let (file, cluster_size) = (self.file, self.g.cluster_size());
             map_clusters(file, offsets, cluster_size, work, |nth, changed| {
                 self.left += changed.left;
-                if let Some(bytes) = changed.bytes {
-                    let at = offsets[nth];
-                    self.fixed(changed.flags, || {
-                        format!(
-                            "ERROR L2 table at {at}: OFLAG_COPIED of {} entries",
-                            changed.flags
-                        )
+                if changed.flags > 0 {
+                    let (at, flags) = (offsets[nth], changed.flags);
+                    self.fixed(flags, || {
+                        format!("ERROR L2 table at {at}: OFLAG_COPIED of {flags} entries")
                     });
-                    writes.push((at, Bytes::from(bytes)));
+                    writes.extend(changed.pieces);
                 }
                 if let Some(progress) = &self.progress {
                     progress.advance();

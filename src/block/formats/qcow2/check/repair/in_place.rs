@@ -14,7 +14,7 @@ use crate::formats::qcow2::check::counts::{Bitmap, Counts};
 use crate::formats::qcow2::check::report::{MAX_FINDINGS, Repair};
 use crate::formats::qcow2::counters::CounterWidth;
 use crate::formats::qcow2::geometry::ENTRY_SIZE;
-use crate::formats::qcow2::runs::map_clusters;
+use crate::formats::qcow2::runs::{changed_pieces, map_clusters};
 use crate::units::HostOffset;
 
 /// The refcount blocks after the repair.
@@ -96,8 +96,8 @@ fn places_of_missing(scan: &Scan<'_>, own: &Bitmap) -> Result<Option<BTreeMap<u6
 /// What becomes of one refcount block.
 #[derive(Default)]
 struct Correction {
-    /// The block, if it changes.
-    bytes: Option<Bytes>,
+    /// What is written.
+    pieces: Vec<(HostOffset, Bytes)>,
     leaks: u64,
     /// Clusters counted too low.
     low: u64,
@@ -117,11 +117,18 @@ struct Corrector {
 }
 
 impl Corrector {
-    /// Corrects the block that counts `clusters`.
-    fn correct(&self, clusters: Range<u64>, stored: &[u8]) -> Correction {
-        let mut wanted = vec![0; stored.len()];
-        self.counts
-            .encode(clusters.clone(), self.width, &mut wanted);
+    /// The clusters that the `index`th block of so many bytes counts, and their true counts.
+    fn truth(&self, index: u64, bytes: usize) -> (Range<u64>, Vec<u8>) {
+        let per_block = self.width.per_bytes(bytes as u64);
+        let clusters = index * per_block..(index + 1) * per_block;
+        let mut block = vec![0; bytes];
+        self.counts.encode(clusters.clone(), self.width, &mut block);
+        (clusters, block)
+    }
+
+    /// Corrects the block at `offset`, the `index`th of the table.
+    fn correct(&self, (offset, index): (HostOffset, u64), stored: &[u8]) -> Correction {
+        let (clusters, mut wanted) = self.truth(index, stored.len());
         if wanted == stored {
             return Correction::default();
         }
@@ -151,9 +158,7 @@ impl Corrector {
                 correction.wrong.push((cluster, was, counted));
             }
         }
-        if wanted != stored {
-            correction.bytes = Some(wanted.into());
-        }
+        correction.pieces = changed_pieces(offset, stored, &wanted.into());
         correction
     }
 }
@@ -187,23 +192,17 @@ impl Mender<'_> {
     }
 
     async fn correct_existing(&mut self, plan: &Plan, low: &mut Bitmap) -> Result<()> {
-        let per_block = self.g.refcounts_per_block();
         for batch in plan.existing.chunks(self.batch()) {
             let offsets: Vec<HostOffset> = batch.iter().map(|(offset, _)| *offset).collect();
-            let indexes: Vec<u64> = batch.iter().map(|(_, index)| *index).collect();
-            let corrector = self.corrector();
-            let work = move |nth: usize, stored: &[u8]| {
-                let first = indexes[nth] * per_block;
-                corrector.correct(first..first + per_block, stored)
-            };
+            let (corrector, blocks) = (self.corrector(), batch.to_vec());
+            let work = move |nth: usize, stored: &[u8]| corrector.correct(blocks[nth], stored);
             let mut writes = Vec::new();
             let (file, cluster_size) = (self.file, self.g.cluster_size());
-            map_clusters(file, &offsets, cluster_size, work, |nth, correction| {
+            map_clusters(file, &offsets, cluster_size, work, |_, correction| {
                 for cluster in correction.low_runs.iter().cloned().flatten() {
                     low.set(cluster)?;
                 }
-                let bytes = self.account(correction);
-                writes.extend(bytes.map(|bytes| (offsets[nth], bytes)));
+                writes.extend(self.account(correction));
                 Ok(())
             })
             .await?;
@@ -213,7 +212,7 @@ impl Mender<'_> {
     }
 
     /// Adds up what a correction does; answers what it writes.
-    fn account(&mut self, correction: Correction) -> Option<Bytes> {
+    fn account(&mut self, correction: Correction) -> Vec<(HostOffset, Bytes)> {
         self.report.leaks_fixed += correction.leaks;
         match self.what {
             Repair::All => self.report.corruptions_fixed += correction.low,
@@ -228,7 +227,7 @@ impl Mender<'_> {
             self.note(|| format!("{what} cluster {cluster} refcount={stored} reference={counted}"));
         }
         self.freed.extend(correction.freed);
-        correction.bytes
+        correction.pieces
     }
 
     /// Writes the blocks that were missing, and then the table's entries for them.
@@ -236,16 +235,15 @@ impl Mender<'_> {
         if plan.new.is_empty() {
             return Ok(());
         }
-        let per_block = self.g.refcounts_per_block();
         let corrector = self.corrector();
         let nothing = vec![0; self.g.cluster_size() as usize];
         for batch in plan.new.chunks(self.batch()) {
             let mut writes = Vec::new();
-            for (offset, index) in batch {
-                let first = index * per_block;
-                let correction = corrector.correct(first..first + per_block, &nothing);
-                let bytes = self.account(correction);
-                writes.extend(bytes.map(|bytes| (*offset, bytes)));
+            for block in batch {
+                self.account(corrector.correct(*block, &nothing));
+                // All of it is written: the cluster may hold anything.
+                let (_, bytes) = corrector.truth(block.1, nothing.len());
+                writes.push((block.0, Bytes::from(bytes)));
             }
             self.write(&writes).await?;
         }

@@ -13,11 +13,10 @@ use crate::driver::WriteFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::check::Scan;
 use crate::formats::qcow2::check::counts::Bitmap;
-use crate::formats::qcow2::check::refcounts::Refblock;
 use crate::formats::qcow2::counters::CounterWidth;
 use crate::formats::qcow2::geometry::{ENTRY_SIZE, Geometry};
 use crate::formats::qcow2::header::Incompatible;
-use crate::formats::qcow2::runs::write_clusters;
+use crate::formats::qcow2::runs::write_pieces;
 use crate::limits;
 use crate::units::{ClusterIndex, HostOffset};
 
@@ -96,8 +95,11 @@ pub(super) fn old_structures(scan: &Scan<'_>) -> Result<Bitmap> {
             old.set(cluster)?;
         }
     }
-    for offset in scan.refblocks.iter().filter_map(Refblock::offset_in_file) {
-        old.set(scan.g.host_cluster(offset).0)?;
+    for block in &scan.refblocks {
+        let cluster = scan.g.host_cluster(block.offset).0;
+        if cluster < scan.bounds.file_clusters() {
+            old.set(cluster)?;
+        }
     }
     Ok(old)
 }
@@ -157,7 +159,7 @@ impl Mender<'_> {
                 let offset = area.block_offset(g, nth * batch + at);
                 writes.push((offset, Bytes::from(bytes)));
             }
-            write_clusters(self.file, &writes, g.cluster_size()).await?;
+            write_pieces(self.file, &writes).await?;
         }
         Ok(())
     }

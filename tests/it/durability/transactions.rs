@@ -67,6 +67,15 @@ fn snapshot(device: &str, name: &str) -> Value {
     json!({"type": "blockdev-snapshot-internal-sync", "data": {"device": device, "name": name}})
 }
 
+fn revert(device: &str, name: &str) -> Value {
+    json!({"type": "x-blockdev-snapshot-revert", "data": {"device": device, "name": name}})
+}
+
+fn delete(device: &str, name: &str) -> Value {
+    let kind = "x-blockdev-snapshot-delete-internal-sync";
+    json!({"type": kind, "data": {"device": device, "name": name}})
+}
+
 /// The names of all snapshots of all drives, as query-block lists them.
 fn listed(qmp: &mut Qmp) -> Vec<String> {
     let drives = qmp.ok("query-block", json!({}));
@@ -99,10 +108,19 @@ fn a_last_action_that_fails_undoes_the_others() {
         (snapshot("four", "new"), "Cannot find device"),
         (snapshot("three", ""), "name"),
         (snapshot("one", "new"), "already exists"),
+        (revert("three", "nope"), "does not exist"),
+        (delete("two", "old"), "does not exist"),
+        (revert("ro", "old"), "read only"),
     ];
     for (last, word) in failing {
         let mut actions: Vec<Value> = IMAGES.iter().map(|name| snapshot(name, "new")).collect();
-        actions.extend([snapshot("one", "another"), last.clone()]);
+        actions.extend([
+            revert("one", "old"),
+            snapshot("one", "another"),
+            delete("two", "old"),
+            revert("three", "new"),
+            last.clone(),
+        ]);
         let (_, desc) = qmp.error("transaction", json!({"actions": actions}));
         assert!(
             desc.to_lowercase().contains(&word.to_lowercase()),

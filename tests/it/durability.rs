@@ -3,11 +3,11 @@
 //! `QBLOCKD_CRASH_ROUNDS` is how often each image of the crash test is killed (5 if absent), `QBLOCKD_CRASH_SEED` the
 //! seed of its load; the seed is printed.
 
+mod churn;
 mod full;
 mod load;
 mod transactions;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,41 +15,43 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::harness::{self, Daemon, Program, Qmp};
-use load::{BLOCK, Clock, History, NEVER, Writer};
+use super::harness::{self, Daemon, Program};
+use churn::{Asked, Churn, Snapshots};
+use load::{BLOCK, Clock, History, NEVER, Shared, Window, Writer, lock};
 
 const SIZE: usize = 16 << 20;
 
 /// Connections that write at a time, each to its own part of the disk.
 const WRITERS: usize = 2;
 
-/// Snapshots that are kept at a time.
-const SNAPSHOTS: usize = 4;
-
-/// A snapshot whose creation was asked for.
-#[derive(Debug, Clone)]
-struct Snapshot {
-    asked: u64,
-    answered: u64,
-    deletion_asked: bool,
-    deletion_answered: bool,
-    /// Its content, once it has been seen.
-    content: Option<Vec<u8>>,
-}
-
-type Snapshots = BTreeMap<String, Snapshot>;
-
 /// An image under load, with all that is known of it.
 struct Victim {
     folder: tempfile::TempDir,
     clock: Clock,
-    histories: Vec<History>,
+    histories: Vec<Shared>,
     snapshots: Snapshots,
+    /// The command that the end cut off, until it is known whether it was carried out.
+    cut_off: Option<CutOff>,
     random: fastrand::Rng,
-    /// Clusters that were leaked after each kill.
-    leaks: Vec<u64>,
-    /// Writes and snapshot commands that were acknowledged.
+    /// What each kill left.
+    left: Vec<Left>,
+    /// Writes of blocks and operations on snapshots that were acknowledged.
     acknowledged: (usize, usize),
+}
+
+/// A command without an answer: carried out, or not at all.
+struct CutOff {
+    asked: Asked,
+    /// What its snapshots say.
+    carried_out: Option<bool>,
+}
+
+/// What `qemu-img check` finds in an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Left {
+    /// The image says itself that its refcounts must be rebuilt, so that the rest means nothing.
+    dirty: bool,
+    leaks: u64,
 }
 
 /// How the load ends.
@@ -71,10 +73,11 @@ impl Victim {
         Victim {
             folder,
             clock: Clock::new(),
-            histories: (0..WRITERS).map(|_| History::new(&part)).collect(),
+            histories: (0..WRITERS).map(|_| History::new(&part).into()).collect(),
             snapshots: Snapshots::new(),
+            cut_off: None,
             random: fastrand::Rng::with_seed(seed),
-            leaks: Vec::new(),
+            left: Vec::new(),
             acknowledged: (0, 0),
         }
     }
@@ -95,15 +98,25 @@ impl Victim {
     /// Runs the daemon under load up to its end, and checks what the image is then.
     fn round(&mut self, end: End) {
         let mut daemon = self.start();
-        if !self.leaks.is_empty() {
+        if !self.left.is_empty() {
             self.see(&daemon);
         }
         let lasts = Duration::from_millis(self.random.u64(0..300));
         let stop = AtomicBool::new(false);
         let (clock, socket) = (&self.clock, daemon.path("nbd.sock"));
-        let mut qmp = Some(daemon.qmp());
-        std::thread::scope(|scope| {
-            for (at, history) in self.histories.iter_mut().enumerate() {
+        let mut asked = None;
+        let churn = Churn {
+            qmp: daemon.qmp(),
+            clock,
+            stop: &stop,
+            random: self.random.fork(),
+            histories: &self.histories,
+            snapshots: &mut self.snapshots,
+            asked: &mut asked,
+            acknowledged: 0,
+        };
+        let operations = std::thread::scope(|scope| {
+            for (at, history) in self.histories.iter().enumerate() {
                 let writer = Writer {
                     socket: socket.clone(),
                     export: "disk",
@@ -113,14 +126,7 @@ impl Victim {
                 };
                 scope.spawn(move || writer.run(at * SIZE / WRITERS / BLOCK, history));
             }
-            let mut churn = Churn {
-                qmp: qmp.take().unwrap(),
-                clock,
-                stop: &stop,
-                random: self.random.fork(),
-            };
-            let snapshots = &mut self.snapshots;
-            scope.spawn(move || churn.run(snapshots));
+            let churn = scope.spawn(move || churn.run());
             std::thread::sleep(lasts);
             match end {
                 End::Kill => daemon.kill(),
@@ -131,37 +137,30 @@ impl Victim {
                 }
             }
             stop.store(true, Ordering::Relaxed);
+            churn.join().expect("snapshots that are as they must be")
         });
-        self.acknowledged.0 += self
+        self.cut_off = asked.map(|asked| CutOff {
+            asked,
+            carried_out: None,
+        });
+        let writes = self
             .histories
             .iter()
-            .map(History::acknowledged)
-            .sum::<usize>();
-        let leaks = self.check_image(end);
-        assert!(
-            end == End::Kill || leaks == 0,
-            "{leaks} leaks after {end:?}"
-        );
-        self.leaks.push(leaks);
+            .map(|history| lock(history).acknowledged());
+        self.acknowledged.0 += writes.sum::<usize>();
+        self.acknowledged.1 += operations;
+        let left = self.check_image(end);
+        self.left.push(left);
         self.check_snapshots();
     }
 
-    /// Nothing is wrong according to qemu-img; gives back the leaks.
+    /// Nothing is wrong according to qemu-img; gives back what a kill may leave.
     ///
-    /// A kill can leave an image whose header says that its refcounts are to be rebuilt: qemu-img must be able to. It can also leave
-    /// COPIED flags that do not agree with a count, which qemu-img calls errors. Two kinds are harmless: the count is
-    /// too high, so that it is right when the leaks are repaired, or the flag is missing, which costs a copy. Any other is not.
-    fn check_image(&self, end: End) -> u64 {
+    /// A dirty image is repaired by qemu-img in a copy. In one that is not, a kill can leave leaks; a kill inside a snapshot
+    /// command also COPIED flags that do not agree with a count, which qemu-img calls errors. Two kinds of these are harmless:
+    /// the count is too high, so that it is right when the leaks are repaired, or the flag is missing, which costs a copy.
+    fn check_image(&self, end: End) -> Left {
         let folder = self.folder.path();
-        let image = std::fs::read(folder.join("disk.qcow2")).unwrap();
-        let version = u32::from_be_bytes(image[4..8].try_into().unwrap());
-        if version >= 3 && image[79] & 1 != 0 {
-            assert_eq!(end, End::Kill, "not settled");
-            let line = "cp disk.qcow2 repaired.qcow2; qemu-img check -q -r all repaired.qcow2; qemu-img check -q repaired.qcow2";
-            harness::tool(folder, line);
-            println!("refcounts to be rebuilt");
-            return 0;
-        }
         let report = |image: &str| {
             let check = Command::new("qemu-img")
                 .args(["check", "--output=json", image])
@@ -169,17 +168,32 @@ impl Victim {
                 .output()
                 .unwrap();
             let report: Value = serde_json::from_slice(&check.stdout).unwrap();
-            (report, String::from_utf8_lossy(&check.stderr).into_owned())
+            let text = String::from_utf8_lossy(&check.stderr).into_owned();
+            let count = |key: &str| report.get(key).and_then(Value::as_u64).unwrap_or(0);
+            assert_eq!(count("check-errors"), 0, "{text}");
+            (count("corruptions"), count("leaks"), text)
         };
-        let (found, text) = report("disk.qcow2");
-        let count = |key: &str| found.get(key).and_then(Value::as_u64).unwrap_or(0);
-        assert_eq!(count("check-errors"), 0, "{text}");
-        if count("corruptions") > 0 {
-            assert_eq!(end, End::Kill, "{text}");
+        let info = harness::tool(folder, "qemu-img info -f qcow2 --output=json disk.qcow2");
+        let info: Value = serde_json::from_str(&info).unwrap();
+        if info["dirty-flag"] == true {
+            assert_eq!(end, End::Kill, "the image is dirty");
+            let line = "cp disk.qcow2 repaired.qcow2; qemu-img check -q -r all repaired.qcow2";
+            harness::tool(folder, line);
+            let (corruptions, leaks, text) = report("repaired.qcow2");
+            assert_eq!((corruptions, leaks), (0, 0), "{text}");
+            return Left {
+                dirty: true,
+                leaks: 0,
+            };
+        }
+        let (corruptions, leaks, text) = report("disk.qcow2");
+        let is_clean = (corruptions, leaks) == (0, 0);
+        assert!(end == End::Kill || is_clean, "after {end:?}: {text}");
+        if corruptions > 0 {
             let line =
                 "cp disk.qcow2 repaired.qcow2; qemu-img check -q -r leaks repaired.qcow2 || true";
             harness::tool(folder, line);
-            let (_, text) = report("repaired.qcow2");
+            let (_, _, text) = report("repaired.qcow2");
             let is_missing_flag = |line: &&str| {
                 line.starts_with("ERROR OFLAG_COPIED") && line.ends_with("refcount=1")
             };
@@ -188,9 +202,11 @@ impl Victim {
                 .filter(|line| line.starts_with("ERROR") && !is_missing_flag(line))
                 .collect();
             assert!(wrong.is_empty(), "{wrong:#?}");
-            println!("{} COPIED flags and counts disagree", count("corruptions"));
         }
-        count("leaks")
+        Left {
+            dirty: false,
+            leaks,
+        }
     }
 
     /// Every acknowledged snapshot is there and holds what it must; what became of the others is noted.
@@ -199,37 +215,57 @@ impl Victim {
         for name in &there {
             assert!(self.snapshots.contains_key(name), "{name} was never taken");
         }
+        if let Some(cut_off) = &mut self.cut_off {
+            let Asked {
+                created, deleted, ..
+            } = &cut_off.asked;
+            let is_there = created.as_ref().map(|name| there.contains(name));
+            let is_gone = deleted.as_ref().map(|name| !there.contains(name));
+            if let (Some(is_there), Some(is_gone)) = (is_there, is_gone) {
+                assert_eq!(is_there, is_gone, "half a transaction: {:?}", cut_off.asked);
+            }
+            cut_off.carried_out = is_there.or(is_gone);
+        }
+        let asked = self.cut_off.as_ref().map(|cut_off| cut_off.asked.clone());
+        let Asked {
+            created, deleted, ..
+        } = asked.unwrap_or_default();
         let known = std::mem::take(&mut self.snapshots);
         for (name, mut snapshot) in known {
             let is_there = there.contains(&name);
             if snapshot.deletion_answered {
                 assert!(!is_there, "{name} has come back");
-                self.acknowledged.1 += 2;
                 continue;
             }
-            let may_be_gone = snapshot.deletion_asked || snapshot.answered == NEVER;
+            let may_be_gone = [&created, &deleted].contains(&&Some(name.clone()));
             assert!(is_there || may_be_gone, "{name} is lost: {there:?}");
             if !is_there {
                 continue;
             }
-            self.acknowledged.1 += usize::from(snapshot.answered < NEVER);
             let content = snapshot_content(self.folder.path(), &name);
-            match &snapshot.content {
-                Some(seen) => assert!(*seen == content, "{name} has changed"),
-                None => self.check_parts(&name, &content, |_| (snapshot.asked, snapshot.answered)),
+            if let Some(seen) = &snapshot.content {
+                assert!(*seen == content, "{name} has changed");
+            }
+            if !snapshot.is_checked {
+                self.check_parts(&name, &content, |history, part| {
+                    history.check(part, snapshot.window)
+                });
             }
             snapshot.content = Some(content);
-            snapshot.answered = snapshot.answered.min(NEVER - 1);
-            snapshot.deletion_asked = false;
+            snapshot.is_checked = true;
             self.snapshots.insert(name, snapshot);
         }
     }
 
-    fn check_parts(&self, name: &str, content: &[u8], times: impl Fn(&History) -> (u64, u64)) {
+    fn check_parts(
+        &self,
+        name: &str,
+        content: &[u8],
+        check: impl Fn(&History, &[u8]) -> Result<(), String>,
+    ) {
         assert_eq!(content.len(), SIZE, "{name}");
         for (history, part) in self.histories.iter().zip(content.chunks(SIZE / WRITERS)) {
-            let (from, to) = times(history);
-            if let Err(complaint) = history.check(part, from, to) {
+            if let Err(complaint) = check(&lock(history), part) {
                 panic!("{name}: {complaint}");
             }
         }
@@ -238,79 +274,36 @@ impl Victim {
     /// Reads the disk after a kill: every flushed write is there. From now on it is what it is.
     fn see(&mut self, daemon: &Daemon) {
         let content = load::content(&daemon.path("nbd.sock"), "disk");
-        self.check_parts("the disk", &content, |history| (history.flushed, NEVER));
-        self.histories = content.chunks(SIZE / WRITERS).map(History::new).collect();
-    }
-}
-
-/// What a command has done: all of it, or nothing.
-#[derive(Debug, Clone, Copy)]
-enum Done {
-    Yes,
-    Refused,
-}
-
-/// Snapshots taken and deleted while the guest writes.
-struct Churn<'a> {
-    qmp: Qmp,
-    clock: &'a Clock,
-    stop: &'a AtomicBool,
-    random: fastrand::Rng,
-}
-
-impl Churn<'_> {
-    fn run(&mut self, snapshots: &mut Snapshots) {
-        while !self.stop.load(Ordering::Relaxed) && self.step(snapshots).is_some() {
-            std::thread::sleep(Duration::from_millis(self.random.u64(0..10)));
-        }
+        self.check_parts("the disk", &content, History::check_crashed);
+        self.check_cut_off(&content);
+        self.know(&content);
     }
 
-    /// One command; nothing if the daemon ended before it answered.
-    fn step(&mut self, snapshots: &mut Snapshots) -> Option<()> {
-        let mut kept: Vec<String> = snapshots
-            .iter()
-            .filter(|(_, snapshot)| !snapshot.deletion_asked)
-            .map(|(name, _)| name.clone())
-            .collect();
-        if kept.len() >= SNAPSHOTS {
-            let name = kept.swap_remove(self.random.usize(..kept.len()));
-            let snapshot = snapshots.get_mut(&name)?;
-            snapshot.deletion_asked = true;
-            match self.command("blockdev-snapshot-delete-internal-sync", &name)? {
-                Done::Yes => snapshot.deletion_answered = true,
-                Done::Refused => snapshot.deletion_asked = false,
-            }
-            return Some(());
-        }
-        let asked = self.clock.tick();
-        let name = format!("s{asked}");
-        let snapshot = snapshots.entry(name.clone()).or_insert(Snapshot {
-            asked,
-            answered: NEVER,
-            deletion_asked: false,
-            deletion_answered: false,
-            content: None,
-        });
-        match self.command("blockdev-snapshot-internal-sync", &name)? {
-            Done::Yes => snapshot.answered = self.clock.tick(),
-            Done::Refused => {
-                snapshots.remove(&name);
-            }
-        }
-        Some(())
+    /// All of a command that was cut off has happened, or nothing.
+    fn check_cut_off(&mut self, content: &[u8]) {
+        let Some(CutOff { asked, carried_out }) = self.cut_off.take() else {
+            return;
+        };
+        let Some(sent) = asked.reverted else {
+            return;
+        };
+        let parts = self.histories.iter().zip(content.chunks(SIZE / WRITERS));
+        let evidence = parts.map(|(history, part)| lock(history).evidence(part, sent));
+        let (made, not_made) = evidence.fold((0, 0), |all, part| (all.0 + part.0, all.1 + part.1));
+        println!("a revert that was cut off: {made} blocks say it was made, {not_made} it was not");
+        assert!(made == 0 || not_made == 0, "half a revert");
+        let contradicts = match carried_out {
+            Some(true) => not_made > 0,
+            Some(false) => made > 0,
+            None => false,
+        };
+        assert!(!contradicts, "half a transaction: {asked:?}");
     }
 
-    fn command(&mut self, command: &str, name: &str) -> Option<Done> {
-        let arguments = json!({"device": "disk", "name": name});
-        let reply = self.qmp.try_execute(command, arguments)?;
-        if reply.get("return").is_some() {
-            return Some(Done::Yes);
-        }
-        assert_eq!(
-            reply["error"]["desc"], "The daemon is shutting down",
-            "{command} {name}"
-        );
-        Some(Done::Refused)
+    /// The disk holds this.
+    fn know(&mut self, content: &[u8]) {
+        let parts = content.chunks(SIZE / WRITERS);
+        self.histories = parts.map(|part| History::new(part).into()).collect();
     }
 }
 
@@ -356,18 +349,22 @@ fn a_killed_daemon_keeps_every_flushed_write_and_every_snapshot() {
         for _ in 0..rounds {
             victim.round(End::Kill);
         }
-        // The last one is reopened too, ends in order, and nothing is left over but what the kills leaked.
+        // The last one is reopened too, and ends in order.
         let mut daemon = victim.start();
         victim.see(&daemon);
-        assert!(daemon.terminated().success());
+        daemon.qmp().ok("quit", json!({}));
+        assert!(daemon.exited().success());
         let left = victim.check_image(End::Kill);
         victim.check_snapshots();
-        let (writes, snapshots) = victim.acknowledged;
+        let (writes, operations) = victim.acknowledged;
         println!(
-            "[{options}] {writes} writes of blocks and {snapshots} snapshot commands acknowledged; \
-             clusters leaked after each kill: {:?}, in the end: {left}",
-            victim.leaks
+            "[{options}] {writes} writes of blocks and {operations} operations on snapshots acknowledged; \
+             each kill left {:?}; in the end: {left:?}",
+            victim.left
         );
+        // What was rebuilt has no leaks, and no others come.
+        let before = victim.left.last().map_or(0, |left| left.leaks);
+        assert!(!left.dirty && left.leaks <= before);
         assert!(writes > 0, "a load");
     }
 }
@@ -389,7 +386,16 @@ fn an_end_under_load_keeps_everything_and_leaks_nothing() {
             // What was acknowledged is there without a flush.
             let mut daemon = victim.start();
             let content = load::content(&daemon.path("nbd.sock"), "disk");
-            victim.check_parts("the disk", &content, |_| (NEVER, NEVER));
+            let window = Window {
+                from: NEVER,
+                to: NEVER,
+                before: None,
+            };
+            victim.check_parts("the disk", &content, |history, part| {
+                history.check(part, window)
+            });
+            victim.check_cut_off(&content);
+            victim.know(&content);
             assert!(daemon.terminated().success());
         }
         assert!(victim.acknowledged.0 > 0, "a load");

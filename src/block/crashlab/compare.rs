@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use super::audit::Audit;
 use super::content::{Content, stamp};
-use super::oracle::{Known, Recording, observe_state, world_of};
+use super::oracle::{Known, Recording, observe_state};
 use super::qemu::daemon::Daemon;
 use super::qemu::{Qemu, qemu_io, run, write_log};
 use super::run::{Kind, Moment, Problem, Runner, Snapshot, World};
@@ -362,7 +362,7 @@ impl Comparison {
             Err(problem) => return Ok(Fate::Lost(problem)),
         };
         let audit = Audit::new(&bytes)?;
-        let is = match world_of(&audit) {
+        let is = match World::of(&audit) {
             Ok(is) => is,
             Err(problem) => return Ok(Fate::Lost(problem)),
         };

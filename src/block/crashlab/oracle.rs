@@ -351,47 +351,20 @@ fn settled_world(settled: &[Moment]) -> Arc<Content> {
 fn observe(bytes: &[u8], candidates: &[Candidate]) -> Result<(World, Observed), Problem> {
     let audit = Audit::new(bytes)?;
     let verdict = audit.verdict()?;
-    let active = audit.active()?;
-    let mut snapshots = Vec::new();
-    for snapshot in audit.snapshots() {
-        snapshots.push(Snapshot {
-            id: snapshot.id.clone(),
-            name: snapshot.name.clone(),
-            content: Arc::new(audit.content(snapshot)?),
-        });
-    }
+    let world = World::of(&audit)?;
     let mut problems = Vec::new();
     for candidate in candidates {
-        let problem = snapshots_differ(&candidate.snapshots, &snapshots)
-            .or_else(|| candidate.active.violation(&active));
+        let problem = snapshots_differ(&candidate.snapshots, &world.snapshots)
+            .or_else(|| candidate.active.violation(&world.active));
         match problem {
             Some(problem) => problems.push(problem),
             None => {
-                let world = World {
-                    snapshots,
-                    active: Arc::new(active),
-                };
                 let dirty = audit.is_dirty();
                 return Ok((world, Observed { dirty, verdict }));
             }
         }
     }
     Err(problems.join("\n  or: "))
-}
-
-/// What an image holds, exactly.
-pub(super) fn world_of(audit: &Audit<'_>) -> Result<World, Problem> {
-    let snapshots = audit.snapshots().iter().map(|snapshot| {
-        Ok(Snapshot {
-            id: snapshot.id.clone(),
-            name: snapshot.name.clone(),
-            content: Arc::new(audit.content(snapshot)?),
-        })
-    });
-    Ok(World {
-        snapshots: snapshots.collect::<Result<_, Problem>>()?,
-        active: Arc::new(audit.active()?),
-    })
 }
 
 /// Behind the open: an image that was dirty is as if newly made, any other has not been touched.
@@ -413,7 +386,7 @@ async fn recovered(
     if audit.is_dirty() || verdict != Verdict::default() {
         return Err(format!("repaired, dirty {}: {verdict:?}", audit.is_dirty()));
     }
-    if let Some(problem) = world.difference(&world_of(&audit)?) {
+    if let Some(problem) = world.difference(&World::of(&audit)?) {
         return Err(format!("repaired: {problem}"));
     }
     let report = check(&disk.child()).await.map_err(text)?;
@@ -461,7 +434,7 @@ async fn settled(disk: &Arc<Memory>, world: &World, leaks: u64) -> Result<(), Pr
             audit.is_dirty()
         ));
     }
-    if let Some(problem) = world.difference(&world_of(&audit)?) {
+    if let Some(problem) = world.difference(&World::of(&audit)?) {
         return Err(problem);
     }
     let report = check(&disk.child()).await.map_err(text)?;

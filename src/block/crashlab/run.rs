@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::audit::Audit;
 use super::content::{Content, SECTOR, Versions, stamp};
 use super::script::{Case, End, Op, Step};
 use crate::driver::{
@@ -38,6 +39,21 @@ pub struct World {
 }
 
 impl World {
+    /// What an image holds.
+    pub fn of(audit: &Audit<'_>) -> Result<World, Problem> {
+        let snapshots = audit.snapshots().iter().map(|snapshot| {
+            Ok(Snapshot {
+                id: snapshot.id.clone(),
+                name: snapshot.name.clone(),
+                content: Arc::new(audit.content(snapshot)?),
+            })
+        });
+        Ok(World {
+            snapshots: snapshots.collect::<Result<_, Problem>>()?,
+            active: Arc::new(audit.active()?),
+        })
+    }
+
     /// How another world differs from this one, as text.
     pub fn difference(&self, other: &World) -> Option<Problem> {
         snapshots_differ(&self.snapshots, &other.snapshots)

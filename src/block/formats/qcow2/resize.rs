@@ -75,11 +75,11 @@ impl Image {
         self.grow_l1(self.g.l1_entries_for(new)).await?;
         // Bytes behind the old end show from now on: those in its last cluster, those of a longer backing, and those that a
         // shrink has left which did not come to its end. The range is inside the new size, which the zero writes must see.
-        self.size.store(new, Ordering::Release);
         let shown = self.backing.as_ref().map_or(0, |backing| backing.size());
         let cluster_end = old.next_multiple_of(self.g.cluster_size());
         let stale = self.mapped_end(cluster_end, new).await?;
         let end = shown.max(cluster_end).max(stale).min(new);
+        self.size.store(new, Ordering::Release);
         let hidden = async {
             if end > old {
                 let flags = ZeroFlags {

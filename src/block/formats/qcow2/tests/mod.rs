@@ -17,6 +17,7 @@ mod faults;
 mod geometries;
 mod hostile;
 mod model;
+mod no_op;
 mod operations;
 mod sharing;
 mod snapshots;

@@ -103,6 +103,10 @@ pub const QCOW2_SETTLE_UNWRITTEN: u64 = 1 << 20;
 pub const QCOW2_SETTLE_RETRY: (Duration, Duration) =
     (Duration::from_secs(1), Duration::from_secs(60));
 
+/// qcow2: how long a write to a full disk waits for what deleted snapshots give back: a guest's own patience with a disk is
+/// 30 s and more.
+pub const QCOW2_SETTLE_FOR_SPACE: Duration = Duration::from_secs(10);
+
 /// qcow2: most metadata clusters that an image opened for writing may have: some 300 MB of map. The largest L1 table has
 /// half as many L2 tables.
 pub const QCOW2_MAX_METADATA_CLUSTERS: u64 = 8 << 20;

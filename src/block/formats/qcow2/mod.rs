@@ -19,6 +19,7 @@
 //!   them
 //! * `codec`: the bytes of a compressed cluster
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
+//! * `space`: what a full disk still gives
 //! * `gate`, `parallel`: what runs at the same time
 //!
 //! What keeps users' data, and where it is enforced:
@@ -59,6 +60,7 @@ mod requests;
 mod resize;
 mod runs;
 mod snapshot;
+mod space;
 mod subclusters;
 #[cfg(test)]
 mod testing;

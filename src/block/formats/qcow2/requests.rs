@@ -100,7 +100,10 @@ impl Qcow2 {
     /// Writes exactly one cluster compressed, or what there is of the disk's last one; as it is where that is not
     /// smaller. Errors and durability as for `write`. Cancellation: runs to its end.
     pub fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.run(move |image| async move { image.write_compressed(offset, data).await }))
+        Box::pin(self.run(move |image| async move {
+            let write = || image.write_compressed(offset, data.clone());
+            image.with_space(write).await
+        }))
     }
 }
 
@@ -126,15 +129,24 @@ impl Requests for Qcow2 {
     }
 
     fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.run(move |image| async move { image.write(offset, data, flags).await }))
+        Box::pin(self.run(move |image| async move {
+            let write = || image.write(offset, data.clone(), flags);
+            image.with_space(write).await
+        }))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.run(move |image| async move { image.write_zeroes(offset, len, flags).await }))
+        Box::pin(self.run(move |image| async move {
+            let zero = || image.write_zeroes(offset, len, flags);
+            image.with_space(zero).await
+        }))
     }
 
     fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.run(move |image| async move { image.discard(offset, len).await }))
+        Box::pin(self.run(move |image| async move {
+            let discard = || image.discard(offset, len);
+            image.with_space(discard).await
+        }))
     }
 
     fn flush(&self) -> BoxFuture<'_, Result<()>> {
@@ -150,7 +162,10 @@ impl Requests for Qcow2 {
     }
 
     fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.run(move |image| async move { image.change_size(size, preallocation).await }))
+        Box::pin(self.run(move |image| async move {
+            let resize = || image.change_size(size, preallocation);
+            image.with_space(resize).await
+        }))
     }
 }
 

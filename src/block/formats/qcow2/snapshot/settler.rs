@@ -101,6 +101,17 @@ impl Image {
         self.mark_clean().await
     }
 
+    /// Settles at full speed what there is, while requests go on, until the deadline. What fails is left to the task.
+    pub(in crate::formats::qcow2) async fn settle_until(&self, deadline: Instant) {
+        while Instant::now() < deadline {
+            match self.settle_slice().await {
+                Ok(Slice::More) => tokio::task::yield_now().await,
+                Ok(Slice::Done | Slice::Stuck) => return,
+                Err(error) => log::debug!("qcow2: settling on a full disk: {error}"),
+            }
+        }
+    }
+
     /// Nothing is counted or freed in an image that is known to be damaged, or whose header is unknown.
     fn may_settle(&self) -> Result<()> {
         self.damage.check()?;

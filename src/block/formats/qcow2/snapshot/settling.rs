@@ -293,6 +293,13 @@ impl Settling {
             && state.freed.is_empty()
     }
 
+    /// Whether settling frees clusters.
+    pub(in crate::formats::qcow2) fn frees(&self) -> bool {
+        let state = self.state();
+        let is_drop = |owed: &Owed| owed.references < 0;
+        !state.areas.is_empty() || !state.freed.is_empty() || state.owed.values().any(is_drop)
+    }
+
     /// L2 tables that owe, and L1 indices with flags to look at.
     pub(in crate::formats::qcow2) fn unsettled_tables(&self) -> u64 {
         let state = self.state();

@@ -21,6 +21,7 @@ mod no_op;
 mod operations;
 mod sharing;
 mod snapshots;
+mod space;
 
 /// A new image of `size` bytes on a disk in memory.
 async fn new_image(options: &CreateOptions) -> Arc<Memory> {

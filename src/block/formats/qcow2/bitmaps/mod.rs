@@ -21,7 +21,7 @@ mod resize;
 mod table;
 
 pub(super) use directory::Directory;
-pub(super) use resize::Resize;
+pub(super) use resize::{Marked, Resize};
 pub(super) use table::{cluster_of, read_table};
 
 use std::sync::{Arc, Mutex, PoisonError};

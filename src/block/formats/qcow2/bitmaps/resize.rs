@@ -11,7 +11,7 @@
 //! | disabled, table has room in its clusters | marked, fitted | stays `in_use` |
 //! | disabled, table would have to move | stays `in_use` | stays `in_use` |
 //!
-//! When the resize fails, the marks are taken back.
+//! When the resize fails, the marks are taken back. A revert to a snapshot marks in the same way, and fits nothing.
 
 use std::sync::Arc;
 

@@ -201,26 +201,9 @@ fn every_change_of_the_content_counts_and_a_snapshot_is_none() {
         (
             |i| {
                 Box::pin(async move {
-                    let new = NewSnapshot {
-                        name: "s".to_owned(),
-                        date_sec: 1,
-                        date_nsec: 0,
-                        vm_clock_nsec: 0,
-                    };
-                    Snapshots::create(&*i, new.clone()).await?;
-                    Snapshots::create(
-                        &*i,
-                        NewSnapshot {
-                            name: "t".to_owned(),
-                            ..new
-                        },
-                    )
-                    .await?;
-                    let which = SnapshotSelector {
-                        id: None,
-                        name: Some("s".to_owned()),
-                    };
-                    i.delete(which).await.map(drop)
+                    Snapshots::create(&*i, new_snapshot("s")).await?;
+                    Snapshots::create(&*i, new_snapshot("t")).await?;
+                    i.delete(named("s")).await.map(drop)
                 })
             },
             false,
@@ -240,6 +223,75 @@ fn every_change_of_the_content_counts_and_a_snapshot_is_none() {
         assert_eq!(qemu_flags(&path), expected(stale, false), "change {index}");
         assert_qemu_clean(&path);
         assert_eq!(bits(&disk, "dis"), bits(&fresh, "dis"));
+    }
+}
+
+fn new_snapshot(name: &str) -> NewSnapshot {
+    NewSnapshot {
+        name: name.to_owned(),
+        date_sec: 1,
+        date_nsec: 0,
+        vm_clock_nsec: 0,
+    }
+}
+
+fn named(name: &str) -> SnapshotSelector {
+    SnapshotSelector {
+        id: None,
+        name: Some(name.to_owned()),
+    }
+}
+
+#[test]
+fn a_revert_is_a_change_of_the_content_when_it_happens() {
+    let scratch = Scratch::new();
+    for grown in [false, true] {
+        let disk = image(&scratch, 512);
+        block_on(async {
+            let image = open(&disk).await;
+            Snapshots::create(&*image, new_snapshot("s")).await.unwrap();
+            if grown {
+                image.resize(1 << 30, Preallocation::Off).await.unwrap();
+                assert_eq!(flags(&image), expected(true, false));
+            }
+            let before = flags(&image);
+            // Dropped, refused by storage, taken back: nothing has happened.
+            let mut change = image.change().await.unwrap();
+            change.revert(named("s")).await.unwrap();
+            change.prepare().await.unwrap();
+            drop(change);
+            assert_eq!(flags(&image), before);
+            for kind in [OpKind::Write, OpKind::Flush] {
+                for skip in 0..2 {
+                    let mut change = image.change().await.unwrap();
+                    change.revert(named("s")).await.unwrap();
+                    change.prepare().await.unwrap();
+                    disk.fail_once(kind, skip, Fault::Io);
+                    change.commit().await.unwrap_err();
+                    disk.clear_faults();
+                    drop(change);
+                    assert_eq!(flags(&image), before, "{kind:?} {skip}");
+                }
+            }
+            for takes_back in [true, false] {
+                let mut change = image.change().await.unwrap();
+                change.revert(named("s")).await.unwrap();
+                change.prepare().await.unwrap();
+                change.commit().await.unwrap();
+                if takes_back {
+                    change.roll_back().await.unwrap();
+                }
+                change.finish();
+                assert_eq!(flags(&image) == before, takes_back);
+            }
+            assert_eq!(flags(&image), expected(true, grown));
+            assert_eq!(image.size(), SIZE);
+            image.close().await.unwrap();
+            assert!(check(&disk.child()).await.unwrap().is_clean());
+        });
+        let path = scratch.save("reverted.qcow2", &disk);
+        assert_qemu_clean(&path);
+        assert_eq!(qemu_flags(&path), expected(true, grown));
     }
 }
 

@@ -21,6 +21,7 @@ use crate::driver::{
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
+use crate::formats::qcow2::bitmaps::{Marked, Resize};
 use crate::formats::qcow2::gate::Exclusive;
 use crate::formats::qcow2::geometry::Geometry;
 use crate::formats::qcow2::header::{Header, Incompatible, Version};
@@ -86,6 +87,10 @@ pub(super) struct Staged {
     pub(super) table: SnapshotTable,
     /// Size of the disk in bytes.
     pub(super) size: Arc<AtomicU64>,
+    /// The guest sees other bytes behind the switch.
+    pub(super) reverts: bool,
+    /// The bitmaps that are stale then have been marked.
+    marked: Option<Marked>,
     /// What the steps change, one after the other.
     pub(super) changes: Vec<settling::Change>,
     counting: Counting,
@@ -139,6 +144,8 @@ impl Change {
             before,
             table,
             size: size.clone(),
+            reverts: false,
+            marked: None,
             changes: Vec::new(),
             counting: Counting::Before,
             counted: Vec::new(),
@@ -338,6 +345,7 @@ impl Staged {
 
     async fn commit(&mut self) -> Result<()> {
         self.expect(Phase::Prepared)?;
+        self.mark_bitmaps().await?;
         let g = self.image.g;
         let snapshots_offset = match &self.new_table {
             Some(area) => g.host_offset(area.run().start),
@@ -365,7 +373,29 @@ impl Staged {
             Err(_) if self.image.header.check().is_err() => Phase::Unknown,
             Err(_) => Phase::Prepared,
         };
+        if self.phase == Phase::Prepared {
+            self.unmark_bitmaps().await;
+        }
         switched
+    }
+
+    /// Before the guest sees other bytes: marks the bitmaps that would say that nothing has changed, or have another size.
+    async fn mark_bitmaps(&mut self) -> Result<()> {
+        if self.reverts {
+            let resize = Resize {
+                old: self.image.size(),
+                new: self.size(),
+            };
+            let Image { bitmaps, file, .. } = &*self.image;
+            self.marked = Some(bitmaps.mark_resized(file, self.image.g, resize).await?);
+        }
+        Ok(())
+    }
+
+    async fn unmark_bitmaps(&mut self) {
+        if let Some(marked) = self.marked.take() {
+            self.image.bitmaps.unmark(&self.image.file, marked).await;
+        }
     }
 
     async fn roll_back(&mut self) -> Result<()> {
@@ -383,7 +413,10 @@ impl Staged {
             })
             .await;
         match switched {
-            Ok(()) => self.phase = Phase::Steps,
+            Ok(()) => {
+                self.phase = Phase::Steps;
+                self.unmark_bitmaps().await;
+            }
             Err(_) if self.image.header.check().is_err() => self.phase = Phase::Unknown,
             // The header is still the new one, and the change stands.
             Err(_) => {}

@@ -134,12 +134,6 @@ impl Staged {
         if info.disk_size > MAX_DISK_SIZE || needed * ENTRY_SIZE > QCOW2_MAX_L1_BYTES {
             return Err(damaged("the snapshot's disk is too large"));
         }
-        if info.disk_size != self.size() && !self.image.bitmaps.info().is_empty() {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                "The snapshot has another size than the disk, which the image's bitmaps could not follow",
-            ));
-        }
         if needed > l1.len() as u64 {
             return Err(damaged("the snapshot's L1 table is too small for its disk"));
         }
@@ -149,8 +143,6 @@ impl Staged {
             needed => l1[..needed].into(),
         };
         self.check_tables(&l1)?;
-        // The guest will see other bytes.
-        self.image.prepare_change().await?;
         for (_, table) in tables(g, &l1) {
             self.image.owners.claim(table, 1, Owner::L2Table)?;
         }
@@ -164,6 +156,7 @@ impl Staged {
         self.changes.extend(changes(g, &l1, 1));
         self.changes.extend(changes(g, &old.entries, -1));
         self.size.store(info.disk_size, Ordering::Release);
+        self.reverts = true;
         Ok(info)
     }
 

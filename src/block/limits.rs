@@ -81,6 +81,10 @@ pub const QCOW2_MAX_CHECK_TABLE_BYTES: u64 = 8 << 30;
 /// sixteen times over.
 pub const QCOW2_MAX_CHECK_L2_TABLES: usize = 16 << 20;
 
+/// qcow2: bytes of L2 tables that a view of a snapshot keeps in memory: 256 GiB of its disk at 64 KiB clusters. It is read once by
+/// a backup, mostly from front to back.
+pub const QCOW2_VIEW_CACHE_BYTES: u64 = 32 << 20;
+
 /// qcow2: memory for the refcount blocks of one L2 table that is settled, in bytes. A table has 8192 clusters at 64 KiB, so only
 /// one whose clusters lie in 8192 different blocks, of an image of 16 TiB and more, comes near; at 2 MiB none does.
 pub const QCOW2_MAX_SETTLE_REFCOUNT_BYTES: u64 = 1 << 30;

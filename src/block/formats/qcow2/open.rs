@@ -123,6 +123,16 @@ async fn read_header(file: &Child) -> Result<Header> {
 }
 
 impl Opening {
+    /// An image in `file` that shall have this header, whatever the one in the file is.
+    pub(super) fn with_header(file: Child, header: Header, options: OpenOptions) -> Result<Self> {
+        header.validate()?;
+        Ok(Opening {
+            file,
+            header,
+            options,
+        })
+    }
+
     /// The backing that the image names; the caller decides whether and how to open it.
     pub fn backing(&self) -> Option<BackingReference> {
         Some(BackingReference {

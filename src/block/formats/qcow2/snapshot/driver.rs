@@ -1,7 +1,10 @@
 //! Snapshots of an open image: the contract of [`Snapshots`].
 
+use std::sync::Arc;
+
 use super::change::Change;
-use crate::driver::{BoxFuture, SnapshotChange, SnapshotInfo, Snapshots};
+use super::view::view;
+use crate::driver::{BoxFuture, Driver, SnapshotChange, SnapshotInfo, SnapshotSelector, Snapshots};
 use crate::error::Result;
 use crate::formats::qcow2::Qcow2;
 
@@ -21,5 +24,9 @@ impl Snapshots for Qcow2 {
             let change: Box<dyn SnapshotChange> = Box::new(Change::begin(image).await?);
             Ok(change)
         }))
+    }
+
+    fn view(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<Arc<dyn Driver>>> {
+        Box::pin(view(self.image.clone(), which))
     }
 }

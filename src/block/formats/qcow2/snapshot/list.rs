@@ -1,6 +1,7 @@
 //! The snapshots of an open image.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::table::SnapshotTable;
 use crate::driver::Child;
@@ -13,7 +14,11 @@ use crate::units::HostOffset;
 
 /// The snapshot table in memory: what the image's header points to. Changed under the closed gate only.
 #[derive(Debug, Default)]
-pub(in crate::formats::qcow2) struct SnapshotList(Mutex<Arc<SnapshotTable>>);
+pub(in crate::formats::qcow2) struct SnapshotList {
+    table: Mutex<Arc<SnapshotTable>>,
+    /// How many views there are of a snapshot, by its id.
+    views: Mutex<HashMap<String, usize>>,
+}
 
 impl SnapshotList {
     /// Reads the table that the header points to.
@@ -22,7 +27,10 @@ impl SnapshotList {
         let table = SnapshotTable::read(file, offset, header.nb_snapshots)
             .await
             .map_err(|error| error.context("Could not read snapshots"))?;
-        Ok(SnapshotList(Mutex::new(Arc::new(table))))
+        Ok(SnapshotList {
+            table: Mutex::new(Arc::new(table)),
+            views: Mutex::default(),
+        })
     }
 
     /// Puts the clusters of the table and of the snapshots' L1 tables into the owner map.
@@ -45,13 +53,38 @@ impl SnapshotList {
     }
 
     pub(super) fn get(&self) -> Arc<SnapshotTable> {
-        self.0
+        self.table
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
     }
 
     pub(super) fn set(&self, table: SnapshotTable) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
+        *self.table.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
+    }
+
+    /// Another view of the snapshot exists.
+    pub(super) fn hold(&self, id: &str) {
+        *self.views().entry(id.to_owned()).or_default() += 1;
+    }
+
+    /// A view of the snapshot is gone.
+    pub(super) fn release(&self, id: &str) {
+        let mut views = self.views();
+        if let Some(count) = views.get_mut(id) {
+            *count -= 1;
+            if *count == 0 {
+                views.remove(id);
+            }
+        }
+    }
+
+    /// Whether a view of the snapshot exists.
+    pub(super) fn is_held(&self, id: &str) -> bool {
+        self.views().contains_key(id)
+    }
+
+    fn views(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.views.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

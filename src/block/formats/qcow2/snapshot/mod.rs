@@ -12,6 +12,7 @@
 //! * `table`: the snapshot table; `list`: the one in use, and who reads which snapshot
 //! * `change`: operations in steps; `steps`: what each of them does
 //! * `settling`: what is still to be done; `settle`: doing it; `settler`: when
+//! * `view`: a snapshot as a disk of its own
 //! * `driver`: the contract around them
 
 mod change;
@@ -22,6 +23,7 @@ mod settler;
 mod settling;
 mod steps;
 pub(super) mod table;
+mod view;
 
 pub(super) use list::SnapshotList;
 pub(super) use settler::Settler;

@@ -10,7 +10,8 @@ use crate::driver::{NewSnapshot, SnapshotInfo, SnapshotSelector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::Run;
 use crate::formats::qcow2::entry::L1Entry;
-use crate::formats::qcow2::geometry::ENTRY_SIZE;
+use crate::formats::qcow2::geometry::{ENTRY_SIZE, Geometry};
+use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::open::read_table;
 use crate::formats::qcow2::owners::Owner;
 use crate::limits::{MAX_DISK_SIZE, QCOW2_MAX_L1_BYTES, QCOW2_MAX_SNAPSHOTS};
@@ -91,6 +92,12 @@ impl Staged {
     pub(super) async fn delete(&mut self, which: SnapshotSelector) -> Result<SnapshotInfo> {
         self.check_phase()?;
         let (index, info) = self.find(&which)?;
+        if self.image.snapshots.is_held(&info.id) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!("Snapshot '{}' is being read", info.name),
+            ));
+        }
         let entry = &self.table.entries()[index];
         let (offset, l1) = (HostOffset(entry.l1_offset), self.read_l1(entry).await?);
         self.check_tables(&l1)?;
@@ -130,14 +137,8 @@ impl Staged {
         let entry = &self.table.entries()[index];
         let l1 = self.read_l1(entry).await?;
         let g = self.image.g;
-        let needed = g.l1_entries_for(info.disk_size);
-        if info.disk_size > MAX_DISK_SIZE || needed * ENTRY_SIZE > QCOW2_MAX_L1_BYTES {
-            return Err(damaged("the snapshot's disk is too large"));
-        }
-        if needed > l1.len() as u64 {
-            return Err(damaged("the snapshot's L1 table is too small for its disk"));
-        }
-        let l1: Arc<[u64]> = match needed as usize {
+        let needed = entries_needed(g, &l1, info.disk_size)?;
+        let l1: Arc<[u64]> = match needed {
             // A table has an entry, as that of a new image.
             0 => vec![0].into(),
             needed => l1[..needed].into(),
@@ -212,7 +213,23 @@ impl Staged {
     }
 }
 
-impl crate::formats::qcow2::image::Image {
+/// A snapshot's disk.
+pub(super) struct SnapshotDisk {
+    /// The L1 table, without COPIED; saved VM state may lie behind what the disk needs.
+    pub(super) l1: Arc<[u64]>,
+    /// Bytes.
+    pub(super) size: u64,
+}
+
+impl Image {
+    /// The disk of a snapshot, held against the limits.
+    pub(super) async fn snapshot_disk(&self, entry: &TableEntry) -> Result<SnapshotDisk> {
+        let l1 = self.read_snapshot_l1(entry).await?;
+        let size = entry.info(self.size()).disk_size;
+        entries_needed(self.g, &l1, size)?;
+        Ok(SnapshotDisk { l1, size })
+    }
+
     /// The L1 table of a snapshot in the file, without COPIED.
     pub(super) async fn read_snapshot_l1(&self, entry: &TableEntry) -> Result<Arc<[u64]>> {
         let g = self.g;
@@ -229,6 +246,18 @@ impl crate::formats::qcow2::image::Image {
         let entries = read_table(&self.file, g, "Snapshot L1 table", at).await?;
         Ok(super::change::without_copied(&entries))
     }
+}
+
+/// How many entries of a snapshot's L1 table its disk takes.
+fn entries_needed(g: Geometry, l1: &[u64], size: u64) -> Result<usize> {
+    let needed = g.l1_entries_for(size);
+    if size > MAX_DISK_SIZE || needed * ENTRY_SIZE > QCOW2_MAX_L1_BYTES {
+        return Err(damaged("the snapshot's disk is too large"));
+    }
+    if needed > l1.len() as u64 {
+        return Err(damaged("the snapshot's L1 table is too small for its disk"));
+    }
+    Ok(needed as usize)
 }
 
 fn damaged(what: impl std::fmt::Display) -> Error {

@@ -2,9 +2,10 @@
 
 use super::model::layers::{pattern, snapshot_headers};
 use super::*;
-use crate::driver::{NewSnapshot, SnapshotInfo, SnapshotSelector, Snapshots};
+use crate::driver::{NewSnapshot, Preallocation, SnapshotInfo, SnapshotSelector, Snapshots};
 use crate::error::ErrorKind;
 use crate::formats::qcow2::check::{check, read_header};
+use crate::formats::qcow2::create::Compat;
 use crate::formats::qcow2::header::Incompatible;
 use crate::formats::qcow2::testing::{qemu_io, run};
 use crate::protocols::memory::{Change, Record};
@@ -379,4 +380,157 @@ async fn a_power_cut_at_any_time_leaves_the_old_or_the_new_snapshots() {
             assert!(!is_dirty(&disk).await);
         }
     }
+}
+
+#[tokio::test]
+async fn a_view_shows_the_snapshot_while_the_image_is_written_and_keeps_it() {
+    let disk = new_image(&options(1 << 20, 4096)).await;
+    let image = open(&disk).await;
+    write(&image, 0, pattern(0, 500_000, 1)).await.unwrap();
+    image.create(named("kept")).await.unwrap();
+    image.resize(2 << 20, Preallocation::Off).await.unwrap();
+    let missing = image.view(selector(None, Some("none"))).await;
+    assert_eq!(missing.err().unwrap().kind(), ErrorKind::NotFound);
+
+    let view = image.view(selector(None, Some("kept"))).await.unwrap();
+    let again = image.view(selector(Some("1"), None)).await.unwrap();
+    write(&image, 0, pattern(0, 1 << 20, 2)).await.unwrap();
+    assert_eq!(view.size(), 1 << 20);
+    let mut before = pattern(0, 500_000, 1);
+    before.resize(1 << 20, 0);
+    let is = view.read(0, 1 << 20).await.unwrap().to_bytes();
+    assert_same(&is, &before);
+    assert!(view.block_status(600_000, 4096).await.unwrap().zero);
+    let data = Data::from(vec![1; 512]);
+    let refused = view.write(0, data, WriteFlags::default()).await;
+    assert_eq!(refused.unwrap_err().kind(), ErrorKind::ReadOnly);
+    view.flush().await.unwrap();
+
+    let which = selector(None, Some("kept"));
+    for view in [view, again] {
+        let refused = image.delete(which.clone()).await.unwrap_err();
+        assert_eq!(refused.kind(), ErrorKind::InUse);
+        assert_eq!(refused.message(), "Snapshot 'kept' is being read");
+        // Going back does not touch it.
+        image.revert(which.clone()).await.unwrap();
+        write(&image, 4096, pattern(4096, 9000, 3)).await.unwrap();
+        let is = view.read(0, 1 << 20).await.unwrap().to_bytes();
+        assert_same(&is, &before);
+        view.close().await.unwrap();
+        assert!(view.read(0, 1).await.is_err());
+    }
+    let view = image.view(which.clone()).await.unwrap();
+    let mut content = before;
+    content[4096..13096].copy_from_slice(&pattern(4096, 9000, 3));
+    drop(view);
+    image.delete(which).await.unwrap();
+    verify(&disk, image, &content).await;
+}
+
+#[tokio::test]
+async fn a_view_of_a_closed_image_reads_nothing() {
+    let disk = new_image(&options(1 << 20, 4096)).await;
+    let image = open(&disk).await;
+    write(&image, 0, vec![7; 8192]).await.unwrap();
+    image.create(named("s")).await.unwrap();
+    let view = image.view(selector(None, Some("s"))).await.unwrap();
+    image.close().await.unwrap();
+    let error = view.read(0, 512).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse);
+}
+
+#[tokio::test]
+async fn steps_of_a_change_see_what_earlier_ones_have_done_and_happen_all_or_not_at_all() {
+    for compat in [Compat::V1_1, Compat::V0_10] {
+        let mut made = options(1 << 20, 4096);
+        made.compat = compat;
+        let disk = new_image(&made).await;
+        let image = open(&disk).await;
+        write(&image, 0, pattern(0, 100_000, 1)).await.unwrap();
+        image.create(named("old")).await.unwrap();
+        write(&image, 50_000, pattern(50_000, 100_000, 2))
+            .await
+            .unwrap();
+        let written = read(&image, 0, 1 << 20).await;
+        for end in ["dropped", "prepared", "rolled back", "finished"] {
+            let mut change = image.change().await.unwrap();
+            change.create(named("before")).await.unwrap();
+            let taken = change.create(named("before")).await.unwrap_err();
+            assert_eq!(taken.kind(), ErrorKind::AlreadyExists);
+            change.revert(selector(None, Some("old"))).await.unwrap();
+            change.create(named("between")).await.unwrap();
+            change.delete(selector(None, Some("old"))).await.unwrap();
+            change.revert(selector(None, Some("before"))).await.unwrap();
+            change
+                .delete(selector(None, Some("between")))
+                .await
+                .unwrap();
+            let names = || ids_and_names(&image).into_iter().map(|(_, name)| name);
+            if end != "dropped" {
+                change.prepare().await.unwrap();
+                assert!(change.create(named("late")).await.is_err());
+            }
+            if end == "rolled back" || end == "finished" {
+                change.commit().await.unwrap();
+            }
+            if end == "rolled back" {
+                change.roll_back().await.unwrap();
+            }
+            assert!(names().eq(["old"]), "nothing is seen before the end");
+            if end != "finished" {
+                drop(change);
+                assert!(names().eq(["old"]), "{end}");
+                assert_same(&read(&image, 0, 1 << 20).await, &written);
+                continue;
+            }
+            change.finish();
+            assert!(names().eq(["before"]));
+            assert_same(&read(&image, 0, 1 << 20).await, &written);
+        }
+        write(&image, 0, pattern(0, 200_000, 3)).await.unwrap();
+        image.revert(selector(None, Some("before"))).await.unwrap();
+        verify(&disk, image, &written).await;
+    }
+}
+
+#[tokio::test]
+async fn a_revert_brings_the_old_size_back_and_leaves_saved_vm_state_where_it_is() {
+    let disk = new_image(&options(1 << 20, 4096)).await;
+    let image = open(&disk).await;
+    write(&image, 0, pattern(0, 1 << 20, 1)).await.unwrap();
+    image.create(named("small")).await.unwrap();
+    let small = read(&image, 0, 1 << 20).await;
+    image.resize(9 << 20, Preallocation::Off).await.unwrap();
+    write(&image, 8 << 20, pattern(8 << 20, 1 << 20, 2))
+        .await
+        .unwrap();
+    image.create(named("large")).await.unwrap();
+    let large = read(&image, 0, 9 << 20).await;
+    let info = image.revert(selector(None, Some("small"))).await.unwrap();
+    assert_eq!((info.disk_size, image.size()), (1 << 20, 1 << 20));
+    assert_same(&read(&image, 0, 1 << 20).await, &small);
+    let behind = image.read(1 << 20, 512).await.unwrap_err();
+    assert_eq!(behind.kind(), ErrorKind::OutOfRange);
+    image.revert(selector(None, Some("large"))).await.unwrap();
+    assert_same(&read(&image, 0, 9 << 20).await, &large);
+    image.close().await.unwrap();
+
+    // What QEMU's savevm leaves: a disk whose L1 table goes on with VM state, here the old end of the disk.
+    let mut bytes = disk.content();
+    let table = u64::from_be_bytes(bytes[64..72].try_into().unwrap()) as usize;
+    let entry = table + 40 + 24 + 1 + 5;
+    let second = entry.next_multiple_of(8);
+    bytes[second + 40..second + 48].copy_from_slice(&(1_u64 << 20).to_be_bytes());
+    bytes[second + 48..second + 56].copy_from_slice(&(2_u64 << 20).to_be_bytes());
+    let disk = Memory::with_content(&bytes);
+    let image = open(&disk).await;
+    assert_eq!(image.list()[1].vm_state_size, 1 << 20);
+    let info = image.revert(selector(None, Some("large"))).await.unwrap();
+    assert_eq!((info.disk_size, image.size()), (2 << 20, 2 << 20));
+    assert_same(&read(&image, 0, 2 << 20).await, &large[..2 << 20]);
+    write(&image, 0, vec![5; 100_000]).await.unwrap();
+    assert_eq!(image.list()[1].vm_state_size, 1 << 20);
+    let mut content = large[..2 << 20].to_vec();
+    content[..100_000].fill(5);
+    verify(&disk, image, &content).await;
 }

@@ -54,6 +54,15 @@ impl Request {
     }
 }
 
+/// What was done with a snapshot beside a batch, by id.
+enum Meanwhile {
+    Nothing,
+    Created(String),
+    Deleted(String),
+    /// It was read.
+    Viewed(String, Vec<u8>),
+}
+
 /// Requests of the file that wait for the scheduler.
 const SCHEDULED: [OpKind; 5] = [
     OpKind::Read,
@@ -64,8 +73,8 @@ const SCHEDULED: [OpKind; 5] = [
 ];
 
 impl Run {
-    /// Sends two to eight requests at once, sometimes with a snapshot in their middle. Every block must hold what one
-    /// of them has left, and in the snapshot that or what was before.
+    /// Sends two to eight requests at once, sometimes with a snapshot taken, deleted or read in their middle. Every block
+    /// must hold what one of them has left, and in the snapshot that or what was before.
     pub(super) async fn together(&mut self) {
         let count = self.random.usize(2..=8);
         let requests: Vec<Request> = (0..count).map(|_| self.request()).collect();
@@ -98,12 +107,20 @@ impl Run {
             let is = self.driver.read(at, len).await.unwrap().to_bytes();
             self.assert_explained(at, &is, &requests, Old::Replaced);
         }
-        if let Some(id) = taken {
-            let content = self.read_snapshot(&id).await;
-            self.assert_explained(0, &content, &requests, Old::Allowed);
-            let mut layer = self.active.clone();
-            layer.write(0, &content);
-            self.snapshots.push((id, layer));
+        match taken {
+            Meanwhile::Nothing => {}
+            Meanwhile::Created(id) => {
+                let content = self.read_snapshot(&id).await;
+                self.assert_explained(0, &content, &requests, Old::Allowed);
+                let mut layer = self.active.clone();
+                layer.write(0, &content);
+                self.snapshots.push((id, layer));
+            }
+            Meanwhile::Deleted(id) => self.snapshots.retain(|(other, _)| *other != id),
+            Meanwhile::Viewed(id, content) => {
+                let snapshot = self.snapshots.iter().find(|(other, _)| *other == id);
+                self.assert_same(&content, &snapshot.unwrap().1, "view meanwhile");
+            }
         }
         // The model follows what has happened.
         for request in &requests {
@@ -113,20 +130,40 @@ impl Run {
         }
     }
 
-    /// A snapshot in every fourth batch, where the refcounts can count it for sure.
-    fn snapshot_meanwhile(&mut self) -> BoxFuture<'static, Option<String>> {
-        let wanted = self.random.u8(..4) == 0;
-        if !wanted || self.snapshots.len() >= MAX_SNAPSHOTS || self.case.refcount_bits < 8 {
-            return async { None }.boxed();
-        }
-        let new = NewSnapshot {
-            name: format!("meanwhile {}", self.step),
-            date_sec: 0,
-            date_nsec: 0,
-            vm_clock_nsec: 0,
-        };
+    /// Something with a snapshot in every other batch, where the refcounts can count it for sure.
+    fn snapshot_meanwhile(&mut self) -> BoxFuture<'static, Meanwhile> {
+        let what = self.random.u8(..8);
         let driver = self.driver.clone();
-        async move { Some(driver.create(new).await.unwrap().id) }.boxed()
+        let few = self.snapshots.len() < MAX_SNAPSHOTS && self.case.refcount_bits >= 8;
+        if what == 0 && few {
+            let new = NewSnapshot {
+                name: format!("meanwhile {}", self.step),
+                date_sec: 0,
+                date_nsec: 0,
+                vm_clock_nsec: 0,
+            };
+            return async move { Meanwhile::Created(driver.create(new).await.unwrap().id) }.boxed();
+        }
+        if self.snapshots.is_empty() {
+            return async { Meanwhile::Nothing }.boxed();
+        }
+        let index = self.random.usize(..self.snapshots.len());
+        let id = self.snapshots[index].0.clone();
+        let which = by_id(&id);
+        match what {
+            1 if !self.is_viewed(&id) => async move {
+                driver.delete(which).await.unwrap();
+                Meanwhile::Deleted(id)
+            }
+            .boxed(),
+            2..=3 => async move {
+                let view = driver.view(which).await.unwrap();
+                let content = view.read(0, view.size()).await.unwrap();
+                Meanwhile::Viewed(id, content.to_bytes().to_vec())
+            }
+            .boxed(),
+            _ => async { Meanwhile::Nothing }.boxed(),
+        }
     }
 
     async fn read_snapshot(&self, wanted: &str) -> Vec<u8> {

@@ -251,4 +251,22 @@ mod tests {
             assert_eq!(resolve(image, backing), full);
         }
     }
+
+    #[test]
+    fn a_bitmap_shows_the_flags_that_are_set() {
+        let bitmap = |in_use, auto| {
+            let bitmap = PersistentBitmap {
+                name: "b".to_owned(),
+                granularity: 512,
+                in_use,
+                auto,
+            };
+            bitmap_info(bitmap).flags
+        };
+        let (in_use, auto) = (Qcow2BitmapInfoFlags::InUse, Qcow2BitmapInfoFlags::Auto);
+        assert_eq!(bitmap(false, false), []);
+        assert_eq!(bitmap(false, true), [auto]);
+        assert_eq!(bitmap(true, false), [in_use]);
+        assert_eq!(bitmap(true, true), [in_use, auto]);
+    }
 }

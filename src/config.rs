@@ -3,6 +3,7 @@
 //! Nothing is opened here. The steps keep their order, and each its text, which begins the message if it fails.
 
 mod chardev;
+mod check;
 mod drive;
 mod flat;
 mod keyval;
@@ -19,6 +20,7 @@ use qapi::rt::{Object, Value};
 use crate::listen::Address;
 
 pub use chardev::{Chardev, Monitor};
+pub use check::{CheckCommand, Output};
 pub use drive::{DriveFormat, DriveOptions};
 pub use usage::{USAGE, version};
 
@@ -31,6 +33,8 @@ pub enum Invocation {
     Version,
     /// Be a daemon.
     Run(Config),
+    /// Check an image, and end.
+    Check(CheckCommand),
 }
 
 /// A daemon to be.
@@ -97,7 +101,9 @@ impl std::error::Error for ConfigError {}
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, ConfigError> {
     let mut parser = lexopt::Parser::from_args(arguments);
     let mut config = Config::default();
+    let mut is_first = true;
     while let Some(argument) = parser.next().map_err(describe)? {
+        let is_first = std::mem::take(&mut is_first);
         let option = match argument {
             lexopt::Arg::Short('h') | lexopt::Arg::Long("help") => return Ok(Invocation::Help),
             lexopt::Arg::Short('V') | lexopt::Arg::Long("version") => {
@@ -113,6 +119,10 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
             }
             lexopt::Arg::Short(letter) => {
                 return Err(ConfigError(format!("invalid option -- '{letter}'")));
+            }
+            lexopt::Arg::Value(word) if is_first && word == "check" => {
+                let command = check::parse(parser)?;
+                return Ok(command.map_or(Invocation::Help, Invocation::Check));
             }
             lexopt::Arg::Value(word) => {
                 let word = word.to_string_lossy();

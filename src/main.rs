@@ -1,4 +1,4 @@
-//! The program: reads the command line and becomes a daemon.
+//! The program: reads the command line and becomes a daemon, or checks an image.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -10,6 +10,7 @@ fn main() -> ExitCode {
         Ok(Invocation::Help) => print(config::USAGE),
         Ok(Invocation::Version) => print(&format!("{}\n", config::version())),
         Ok(Invocation::Run(config)) => qblockd::daemon::run(config),
+        Ok(Invocation::Check(command)) => qblockd::check::run(&command),
         Err(error) => {
             // Standard error may be closed; the exit code says it too.
             let _ = writeln!(io::stderr(), "qblockd: {error}");

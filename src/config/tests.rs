@@ -1,5 +1,7 @@
 //! Whole command lines: what they ask for, and the messages for those that ask for nothing that is there.
 
+use block::formats::qcow2::check::Repair;
+
 use super::*;
 
 fn run(arguments: &[&str]) -> Result<Config, String> {
@@ -117,4 +119,93 @@ fn help_and_version_win_over_what_follows() {
     let parse = |argument: &str| super::parse([argument.into(), "--bogus".into()]);
     assert_eq!(parse("--help"), Ok(Invocation::Help));
     assert_eq!(parse("-V"), Ok(Invocation::Version));
+}
+
+#[test]
+fn check_takes_the_options_of_qemu_img() {
+    let parsed = |arguments: &[&str]| {
+        let arguments = ["check"].iter().chain(arguments).map(OsString::from);
+        match parse(arguments) {
+            Ok(Invocation::Check(command)) => Ok(command),
+            Ok(other) => Err(format!("{other:?}")),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    let plain = CheckCommand {
+        file: "a.qcow2".to_owned(),
+        repair: None,
+        output: Output::Human,
+        quiet: false,
+    };
+    assert_eq!(parsed(&["a.qcow2"]), Ok(plain.clone()));
+    let json = CheckCommand {
+        output: Output::Json,
+        quiet: true,
+        ..plain.clone()
+    };
+    for arguments in [
+        &["-q", "--output=json", "-f", "qcow2", "a.qcow2"][..],
+        &["a.qcow2", "--format", "json", "--quiet"],
+    ] {
+        assert_eq!(parsed(arguments), Ok(json.clone()));
+    }
+    for (repair, forms) in [
+        (
+            Repair::All,
+            &[
+                "--repair",
+                "--repair=all",
+                "--repair all",
+                "-r all",
+                "-rall",
+            ][..],
+        ),
+        (
+            Repair::Leaks,
+            &["--repair=leaks", "--repair leaks", "-r leaks"],
+        ),
+    ] {
+        for form in forms {
+            let command = CheckCommand {
+                repair: Some(repair),
+                ..plain.clone()
+            };
+            let words: Vec<&str> = form.split(' ').chain(["a.qcow2"]).collect();
+            assert_eq!(parsed(&words), Ok(command), "{form}");
+        }
+    }
+    assert_eq!(parsed(&["all"]).unwrap().file, "all");
+    assert_eq!(
+        parsed(&["--repair", "a", "-q"]).unwrap().repair,
+        Some(Repair::All)
+    );
+    assert_eq!(parsed(&["--help"]), Err("Help".to_owned()));
+    for (arguments, message) in [
+        (&[][..], "check: Expecting one image file name"),
+        (&["a", "b"], "check: Expecting one image file name"),
+        (
+            &["-r", "some", "a"],
+            "check: --repair (-r) expects 'leaks' or 'all'",
+        ),
+        (
+            &["--repair=some", "a"],
+            "check: --repair (-r) expects 'leaks' or 'all'",
+        ),
+        (
+            &["--output=xml", "a"],
+            "check: --output expects 'human' or 'json'",
+        ),
+        (
+            &["-f", "raw", "a"],
+            "check: Image format 'raw' has no checks",
+        ),
+        (&["--bogus", "a"], "check: unrecognized option '--bogus'"),
+        (&["--output"], "option '--output' requires an argument"),
+    ] {
+        assert_eq!(parsed(arguments), Err(message.to_owned()));
+    }
+    assert_eq!(
+        error(&["--qmp", "unix:q", "check"]),
+        "check: Unexpected argument"
+    );
 }

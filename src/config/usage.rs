@@ -3,6 +3,7 @@
 /// The usage.
 pub const USAGE: &str = "\
 Usage: qblockd [options]
+       qblockd check [options] <image>
 A storage daemon that speaks QMP: serves disk images over NBD, takes and deletes snapshots while they are in use.
 
   -h, --help             display this help and exit
@@ -36,6 +37,15 @@ As in qemu-storage-daemon; values are key=value lists or, with nodes and exports
                          export a node (needs --nbd-server)
   --pidfile <path>       write the process id to a file after startup
   --daemonize            leave the terminal once startup is complete
+
+check looks at a qcow2 image that is not in use, as qemu-img check does, and exits with 0 if nothing is wrong, 1 if that
+cannot be found out, 2 if there are errors, and 3 if there are leaks only:
+
+  -r, --repair[=leaks|all]
+                         put right what is wrong: leaks only, or all errors. Nothing is ever guessed: what refcounts
+                         do not cure is named and left as it is
+  --output=human|json    print sentences, or one JSON object as qemu-img does (--format is the same)
+  -q, --quiet            print errors only
 
 Options are followed in their order. Log lines go to stderr; RUST_LOG=debug shows more of them.
 ";

@@ -34,7 +34,7 @@ use std::sync::Arc;
 
 use counts::{Bitmap, Counts};
 pub use repair::repair;
-pub use report::{CheckOptions, CheckReport, Progress, Repair, RepairReport};
+pub use report::{CheckOptions, CheckReport, MAX_FINDINGS, Progress, Repair, RepairReport};
 
 use super::geometry::Geometry;
 use super::header::Header;

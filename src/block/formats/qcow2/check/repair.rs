@@ -119,7 +119,10 @@ impl<'a> Scan<'a> {
             None => Ok(()),
             Some(first) => Err(Error::new(
                 ErrorKind::Corrupt,
-                format!("The image has errors that new refcounts do not cure: {first}"),
+                format!(
+                    "The image has errors that new refcounts do not cure: {}",
+                    first.trim_start_matches("ERROR ")
+                ),
             )),
         }
     }

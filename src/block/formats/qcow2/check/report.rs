@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Findings kept as text: enough to see the pattern, few enough for a log.
-pub(super) const MAX_FINDINGS: usize = 100;
+/// Findings kept as text: enough to see the pattern, few enough for a log. A report with so many may have left some out.
+pub const MAX_FINDINGS: usize = 100;
 
 /// How an image is checked or repaired.
 #[derive(Debug, Clone, Default)]

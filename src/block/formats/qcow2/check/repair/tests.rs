@@ -6,11 +6,12 @@ use std::sync::Arc;
 use super::super::tests::{OPTIONS, overwrite, sample, u64_at};
 use super::super::{CheckOptions, Repair, check, read_header, repair};
 use super::*;
-use crate::driver::Requests;
+use crate::driver::{Driver, Requests};
 use crate::formats::qcow2::counters::CounterWidth;
 use crate::formats::qcow2::testing::{
     Scratch, assert_qemu_clean, block_on, qemu_check, qemu_img, run,
 };
+use crate::formats::qcow2::{OpenOptions, Qcow2};
 use crate::protocols::memory::{Change, Fault, Memory, OpKind};
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
@@ -408,6 +409,34 @@ fn what_counting_does_not_cure_is_named_and_left_as_it_was() {
             }
         }
     }
+}
+
+#[test]
+fn a_dirty_image_beyond_repair_is_opened_for_reading_only() {
+    let scratch = Scratch::new();
+    let disk = sample(&scratch, "cluster_size=4k");
+    let l1 = read_header_of(&disk).l1_table_offset.0;
+    let l2 = u64_at(&disk, l1) & OFFSET;
+    overwrite(&disk, l2, &(u64_at(&disk, l2) | 2).to_be_bytes());
+    set_dirty(&disk);
+    let before = disk.content();
+    let open = |read_only| {
+        let options = OpenOptions {
+            read_only,
+            ..OpenOptions::default()
+        };
+        block_on(async { Qcow2::open(disk.child(), options).await?.finish(None).await })
+    };
+    let error = open(false).unwrap_err();
+    let wanted = format!("L2 table at {l2:#x}, entry 0 (");
+    assert!(error.message().contains(&wanted), "{error}");
+    let image = open(true).unwrap();
+    assert!(block_on(image.read(0, 1)).is_err());
+    let last = block_on(image.read(3 << 20, 1)).unwrap();
+    assert_eq!(&last.to_bytes()[..], [3]);
+    assert!(image.info().dirty);
+    block_on(image.close()).unwrap();
+    assert!(disk.content() == before);
 }
 
 #[test]

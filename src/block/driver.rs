@@ -159,6 +159,10 @@ pub enum FormatSpecific {
         compression_type: &'static str,
         /// Bitmaps stored in the image, in the order of its directory.
         bitmaps: Vec<PersistentBitmap>,
+        /// The name of the external data file as the image has it.
+        data_file: Option<String>,
+        /// Autoclear feature bit 1, in images with an external data file.
+        data_file_raw: Option<bool>,
     },
 }
 
@@ -214,7 +218,7 @@ pub trait Driver: Requests {
     /// Facts for queries; cheap, never blocks on I/O for long.
     fn info(&self) -> DriverInfo;
 
-    /// The layers below, with the role each has (`file`, `backing`).
+    /// The layers below, with the role each has (`file`, `data-file`, `backing`).
     fn children(&self) -> Vec<(&'static str, Child)>;
 
     /// Writes back all state and marks the image clean. Called once, after the last request has drained.

@@ -97,6 +97,7 @@ fn sessions_get_the_same_answers_as_on_qemu_storage_daemon() {
         "exports",
         "corrupt",
         "options",
+        "data-file",
         "csi-qsd",
     ] {
         let session = session::read(name);

@@ -215,10 +215,10 @@ fn use_image(make: &str, random: &mut fastrand::Rng) {
     model.check(folder);
 }
 
-/// Features that are not there yet: the image is refused, with the feature's name, and left as it was.
+/// Features that are not there yet, or that need an option: the image is refused, with the feature's name, and left as it was.
 const REFUSED: &[(&str, &str)] = &[
     ("extended_l2=on", "Extended L2 entries"),
-    ("data_file=data.raw", "data file"),
+    ("data_file=data.raw", "'data-file' is required"),
     (
         "encrypt.format=luks,encrypt.key-secret=s --object secret,id=s,data=x",
         "ncrypt",

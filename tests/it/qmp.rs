@@ -68,3 +68,8 @@ fn corrupt() {
 fn options() {
     golden("options");
 }
+
+#[test]
+fn data_file() {
+    golden("data-file");
+}

@@ -36,7 +36,7 @@ pub struct Behaviour {
 /// A layer below a node, and what the node needs of it.
 #[derive(Debug, Clone)]
 pub struct Link {
-    /// `file` or `backing`.
+    /// `file`, `data-file` or `backing`.
     pub role: &'static str,
     /// The layer.
     pub node: Arc<Node>,

@@ -180,7 +180,14 @@ impl Opening<'_> {
         file: Arc<Node>,
         depth: usize,
     ) -> Result<Parts> {
-        let read_only = effective_read_only(options, &file)?;
+        let data_file = match &qcow2.data_file {
+            Some(below) => Some(self.child(below, options, depth).await?),
+            None => None,
+        };
+        let mut read_only = effective_read_only(options, &file)?;
+        if let Some(data_file) = &data_file {
+            read_only |= effective_read_only(options, data_file)?;
+        }
         let cache = caches::share(&qcow2.cache)?;
         let unmaps = options.discard == DiscardMode::Unmap;
         let open_options = qcow2::OpenOptions {
@@ -214,8 +221,10 @@ impl Opening<'_> {
             },
         };
         let below = backing.clone().map(|node| Child::new(node));
-        let driver = opening.finish(below).await?;
+        let outside = data_file.clone().map(|node| Child::new(node));
+        let driver = opening.with_data_file(outside).finish(below).await?;
         let mut links = vec![link("file", file, access_of_format(!read_only))];
+        links.extend(data_file.map(|node| link("data-file", node, access_of_format(!read_only))));
         links.extend(backing.map(|node| link("backing", node, access_of_format(false))));
         Ok((driver, links, read_only))
     }

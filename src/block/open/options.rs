@@ -148,6 +148,8 @@ pub struct Qcow2Options {
     pub file: NodeRef,
     /// What to read where the image has nothing.
     pub backing: BackingOption,
+    /// The file with the guest's data, for images that keep them apart. The name in an image's header is never followed.
+    pub data_file: Option<NodeRef>,
     /// Overrides the image's lazy refcounts setting.
     pub lazy_refcounts: Option<bool>,
     /// Whether discards of the guest are passed to the file (default: when the node discards).
@@ -164,6 +166,7 @@ impl Qcow2Options {
         Qcow2Options {
             file,
             backing: BackingOption::FromImage(UnnamedFormat::Refused),
+            data_file: None,
             lazy_refcounts: None,
             pass_discard_request: None,
             pass_discard_snapshot: None,

@@ -412,3 +412,115 @@ async fn a_disk_found_to_be_raw_stays_raw() {
         graph.remove("image").unwrap().close().await.unwrap();
     }
 }
+
+/// A qcow2 node on `image.qcow2` of a folder, with this data file.
+fn with_data_file(dir: &tempfile::TempDir, data_file: Option<NodeRef>) -> NodeOptions {
+    let image = inline(file(&path_in(dir, "image.qcow2")));
+    named(
+        "d",
+        NodeOptions::new(DriverOptions::Qcow2(Qcow2Options {
+            data_file,
+            ..Qcow2Options::new(image)
+        })),
+    )
+}
+
+#[tokio::test]
+async fn a_data_file_is_the_one_of_the_options_and_never_that_of_the_header() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = "create -q -f qcow2 -o data_file=named.raw image.qcow2 1M";
+    if qemu_img(dir.path(), make).is_none() {
+        eprintln!("skipped: qemu-img is not installed");
+        return;
+    }
+    std::fs::copy(path_in(&dir, "named.raw"), path_in(&dir, "given.raw")).unwrap();
+    let mut graph = Graph::new();
+    let error = add(&mut graph, &with_data_file(&dir, None))
+        .await
+        .unwrap_err();
+    assert!(
+        error
+            .message()
+            .contains("the image names 'named.raw', which is not opened for that"),
+        "{error}"
+    );
+    let probed = NodeOptions::new(DriverOptions::Probed(inline(file(&path_in(
+        &dir,
+        "image.qcow2",
+    )))));
+    let error = add(&mut graph, &probed).await.unwrap_err();
+    assert!(
+        error.message().contains("'data-file' is required"),
+        "{error}"
+    );
+    assert_eq!(graph.nodes().count(), 0);
+
+    let given = inline(file(&path_in(&dir, "given.raw")));
+    let node = add(&mut graph, &with_data_file(&dir, Some(given)))
+        .await
+        .unwrap();
+    let bytes = Data::from(vec![9; 4096]);
+    node.write(70_000, bytes, WriteFlags::default())
+        .await
+        .unwrap();
+    let data = node.link("data-file").unwrap();
+    assert_eq!(data.driver().info().filename, path_in(&dir, "given.raw"));
+    graph.remove("d").unwrap().close().await.unwrap();
+    assert_eq!(graph.nodes().count(), 0);
+    let written = |name| std::fs::read(path_in(&dir, name)).unwrap()[70_000];
+    assert_eq!((written("given.raw"), written("named.raw")), (9, 0));
+}
+
+#[tokio::test]
+async fn a_data_file_has_one_writer_and_is_not_the_image_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let make = "create -q -f qcow2 -o data_file=data.raw image.qcow2 1M";
+    if qemu_img(dir.path(), make).is_none() {
+        eprintln!("skipped: qemu-img is not installed");
+        return;
+    }
+    let mut graph = Graph::new();
+    let same_file = inline(file(&path_in(&dir, "image.qcow2")));
+    let error = add(&mut graph, &with_data_file(&dir, Some(same_file)))
+        .await
+        .unwrap_err();
+    assert!(error.message().contains("lock"), "{error}");
+    add(&mut graph, &named("f", file(&path_in(&dir, "image.qcow2"))))
+        .await
+        .unwrap();
+    let same_node = NodeOptions::new(DriverOptions::Qcow2(Qcow2Options {
+        data_file: Some(NodeRef::Name("f".to_owned())),
+        ..Qcow2Options::new(NodeRef::Name("f".to_owned()))
+    }));
+    let error = add(&mut graph, &same_node).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+    graph.remove("f").unwrap().close().await.unwrap();
+
+    let data = named("data", file(&path_in(&dir, "data.raw")));
+    add(&mut graph, &data).await.unwrap();
+    let named_data = Some(NodeRef::Name("data".to_owned()));
+    add(&mut graph, &with_data_file(&dir, named_data.clone()))
+        .await
+        .unwrap();
+    let other = named("other", raw(NodeRef::Name("data".to_owned())));
+    let error = add(&mut graph, &other).await.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InUse, "{error}");
+    graph.remove("d").unwrap().close().await.unwrap();
+    graph.remove("data").unwrap().close().await.unwrap();
+
+    let read_only = NodeOptions {
+        read_only: true,
+        ..named("data", file(&path_in(&dir, "data.raw")))
+    };
+    add(&mut graph, &read_only).await.unwrap();
+    let error = add(&mut graph, &with_data_file(&dir, named_data.clone()))
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ReadOnly, "{error}");
+    let read_only = NodeOptions {
+        read_only: true,
+        ..with_data_file(&dir, named_data)
+    };
+    let node = add(&mut graph, &read_only).await.unwrap();
+    assert_eq!(node.read(0, 3).await.unwrap().to_bytes(), [0; 3][..]);
+}

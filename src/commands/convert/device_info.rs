@@ -81,6 +81,10 @@ fn facts(node: &Node) -> DriverInfo {
         info.actual_size = info.actual_size.or(actual_size);
         below = file.link("file");
     }
+    if let Some(data) = node.link("data-file") {
+        let inside = info.actual_size.unwrap_or(0);
+        info.actual_size = facts(data).actual_size.map(|outside| inside + outside);
+    }
     info
 }
 
@@ -182,11 +186,13 @@ fn specific_info(driver: &str, specific: FormatSpecific) -> Option<ImageInfoSpec
             extended_l2,
             compression_type,
             bitmaps,
+            data_file,
+            data_file_raw,
         } => ImageInfoSpecificBranch::Qcow2(ImageInfoSpecificQCow2Wrapper {
             data: ImageInfoSpecificQCow2 {
                 compat: compat.to_owned(),
-                data_file: None,
-                data_file_raw: None,
+                data_file,
+                data_file_raw,
                 extended_l2,
                 lazy_refcounts,
                 corrupt,

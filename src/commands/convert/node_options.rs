@@ -153,6 +153,7 @@ fn qcow2_options(
         l2_cache_entry_size,
         refcount_cache_size,
         cache_clean_interval,
+        data_file,
     } = options;
     if cache_clean_interval.is_some_and(|seconds| u32::try_from(seconds).is_err()) {
         return Err(QmpError::generic("Cache clean interval too big"));
@@ -169,6 +170,7 @@ fn qcow2_options(
                 BackingOption::Node(NodeRef::Inline(Box::new(convert(*options, sharing)?)))
             }
         },
+        data_file: data_file.map(|file| reference(file, sharing)).transpose()?,
         lazy_refcounts,
         pass_discard_request,
         pass_discard_snapshot,

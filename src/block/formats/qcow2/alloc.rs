@@ -70,10 +70,20 @@ pub(crate) type Returned = Arc<Mutex<Vec<Run>>>;
 pub(crate) struct Reserved {
     run: Run,
     fresh: bool,
-    returned: Returned,
+    /// Where it goes when it is dropped; nowhere from an external data file, whose clusters nobody counts.
+    returned: Option<Returned>,
 }
 
 impl Reserved {
+    /// Clusters of an external data file. `fresh` as for [`Reserved::is_fresh`].
+    pub(crate) fn outside(run: Run, fresh: bool) -> Self {
+        Reserved {
+            run,
+            fresh,
+            returned: None,
+        }
+    }
+
     /// The clusters.
     pub(crate) fn run(&self) -> Run {
         self.run
@@ -94,8 +104,10 @@ impl Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        if self.run.count > 0 {
-            let mut returned = self.returned.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(returned) = &self.returned
+            && self.run.count > 0
+        {
+            let mut returned = returned.lock().unwrap_or_else(PoisonError::into_inner);
             returned.push(self.run);
         }
     }
@@ -243,7 +255,7 @@ impl Allocator {
                 let reserved = Reserved {
                     run,
                     fresh: false,
-                    returned: self.returned.clone(),
+                    returned: Some(self.returned.clone()),
                 };
                 return Ok((self.g.host_offset(cluster) + used, reserved));
             }
@@ -407,7 +419,7 @@ impl Allocator {
         Ok(Reserved {
             run,
             fresh,
-            returned: self.returned.clone(),
+            returned: Some(self.returned.clone()),
         })
     }
 

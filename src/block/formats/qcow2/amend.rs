@@ -30,10 +30,9 @@ impl Image {
         if options.compat == Some(Compat::V1_1) && old.version == Version::V2 {
             self.check_snapshots_are_complete(&old).await?;
         }
-        let names_backing = options.backing.as_ref().is_some_and(|b| b.name.is_some());
         let before = self
             .may_have_backing
-            .fetch_or(names_backing, Ordering::AcqRel);
+            .fetch_or(names_backing(options), Ordering::AcqRel);
         let amended = match moves(options) {
             true => self.header.rewrite(|header| apply(header, options)).await,
             false => self.header.update(|header| apply(header, options)).await,
@@ -44,6 +43,9 @@ impl Image {
         amended?;
         let v3 = self.header.get().version == Version::V3;
         self.has_zero_flag.store(v3, Ordering::Release);
+        if options.data_file_raw == Some(false) {
+            self.data.is_raw_no_more();
+        }
         Ok(())
     }
 
@@ -63,6 +65,11 @@ impl Image {
 /// Whether more than fixed fields may change.
 fn moves(options: &AmendOptions) -> bool {
     options.compat.is_some() || options.backing.is_some()
+}
+
+fn names_backing(options: &AmendOptions) -> bool {
+    let backing = options.backing.as_ref();
+    backing.is_some_and(|backing| backing.name.is_some())
 }
 
 fn apply(header: &mut Header, options: &AmendOptions) {
@@ -119,6 +126,12 @@ fn validate(header: &Header, options: &AmendOptions) -> Result<()> {
     let is_raw = header.autoclear.has(Autoclear::DATA_FILE_RAW);
     if options.data_file_raw == Some(true) && !is_raw {
         return Err(invalid("data-file-raw cannot be set on existing images"));
+    }
+    let stays_raw = is_raw && options.data_file_raw != Some(false);
+    if stays_raw && names_backing(options) {
+        return Err(invalid(
+            "Backing file and data-file-raw cannot be used at the same time",
+        ));
     }
     options.backing.as_ref().map_or(Ok(()), validate_backing)
 }

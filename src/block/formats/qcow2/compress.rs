@@ -45,6 +45,12 @@ impl Image {
     /// written as it is. `offset` is the start of a cluster. The caller is inside the gate and has prepared for
     /// changes. Cancellation: run to the end by the caller.
     pub(super) async fn write_compressed_cluster(&self, offset: u64, data: Data) -> Result<()> {
+        if self.data.is_external() {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Compressed clusters are not possible with an external data file",
+            ));
+        }
         let size = self.g.cluster_size();
         let whole = data.len() == size || offset + data.len() == self.size() && data.len() < size;
         if !self.g.is_aligned(offset) || !whole || data.is_empty() {

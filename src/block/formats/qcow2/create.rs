@@ -53,6 +53,17 @@ pub struct CreateOptions {
     pub preallocation: Preallocation,
     /// The backing file, as text.
     pub backing: BackingFile,
+    /// Guest data go to a file of their own; version 3 only.
+    pub data_file: Option<DataFileOptions>,
+}
+
+/// An external data file, as the image describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DataFileOptions {
+    /// Its name as written to the image. Nothing is opened for that.
+    pub name: Option<String>,
+    /// It can be read as a raw image without the metadata. What it holds is what the new disk shows; otherwise a new disk is zero.
+    pub raw: bool,
 }
 
 impl CreateOptions {
@@ -67,6 +78,7 @@ impl CreateOptions {
             compression_type: CompressionType::default(),
             preallocation: Preallocation::Off,
             backing: BackingFile::default(),
+            data_file: None,
         }
     }
 
@@ -91,6 +103,7 @@ impl CreateOptions {
             return Err(invalid("Image size must be a multiple of 512 bytes"));
         }
         self.validate_backing()?;
+        self.validate_data_file()?;
         let g = Geometry::new(cluster_bits, self.refcount_bits.trailing_zeros());
         let l1_bytes = g.l1_entries_for(self.size).checked_mul(ENTRY_SIZE);
         if self.size > limits::MAX_DISK_SIZE
@@ -125,6 +138,24 @@ impl CreateOptions {
         Ok(())
     }
 
+    fn validate_data_file(&self) -> Result<()> {
+        let Some(DataFileOptions { name: _, raw }) = &self.data_file else {
+            return Ok(());
+        };
+        if self.compat == Compat::V0_10 {
+            return Err(invalid(
+                "External data files are only supported with compatibility level 1.1 and above \
+                 (use version=v3 or greater)",
+            ));
+        }
+        if *raw && self.backing.name.is_some() {
+            return Err(invalid(
+                "Backing file and data-file-raw cannot be used at the same time",
+            ));
+        }
+        Ok(())
+    }
+
     fn validate_backing(&self) -> Result<()> {
         if self.backing.name.is_none() && self.backing.format.is_some() {
             return Err(invalid(
@@ -153,6 +184,27 @@ impl CreateOptions {
 ///
 /// Cancellation: as an error in the middle.
 pub async fn create(file: &Child, options: &CreateOptions) -> Result<()> {
+    if options.data_file.is_some() {
+        return Err(invalid("The data file is missing"));
+    }
+    create_over(file, None, options).await
+}
+
+/// Makes an image in `file` whose guest data go to `data`, which is made as large as the disk if it is smaller.
+///
+/// Errors and cancellation as for [`create`]; `data` may have grown then.
+pub async fn create_with_data_file(
+    file: &Child,
+    data: &Child,
+    options: &CreateOptions,
+) -> Result<()> {
+    if options.data_file.is_none() {
+        return Err(invalid("The options do not describe the data file"));
+    }
+    create_over(file, Some(data), options).await
+}
+
+async fn create_over(file: &Child, data: Option<&Child>, options: &CreateOptions) -> Result<()> {
     let geometry = options.validate()?;
     let layout = Layout::new(geometry, options)?;
     // Encoded first, so that a name that does not fit is refused before anything is written.
@@ -162,8 +214,14 @@ pub async fn create(file: &Child, options: &CreateOptions) -> Result<()> {
     write_refblocks(file, &layout).await?;
     write_l1(file, &layout).await?;
     if layout.l2_tables > 0 {
-        let state = preallocated_state(file, &layout, options)?;
+        let state = match data {
+            Some(data) => state_outside(data, options),
+            None => preallocated_state(file, &layout, options)?,
+        };
         write_l2_tables(file, &layout, state).await?;
+    }
+    if let Some(data) = data {
+        prepare_data_file(data, options).await?;
     }
     file.flush().await?;
     write(file, HostOffset(0), header).await?;
@@ -179,7 +237,10 @@ struct Layout {
     l1_entries: u64,
     l1_clusters: u64,
     l2_tables: u64,
+    /// Clusters that L2 entries point to.
     data_clusters: u64,
+    /// They lie in a file of their own.
+    data_outside: bool,
 }
 
 impl Layout {
@@ -187,8 +248,10 @@ impl Layout {
         let g = geometry;
         // An L1 table of no entries would make its cluster a leak.
         let l1_entries = g.l1_entries_for(options.size).max(1);
+        // A raw data file can be written by others too: every byte of it shows.
+        let is_raw = options.data_file.as_ref().is_some_and(|file| file.raw);
         let (data_clusters, l2_tables) = match options.preallocation {
-            Preallocation::Metadata => {
+            preallocation if is_raw || preallocation == Preallocation::Metadata => {
                 let clusters = g.clusters_for(options.size);
                 (clusters, clusters.div_ceil(g.l2_entries()))
             }
@@ -202,6 +265,7 @@ impl Layout {
             l1_clusters: g.clusters_for(l1_entries * ENTRY_SIZE),
             l2_tables,
             data_clusters,
+            data_outside: options.data_file.is_some(),
         };
         // Refcounts count their own clusters too: grow until all fit. Each round adds less than the one before.
         loop {
@@ -246,7 +310,18 @@ impl Layout {
 
     /// Clusters of the whole image.
     fn clusters(&self) -> u64 {
-        self.first_data().0 + self.data_clusters
+        match self.data_outside {
+            true => self.first_data().0,
+            false => self.first_data().0 + self.data_clusters,
+        }
+    }
+
+    /// The host cluster of the n-th guest cluster.
+    fn data(&self, nth: u64) -> ClusterIndex {
+        match self.data_outside {
+            true => ClusterIndex(nth),
+            false => self.first_data() + nth,
+        }
     }
 
     fn offset(&self, cluster: ClusterIndex) -> HostOffset {
@@ -271,6 +346,14 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
         CompressionType::Zlib => 0,
         CompressionType::Zstd => Incompatible::COMPRESSION,
     };
+    let data_file = match &options.data_file {
+        Some(_) => Incompatible::DATA_FILE,
+        None => 0,
+    };
+    let autoclear = match &options.data_file {
+        Some(DataFileOptions { raw: true, .. }) => Autoclear::DATA_FILE_RAW,
+        _ => 0,
+    };
     let lazy = match options.lazy_refcounts {
         true => Compatible::LAZY_REFCOUNTS,
         false => 0,
@@ -287,9 +370,9 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
         refcount_table_clusters: layout.reftable_clusters as u32,
         nb_snapshots: 0,
         snapshots_offset: HostOffset(0),
-        incompatible: Incompatible(compression),
+        incompatible: Incompatible(compression | data_file),
         compatible: Compatible(lazy),
-        autoclear: Autoclear(0),
+        autoclear: Autoclear(autoclear),
         refcount_order: layout.geometry.refcount_order(),
         trailing: match version {
             Version::V2 => Vec::new(),
@@ -298,6 +381,10 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
         extensions: Vec::new(),
     };
     header.set_backing_format(options.backing.format.as_deref());
+    let data_file = options.data_file.as_ref();
+    if let Some(name) = data_file.and_then(|file| file.name.as_deref()) {
+        header.set_data_file_name(name);
+    }
     if version == Version::V3 {
         let without_names = header.clone();
         header.set_feature_names();
@@ -357,6 +444,26 @@ fn preallocated_state(file: &Child, layout: &Layout, options: &CreateOptions) ->
     }
 }
 
+/// What the subclusters of preallocated clusters in a data file are.
+fn state_outside(data: &Child, options: &CreateOptions) -> State {
+    let is_raw = options.data_file.as_ref().is_some_and(|file| file.raw);
+    let is_empty = data.limits().growable && data.size() == 0;
+    match is_raw || is_empty {
+        true => State::Data,
+        // What it holds must not show in a new disk.
+        false => State::Zero,
+    }
+}
+
+/// Makes the data file large enough.
+async fn prepare_data_file(data: &Child, options: &CreateOptions) -> Result<()> {
+    if data.size() < options.size {
+        let resized = data.resize(options.size, Preallocation::Off).await;
+        resized.map_err(|error| error.context("The data file cannot grow"))?;
+    }
+    data.flush().await
+}
+
 async fn write_reftable(file: &Child, layout: &Layout) -> Result<()> {
     let entries = (0..layout.refblocks).map(|index| {
         let block = layout.first_refblock() + index;
@@ -400,7 +507,7 @@ async fn write_l2_tables(file: &Child, layout: &Layout, state: State) -> Result<
     let subclusters = Subclusters::default().with(mask(0..g.subclusters()), state);
     let entry = |data| {
         let cluster = PlainCluster {
-            host: Some(layout.offset(layout.first_data() + data)),
+            host: Some(layout.offset(layout.data(data))),
             copied: true,
             subclusters,
         };

@@ -28,6 +28,15 @@ pub(crate) enum BadEntry {
     ZeroInV2,
     /// A bitmap of subclusters that contradicts itself or the descriptor.
     Subclusters(u64),
+    /// A compressed cluster in an image with an external data file.
+    CompressedOutside,
+    /// A cluster of an external data file that is not where the guest cluster is.
+    Misplaced {
+        /// Where the entry says that it is.
+        host: HostOffset,
+        /// Where it must be.
+        place: HostOffset,
+    },
 }
 
 /// An entry of an L1 table (block by block: "L1 table entry" of the specification).
@@ -117,6 +126,25 @@ impl PlainCluster {
     }
 }
 
+/// What lies at offset 0 of the file that entries point to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AtStart {
+    /// The image's header: an offset of 0 stands for no cluster.
+    Header,
+    /// A cluster as any other: with an external data file, COPIED tells whether there is one.
+    Cluster,
+}
+
+impl AtStart {
+    /// In a file that can have this cluster.
+    fn of(host: Option<HostOffset>) -> Self {
+        match host {
+            Some(HostOffset(0)) => AtStart::Cluster,
+            _ => AtStart::Header,
+        }
+    }
+}
+
 impl L2Entry {
     /// A standard entry.
     pub(crate) const fn standard(descriptor: u64) -> Self {
@@ -177,7 +205,10 @@ impl L2Entry {
         } else if subclusters.zero() != 0 {
             entry.descriptor |= ZERO;
         }
-        debug_assert_eq!(entry.decode(g, true), Ok(Mapping::Plain(cluster)));
+        debug_assert_eq!(
+            entry.decode_from(g, true, AtStart::of(cluster.host)),
+            Ok(Mapping::Plain(cluster))
+        );
         entry
     }
 
@@ -191,6 +222,16 @@ impl L2Entry {
 
     /// What the entry says. `has_zero_flag` is false for version 2.
     pub(crate) fn decode(self, g: Geometry, has_zero_flag: bool) -> Result<Mapping, BadEntry> {
+        self.decode_from(g, has_zero_flag, AtStart::Header)
+    }
+
+    /// The same, in a file with this at its start.
+    pub(super) fn decode_from(
+        self,
+        g: Geometry,
+        has_zero_flag: bool,
+        at_start: AtStart,
+    ) -> Result<Mapping, BadEntry> {
         if self.descriptor & COMPRESSED != 0 {
             return self.decode_compressed(g);
         }
@@ -211,9 +252,11 @@ impl L2Entry {
         if !g.is_aligned(offset.0) {
             return Err(BadEntry::Unaligned(offset));
         }
-        let host = (offset.0 != 0).then_some(offset);
+        let host = match at_start {
+            AtStart::Cluster if copied => Some(offset),
+            _ => (offset.0 != 0).then_some(offset),
+        };
         if host.is_none() && copied {
-            // Only legal with an external data file, which open refuses.
             return Err(BadEntry::Reserved(COPIED));
         }
         let subclusters = match g.has_extended_l2() {

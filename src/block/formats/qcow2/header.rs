@@ -34,6 +34,7 @@ const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_BITMAPS: u32 = 0x2385_2875;
 const EXT_ENCRYPTION: u32 = 0x0537_be77;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 /// The format's version.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -242,9 +243,7 @@ impl Header {
                 "Unsupported qcow2 feature(s): {names}"
             )));
         }
-        if self.incompatible.has(Incompatible::DATA_FILE) {
-            return Err(unsupported("External data files are not supported yet"));
-        }
+        self.validate_data_file()?;
         if self.compression_type().is_none() {
             return Err(unsupported(format!(
                 "qcow2: unknown compression type: {}",
@@ -267,6 +266,27 @@ impl Header {
         if self.autoclear.has(Autoclear::BITMAPS) && self.extension(EXT_BITMAPS).is_none() {
             return Err(invalid(
                 "The bitmaps feature bit is set, but the image has no bitmaps extension",
+            ));
+        }
+        Ok(())
+    }
+
+    fn validate_data_file(&self) -> Result<()> {
+        let is_raw = self.autoclear.has(Autoclear::DATA_FILE_RAW);
+        if !self.has_data_file() {
+            return match is_raw {
+                true => Err(invalid("data-file-raw requires a data file")),
+                false => Ok(()),
+            };
+        }
+        if is_raw && self.backing_name.is_some() {
+            return Err(invalid(
+                "data-file-raw cannot be set when there is a backing file",
+            ));
+        }
+        if self.nb_snapshots > 0 {
+            return Err(invalid(
+                "Internal snapshots are not possible with an external data file",
             ));
         }
         Ok(())
@@ -304,6 +324,24 @@ impl Header {
             let kind = EXT_BACKING_FORMAT;
             self.extensions.insert(0, Extension { kind, data });
         }
+    }
+
+    /// Guest data lie in an external data file.
+    pub(crate) fn has_data_file(&self) -> bool {
+        self.incompatible.has(Incompatible::DATA_FILE)
+    }
+
+    /// The external data file's name: what the image says, and nothing to be opened for that.
+    pub(crate) fn data_file_name(&self) -> Option<String> {
+        let data = self.extension(EXT_DATA_FILE)?;
+        Some(String::from_utf8_lossy(data).into_owned())
+    }
+
+    /// Sets the name of the external data file.
+    pub(crate) fn set_data_file_name(&mut self, name: &str) {
+        self.extensions.retain(|ext| ext.kind != EXT_DATA_FILE);
+        let (kind, data) = (EXT_DATA_FILE, name.as_bytes().to_vec());
+        self.extensions.push(Extension { kind, data });
     }
 
     /// Puts the names of the feature bits that this driver knows into the header, as QEMU does in version 3.
@@ -462,7 +500,13 @@ fn parse_extensions(cluster: &[u8], start: usize, end: usize) -> Result<Vec<Exte
                 "Header extension too large: type {kind:#x} with {len} bytes"
             )));
         }
-        let known = [EXT_BACKING_FORMAT, EXT_FEATURE_NAMES, EXT_BITMAPS].contains(&kind);
+        let known = [
+            EXT_BACKING_FORMAT,
+            EXT_FEATURE_NAMES,
+            EXT_BITMAPS,
+            EXT_DATA_FILE,
+        ]
+        .contains(&kind);
         if known && extensions.iter().any(|ext| ext.kind == kind) {
             return Err(invalid(format!("Header extension {kind:#x} appears twice")));
         }

@@ -20,6 +20,7 @@ use super::alloc::{Allocator, Run};
 use super::bitmaps::Bitmaps;
 use super::codec::CompressionType;
 use super::damage::{Damage, Hex};
+use super::data_file::DataFile;
 use super::entry::{BadEntry, L1Entry, L2Entry, Mapping};
 use super::gate::Gate;
 use super::geometry::{ENTRY_SIZE, Geometry, GuestCluster};
@@ -44,6 +45,7 @@ pub(crate) struct Image {
     /// The file as the user named it.
     pub(super) filename: String,
     pub(super) file: Child,
+    pub(super) data: DataFile,
     pub(super) backing: Option<Child>,
     /// Unallocated clusters may show something other than zeroes, now or when the image is opened otherwise.
     pub(super) may_have_backing: AtomicBool,
@@ -176,7 +178,10 @@ impl Image {
 
     /// What the entry of a guest cluster says.
     pub(super) fn decode(&self, entry: L2Entry, cluster: GuestCluster) -> Result<Mapping> {
-        entry.decode(self.g, self.has_zero_flag()).map_err(|bad| {
+        let decoded = self
+            .data
+            .decode(entry, cluster, (self.g, self.has_zero_flag()));
+        decoded.map_err(|bad| {
             let what = match bad {
                 BadEntry::Unaligned(host) => format!("Cluster allocation offset {host} unaligned"),
                 BadEntry::Reserved(bits) => {
@@ -186,6 +191,12 @@ impl Image {
                 BadEntry::Subclusters(bitmap) => {
                     format!("L2 entry {entry} has an invalid subcluster bitmap {bitmap:#x}")
                 }
+                BadEntry::CompressedOutside => {
+                    "Compressed cluster entry found in image with external data file".to_owned()
+                }
+                BadEntry::Misplaced { host, place } => format!(
+                    "External data file host cluster offset {host} does not match guest cluster offset: {place}"
+                ),
             };
             let place = self.entry_place(cluster);
             self.damage.met(format!("{what} ({place})"), None)
@@ -262,7 +273,8 @@ impl Image {
         owner.qemu_name(is_active)
     }
 
-    fn bytes_of(&self, run: Run) -> HostBytes {
+    /// Where a run of host clusters lies.
+    pub(super) fn bytes_of(&self, run: Run) -> HostBytes {
         HostBytes {
             offset: self.g.host_offset(run.start).0,
             len: run.count << self.g.cluster_bits(),
@@ -339,9 +351,11 @@ impl Image {
         }
     }
 
-    /// The references that go when an entry with this meaning is replaced: of each of these clusters one.
+    /// The references that go when an entry with this meaning is replaced: of each of these clusters one. Nothing counts
+    /// the clusters of an external data file.
     pub(super) fn references(&self, mapping: Mapping) -> Option<Run> {
         match mapping {
+            _ if self.data.is_external() => None,
             Mapping::Plain(cluster) => Some(self.cluster_run(cluster.host?)),
             Mapping::Compressed(stream) => {
                 let (first, last) = stream.clusters(self.g);

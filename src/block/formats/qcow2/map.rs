@@ -130,7 +130,7 @@ impl Image {
             answer.len += next.len;
             tables += usize::from(at.is_multiple_of(self.g.l2_span()));
         }
-        Ok(answer)
+        self.with_holes(answer).await
     }
 
     fn status_of(&self, offset: u64, extent: Extent) -> BlockStatus {

@@ -17,6 +17,7 @@
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
 //! * `open`, `read`, `write`, `cow`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of
 //!   them
+//! * `data_file`: guest data in another file
 //! * `codec`: the bytes of a compressed cluster
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
 //! * `space`: what a full disk still gives
@@ -42,6 +43,7 @@ mod counters;
 mod cow;
 pub mod create;
 mod damage;
+mod data_file;
 mod entry;
 mod gate;
 mod geometry;

@@ -11,6 +11,7 @@ use super::alloc::Allocator;
 use super::bitmaps::Bitmaps;
 use super::check::{self, CheckOptions, Repair};
 use super::damage::Damage;
+use super::data_file::DataFile;
 use super::entry::L1Entry;
 use super::gate::Gate;
 use super::geometry::{ENTRY_SIZE, Geometry};
@@ -78,6 +79,7 @@ pub struct Opening {
     file: Child,
     header: Header,
     options: OpenOptions,
+    data_file: Option<Child>,
 }
 
 impl Qcow2 {
@@ -108,6 +110,7 @@ impl Qcow2 {
             file,
             header,
             options,
+            data_file: None,
         })
     }
 }
@@ -130,6 +133,7 @@ impl Opening {
             file,
             header,
             options,
+            data_file: None,
         })
     }
 
@@ -139,6 +143,13 @@ impl Opening {
             name: self.header.backing_name.clone()?,
             format: self.header.backing_format(),
         })
+    }
+
+    /// Gives the image its external data file, which it must have if it needs one.
+    #[must_use]
+    pub fn with_data_file(mut self, data_file: Option<Child>) -> Self {
+        self.data_file = data_file;
+        self
     }
 
     /// Disk size in bytes.
@@ -158,20 +169,19 @@ impl Opening {
             file,
             header,
             options,
+            data_file,
         } = self;
         let g = header.geometry();
-        let l1_at = (header.l1_table_offset, header.l1_size.into());
-        let l1 = read_table(&file, g, "Active L1 table", l1_at).await?;
-        let snapshots = SnapshotList::load(&file, &header).await?;
-        let bitmaps = Bitmaps::load(&file, &header, options.read_only).await?;
-        let mut reftable = Vec::new();
-        let owners = Arc::new(Owners::default());
-        if !options.read_only {
-            reftable = read_reftable(g, &file, &header).await?;
-            claim_metadata(g, &owners, &header, &reftable, &l1)?;
-            snapshots.claim(&header, &owners)?;
-            bitmaps.claim(&file, g, &owners).await?;
-        }
+        let data = DataFile::new(&header, &file, data_file)?;
+        data.check_backing(backing.as_ref())?;
+        let Tables {
+            l1,
+            reftable,
+            snapshots,
+            bitmaps,
+            owners,
+        } = Tables::load(&file, &header, options.read_only).await?;
+        let owners = Arc::new(owners);
         let damage = Arc::new(Damage::new(options.reporter));
         let size = header.size;
         let has_zero_flag = header.version == Version::V3;
@@ -192,6 +202,7 @@ impl Opening {
             g,
             l2: Arc::new(l2),
             file,
+            data,
             filename: options.filename,
             may_have_backing: (backing.is_some() || names_backing).into(),
             backing,
@@ -221,6 +232,38 @@ impl Opening {
         Ok(Arc::new(Qcow2 {
             image: Arc::new(image),
         }))
+    }
+}
+
+/// What opening reads behind the header.
+struct Tables {
+    l1: Vec<u64>,
+    /// Empty where nothing is written.
+    reftable: Vec<u64>,
+    snapshots: SnapshotList,
+    bitmaps: Bitmaps,
+    /// Who has which cluster; empty where nothing is written.
+    owners: Owners,
+}
+
+impl Tables {
+    async fn load(file: &Child, header: &Header, read_only: bool) -> Result<Tables> {
+        let g = header.geometry();
+        let l1_at = (header.l1_table_offset, header.l1_size.into());
+        let mut tables = Tables {
+            l1: read_table(file, g, "Active L1 table", l1_at).await?,
+            reftable: Vec::new(),
+            snapshots: SnapshotList::load(file, header).await?,
+            bitmaps: Bitmaps::load(file, header, read_only).await?,
+            owners: Owners::default(),
+        };
+        if !read_only {
+            tables.reftable = read_reftable(g, file, header).await?;
+            claim_metadata(g, &tables.owners, header, &tables.reftable, &tables.l1)?;
+            tables.snapshots.claim(header, &tables.owners)?;
+            tables.bitmaps.claim(file, g, &tables.owners).await?;
+        }
+        Ok(tables)
     }
 }
 

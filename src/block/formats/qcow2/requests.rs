@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::Qcow2;
+use super::data_file::NoSnapshots;
 use super::header::{Compatible, Incompatible, Version};
 use super::image::Image;
 use crate::driver::{
@@ -180,6 +181,12 @@ impl Driver for Qcow2 {
             backing_filename: header.backing_name.clone(),
             backing_format: header.backing_format(),
             specific: FormatSpecific::Qcow2 {
+                data_file: header.data_file_name(),
+                data_file_raw: self
+                    .image
+                    .data
+                    .is_external()
+                    .then(|| self.image.data.is_raw()),
                 compat: if v3 { "1.1" } else { "0.10" },
                 lazy_refcounts: v3.then(|| header.compatible.has(Compatible::LAZY_REFCOUNTS)),
                 refcount_bits: self.image.g.refcount_bits(),
@@ -196,6 +203,9 @@ impl Driver for Qcow2 {
 
     fn children(&self) -> Vec<(&'static str, Child)> {
         let mut children = vec![("file", self.image.file.clone())];
+        if self.image.data.is_external() {
+            children.push(("data-file", self.image.data.child().clone()));
+        }
         children.extend(self.image.backing.clone().map(|child| ("backing", child)));
         children
     }
@@ -205,7 +215,10 @@ impl Driver for Qcow2 {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
-        Some(self)
+        match self.image.data.is_external() {
+            true => Some(&NoSnapshots),
+            false => Some(self),
+        }
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {

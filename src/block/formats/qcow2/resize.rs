@@ -79,6 +79,7 @@ impl Image {
         let cluster_end = old.next_multiple_of(self.g.cluster_size());
         let stale = self.mapped_end(cluster_end, new).await?;
         let end = shown.max(cluster_end).max(stale).min(new);
+        let data_file = self.data.grow(old, new).await?;
         self.size.store(new, Ordering::Release);
         let hidden = async {
             if end > old {
@@ -88,12 +89,16 @@ impl Image {
                 };
                 self.zero_range(old, end - old, flags).await?;
             }
+            if self.data.is_raw() {
+                self.allocate_in_place(cluster_end, new).await?;
+            }
             self.write_back().await?;
             self.header.update(|header| header.size = new).await
         };
         let result = hidden.await;
         if result.is_err() {
             self.size.store(old, Ordering::Release);
+            self.data.take_back_growth(data_file).await;
         }
         result
     }
@@ -129,7 +134,8 @@ impl Image {
             }
             self.drop_tables(self.g.l1_entries_for(new) as usize)
                 .await?;
-            self.write_back_all().await
+            self.write_back_all().await?;
+            self.data.shrink(new).await
         };
         if let Err(error) = dropped.await {
             // The disk has its new size; what is behind its end is unused space.

@@ -135,8 +135,20 @@ impl Image {
     }
 
     async fn write_in_place(&self, host: HostOffset, data: Data) -> Result<()> {
-        self.check_data_place(host, data.len())?;
-        self.file.write(host.0, data, WriteFlags::default()).await
+        if !self.data.is_external() {
+            self.check_data_place(host, data.len())?;
+        }
+        self.write_data(host, data).await
+    }
+
+    /// Writes guest data, and what is around them in their clusters. An external data file never reaches beyond the disk.
+    async fn write_data(&self, host: HostOffset, mut data: Data) -> Result<()> {
+        if self.data.is_external() {
+            let inside = self.size().saturating_sub(host.0);
+            data = data.slice(0, data.len().min(inside));
+        }
+        let file = self.data.child();
+        file.write(host.0, data, WriteFlags::default()).await
     }
 
     /// Writes to clusters of one L2 table that are not ours, or have no data yet where they are written.
@@ -283,7 +295,9 @@ impl Image {
         let size = self.g.cluster_size();
         let head = self.g.in_cluster(target.offset);
         let want = self.g.clusters_for(head + data.len());
-        let mut reserved = self.alloc.lock().await.allocate(want).await?;
+        let mut reserved = self
+            .reserve_data(self.cluster_at(target.offset), want)
+            .await?;
         let run = reserved.run();
         let len = data.len().min((run.count << self.g.cluster_bits()) - head);
         let first = self.cluster_at(target.offset);
@@ -332,14 +346,13 @@ impl Image {
             }
             joins
         });
-        let flags = WriteFlags::default();
         if pieces.len() == 1
             && let Some((at, data)) = pieces.pop()
         {
-            return self.file.write((start + at).0, data, flags).await;
+            return self.write_data(start + at, data).await;
         }
         let write = |(at, data)| -> BoxFuture<'_, Result<()>> {
-            self.file.write((start + at).0, data, flags)
+            Box::pin(self.write_data(start + at, data))
         };
         run_all(pieces.into_iter().map(write).collect()).await
     }
@@ -360,7 +373,11 @@ impl Image {
         let mut published = 0;
         for (nth, old) in old.iter().enumerate() {
             // Decoded before, when it was read.
-            let Ok(mapping) = old.decode(self.g, self.has_zero_flag()) else {
+            let cluster = GuestCluster(self.cluster_at(target.offset).0 + nth as u64);
+            let Ok(mapping) = self
+                .data
+                .decode(*old, cluster, (self.g, self.has_zero_flag()))
+            else {
                 break;
             };
             let at = nth as u64 * size;

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! The copies are taken first. Whatever they point to was written before (guest data, new L2 tables) or is in the refcounts
-//! that are written next, so the first fdatasync makes all of it durable before anything on disk points to it. That holds for a
+//! that are written next, so the first fdatasync makes all of it durable before anything on disk points to it; it is one of
+//! both files where guest data lie in an external one. That holds for a
 //! power cut, and for a killed process, whose completed writes stay. What changes after the copy waits for the next write-back.
 //! Freed clusters were taken before the copies: the second fdatasync makes their unlinking durable, and they move on
 //! in the quarantine.
@@ -14,6 +15,8 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::future::try_join;
 
 use super::alloc::Run;
 use super::image::Image;
@@ -104,17 +107,27 @@ impl Image {
             alloc.reclaim().await?;
             alloc.write_back().await?;
         }
-        if !taken.tables.is_empty() || !taken.l1.is_empty() {
-            self.file.flush().await?;
-            for (_, at, bytes) in &taken.l1 {
-                let data = Data::from(bytes.clone());
-                self.file.write(at.0, data, WriteFlags::default()).await?;
-            }
-            let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
-            for table in &taken.tables {
-                writes.push(Box::pin(table.write(&self.file)));
-            }
-            run_all(writes).await?;
+        if taken.tables.is_empty() && taken.l1.is_empty() {
+            return self.flush_files().await;
+        }
+        self.flush_files().await?;
+        for (_, at, bytes) in &taken.l1 {
+            let data = Data::from(bytes.clone());
+            self.file.write(at.0, data, WriteFlags::default()).await?;
+        }
+        let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
+        for table in &taken.tables {
+            writes.push(Box::pin(table.write(&self.file)));
+        }
+        run_all(writes).await?;
+        self.file.flush().await
+    }
+
+    /// Makes durable what was written: to the image's file, and to an external data file.
+    async fn flush_files(&self) -> Result<()> {
+        if self.data.is_external() {
+            try_join(self.data.child().flush(), self.file.flush()).await?;
+            return Ok(());
         }
         self.file.flush().await
     }

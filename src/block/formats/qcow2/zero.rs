@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::alloc::{Run, push_run};
 use super::entry::{L2Entry, Mapping, PlainCluster};
 use super::geometry::GuestCluster;
 use super::image::Image;
@@ -16,6 +17,7 @@ use super::subclusters::{State, Subclusters, mask};
 use crate::driver::ZeroFlags;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
+use crate::units::ClusterIndex;
 
 /// Longest run of zero bytes written at once where an image cannot say zero.
 const ZERO_PIECE: u64 = 4 << 20;
@@ -35,6 +37,9 @@ impl Image {
     /// Makes a checked range read as zeroes. The caller is inside the gate and has prepared for changes.
     /// Cancellation: run to the end by the caller.
     pub(super) async fn zero_range(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
+        if self.data.is_raw() {
+            return self.data.child().write_zeroes(offset, len, flags).await;
+        }
         let size = self.g.subcluster_size();
         let end = offset + len;
         // The last subcluster of the disk is whole when its part on the disk is.
@@ -124,6 +129,12 @@ impl Image {
 
     /// Drops the content of the whole subclusters in a checked range. The caller is inside the gate and has prepared.
     pub(super) async fn discard_range(&self, offset: u64, len: u64) -> Result<()> {
+        if self.data.is_raw() {
+            return match self.pass_discard {
+                true => self.data.child().discard(offset, len).await,
+                false => Ok(()),
+            };
+        }
         let size = self.g.subcluster_size();
         let end = offset + len;
         let start = offset.next_multiple_of(size);
@@ -200,11 +211,18 @@ impl Image {
             return Ok(());
         }
         let table = self.own_table(l1_index).await?;
+        let mut outside = Vec::new();
         for cluster in (first.0..=last.0).map(GuestCluster) {
             let part = self.part_of(cluster, &range);
-            self.unmap_cluster(&table, cluster, self.whole_subclusters(&part), how)?;
+            let subclusters = self.whole_subclusters(&part);
+            let gave_up = self.unmap_cluster(&table, cluster, subclusters, how)?;
+            if gave_up && self.data.is_external() {
+                let start = ClusterIndex(cluster.0);
+                push_run(&mut outside, Run { start, count: 1 });
+            }
         }
         self.commits.touch();
+        self.give_back(&outside).await;
         Ok(())
     }
 
@@ -220,22 +238,23 @@ impl Image {
         mask(self.g.subclusters_of(part.start, part.end - part.start))
     }
 
+    /// Answers whether the guest cluster had a host cluster and has none any more.
     fn unmap_cluster(
         &self,
         table: &Arc<L2Table>,
         cluster: GuestCluster,
         subclusters: u32,
         how: Unmap,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let index = self.g.l2_index(cluster);
         loop {
             let old = table.get(index);
             let mapping = self.decode(old, cluster)?;
             let Some(new) = self.unmapped(mapping, subclusters, how) else {
-                return Ok(());
+                return Ok(false);
             };
             if new == old {
-                return Ok(());
+                return Ok(false);
             }
             if !self.l2.replace(table, index, old, new) {
                 continue;
@@ -243,7 +262,7 @@ impl Image {
             if new.host_cluster().is_none() {
                 self.quarantine.unlinked(self.references(mapping));
             }
-            return Ok(());
+            return Ok(has_host(mapping) && !has_host(self.decode(new, cluster)?));
         }
     }
 
@@ -284,6 +303,10 @@ impl Image {
             self.g,
         ))
     }
+}
+
+fn has_host(mapping: Mapping) -> bool {
+    matches!(mapping, Mapping::Plain(cluster) if cluster.host.is_some())
 }
 
 fn no_fast_way() -> Error {

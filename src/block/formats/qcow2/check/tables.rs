@@ -17,6 +17,8 @@ const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 pub(super) struct Facts {
     /// Where things may lie.
     pub(super) bounds: Bounds,
+    /// Guest data lie in an external data file, where nothing counts them.
+    pub(super) data_outside: bool,
     /// What COPIED flags are held against, if they are.
     pub(super) stored: Option<Arc<StoredOnes>>,
 }
@@ -38,6 +40,8 @@ pub(super) enum Wrong {
     Outside,
     CopiedStream,
     ImpossibleStream,
+    /// There is a stream although guest data lie in an external data file.
+    StreamWithDataFile,
     /// The COPIED flag is not what the stored refcount asks for.
     Flag,
 }
@@ -50,6 +54,7 @@ impl fmt::Display for Wrong {
             Wrong::Outside => "the data lie behind the end of the file",
             Wrong::CopiedStream => "a compressed cluster has the copied flag",
             Wrong::ImpossibleStream => "the compressed cluster is impossible",
+            Wrong::StreamWithDataFile => "there is a compressed cluster beside a data file",
             Wrong::Flag => "OFLAG_COPIED disagrees with the refcount of the data cluster",
         })
     }
@@ -85,6 +90,10 @@ impl Table {
                 continue;
             }
             let wrong = |what| Finding { index, entry, what };
+            if facts.data_outside {
+                table.outside(facts, flags, entry, wrong);
+                continue;
+            }
             if entry.is_compressed() {
                 table.compressed(facts, entry, wrong);
                 continue;
@@ -115,6 +124,29 @@ impl Table {
             }
         }
         table
+    }
+
+    /// An entry whose data are in another file: it refers to nothing in this one, and is COPIED where it has a cluster.
+    fn outside(
+        &mut self,
+        facts: &Facts,
+        flags: Flags,
+        entry: L2Entry,
+        wrong: impl Fn(Wrong) -> Finding,
+    ) {
+        let host = entry.host_cluster();
+        self.allocated += u64::from(host.is_some() || entry.is_copied());
+        if entry.is_compressed() {
+            self.wrong.push(wrong(Wrong::StreamWithDataFile));
+        } else if entry.descriptor() & RESERVED != 0 {
+            self.wrong.push(wrong(Wrong::Reserved));
+        }
+        if host.is_some_and(|host| !facts.bounds.g.is_aligned(host.0)) {
+            self.wrong.push(wrong(Wrong::Unaligned));
+        }
+        if host.is_some() && !entry.is_copied() && flags == Flags::Meant && facts.stored.is_some() {
+            self.wrong.push(wrong(Wrong::Flag));
+        }
     }
 
     /// Adds a data cluster, or the two that an unaligned one touches.

@@ -183,6 +183,7 @@ impl Scan<'_> {
         let offsets: Vec<HostOffset> = uses.iter().map(|table| table.offset).collect();
         let facts = Facts {
             bounds: self.bounds,
+            data_outside: self.header.has_data_file(),
             stored: self.stored.clone(),
         };
         let uses: Arc<[TableUse]> = uses.into();

@@ -48,7 +48,7 @@ impl Autoclear {
     /// The external data file can be read as a raw image.
     pub(crate) const DATA_FILE_RAW: u64 = 1 << 1;
     /// Those whose promise this driver keeps when it writes.
-    pub(crate) const KEPT: u64 = Self::BITMAPS;
+    pub(crate) const KEPT: u64 = Self::BITMAPS | Self::DATA_FILE_RAW;
 
     /// Whether all of `bits` are set.
     pub(crate) fn has(self, bits: u64) -> bool {

@@ -148,7 +148,6 @@ fn unknown_features_are_refused_with_their_names() {
 
 #[test]
 fn what_is_not_supported_yet_says_so() {
-    assert!(refused(|h| h.incompatible = Incompatible(4)).contains("External data"));
     assert!(refused(|h| h.incompatible = Incompatible(16)).contains("Extended L2"));
     assert!(refused(|h| h.crypt_method = 2).contains("LUKS"));
     assert!(

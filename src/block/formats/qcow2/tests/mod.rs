@@ -13,6 +13,7 @@ use crate::protocols::memory::Memory;
 
 mod concurrency;
 mod crashes;
+mod data_file;
 mod faults;
 mod geometries;
 mod hostile;

@@ -21,9 +21,19 @@ struct Judge {
     counts: Arc<Counts>,
     low: Arc<Bitmap>,
     what: Repair,
+    /// Guest data lie in an external data file, where each cluster has one user.
+    data_outside: bool,
 }
 
 impl Judge {
+    /// As `judge`, for a data cluster.
+    fn judge_data(&self, host: HostOffset, copied: bool) -> (bool, bool) {
+        match self.data_outside {
+            false => self.judge(host, copied),
+            true => (copied || self.what == Repair::All, true),
+        }
+    }
+
     /// The flag that an entry is to have, and whether that is the right one.
     fn judge(&self, host: HostOffset, copied: bool) -> (bool, bool) {
         let cluster = self.g.host_cluster(host).0;
@@ -56,7 +66,7 @@ impl Judge {
             let Some(host) = entry.host_cluster() else {
                 continue;
             };
-            let (copied, right) = self.judge(host, entry.is_copied());
+            let (copied, right) = self.judge_data(host, entry.is_copied());
             changed.left += u64::from(!right);
             if copied != entry.is_copied() {
                 changed.flags += 1;
@@ -79,6 +89,7 @@ impl Mender<'_> {
             counts: self.counts.clone(),
             low: self.low.clone(),
             what: self.what,
+            data_outside: self.header.has_data_file(),
         };
         let tables = self.correct_l1(&judge).await?;
         if let Some(progress) = &self.progress {

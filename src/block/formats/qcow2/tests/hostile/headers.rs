@@ -204,7 +204,38 @@ const NEVER: &[Case] = &[
     (
         "an external data file",
         |i| put(i, 72, 8, 4),
-        "External data files are not supported",
+        "'data-file' is required for this image (the image does not name it)",
+    ),
+    (
+        "an external data file that is named",
+        |i| {
+            put(i, 72, 8, 4);
+            extension(i, 112, 0x4441_5441, 11);
+            i[120..131].copy_from_slice(b"/etc/passwd");
+        },
+        "the image names '/etc/passwd', which is not opened for that",
+    ),
+    (
+        "two names of a data file",
+        |i| {
+            put(i, 72, 8, 4);
+            extension(i, 112, 0x4441_5441, 0);
+            extension(i, 120, 0x4441_5441, 0);
+        },
+        "appears twice",
+    ),
+    (
+        "a raw data file that is none",
+        |i| put(i, 88, 8, 2),
+        "data-file-raw requires a data file",
+    ),
+    (
+        "snapshots with a data file",
+        |i| {
+            put(i, 72, 8, 4);
+            snapshot(i, L1 as u64, 1);
+        },
+        "Internal snapshots are not possible with an external data file",
     ),
     (
         "extended L2 entries",

@@ -1,8 +1,9 @@
 //! Internal snapshots beside qemu-storage-daemon: `cargo bench -p block --bench snapshots [-- FOLDER] [GIB...]`.
 //!
-//! Makes a fully mapped image (`preallocation=metadata`, 64 KiB clusters) of each size, then creates and deletes a snapshot in
-//! turn with the engine and with qemu-storage-daemon, and prints medians in milliseconds and their ratio. Both work on
-//! the same file. Needs qemu-utils and qemu-storage-daemon.
+//! Makes a fully mapped image (`preallocation=metadata`, 64 KiB clusters) of each size, then creates a snapshot, reverts to it and
+//! deletes it in turn with the engine, and creates and deletes one with qemu-storage-daemon, and prints medians in
+//! milliseconds and their ratio; for the engine also how long its refcounts take to settle behind each. Both work on
+//! the same file. Needs qemu-utils and qemu-storage-daemon. Above 1 TiB the engine is measured alone.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -20,6 +21,18 @@ use block::protocols::file::{File, FileAccess};
 
 const ROUNDS: usize = 5;
 
+/// The same where the engine is alone: creating the image takes most of the time.
+const ALONE_ROUNDS: usize = 2;
+
+/// The largest image that is given to qemu-storage-daemon, which takes half a minute for a snapshot of it.
+const COMPARED_GIB: u64 = 1024;
+
+/// What is measured of the engine.
+const OURS: [&str; 6] = ["create", "settle", "revert", "settle", "delete", "settle"];
+
+/// Which of them qemu-storage-daemon does.
+const THEIRS: [usize; 2] = [0, 4];
+
 type Failure = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failure> {
@@ -34,7 +47,7 @@ fn main() -> Result<(), Failure> {
         .flat_map(|gib| gib.parse())
         .collect();
     let sizes = if sizes.is_empty() {
-        vec![64, 256]
+        vec![1, 64, 1024, 16384]
     } else {
         sizes
     };
@@ -62,6 +75,17 @@ async fn compare(folder: &Path, gib: u64) -> Result<(), Failure> {
     let started = Instant::now();
     create(&file(&context, name).await?, &options).await?;
     let ours = started.elapsed();
+    if gib > COMPARED_GIB {
+        print(gib, "image", [vec![ours], Vec::new()]);
+        for _ in 0..ALONE_ROUNDS {
+            let times = ours_once(&context, name).await?;
+            for (label, time) in OURS.into_iter().zip(times) {
+                print(gib, label, [vec![time], Vec::new()]);
+            }
+        }
+        std::fs::remove_file(&path)?;
+        return Ok(());
+    }
     let theirs = folder.join("snapshots.theirs");
     let size = format!("{gib}G");
     let started = Instant::now();
@@ -83,16 +107,16 @@ async fn compare(folder: &Path, gib: u64) -> Result<(), Failure> {
         return Err("qemu-img create has failed".into());
     }
     print(gib, "image", created);
-    let mut times: [[Vec<Duration>; 2]; 2] = Default::default();
+    let mut times: [[Vec<Duration>; 2]; OURS.len()] = Default::default();
     for _ in 0..ROUNDS {
         for (operation, time) in ours_once(&context, name).await?.into_iter().enumerate() {
             times[operation][0].push(time);
         }
-        for (operation, time) in theirs_once(folder, name)?.into_iter().enumerate() {
+        for (operation, time) in THEIRS.into_iter().zip(theirs_once(folder, name)?) {
             times[operation][1].push(time);
         }
     }
-    for (label, times) in ["create", "delete"].into_iter().zip(times) {
+    for (label, times) in OURS.into_iter().zip(times) {
         print(gib, label, times);
     }
     std::fs::remove_file(&path)?;
@@ -102,11 +126,16 @@ async fn compare(folder: &Path, gib: u64) -> Result<(), Failure> {
 fn print(gib: u64, label: &str, times: [Vec<Duration>; 2]) {
     let [ours, theirs] = times.map(|mut times| {
         times.sort();
-        times[times.len() / 2].as_secs_f64() * 1000.0
+        let median = times.get(times.len() / 2);
+        median.map(|time| time.as_secs_f64() * 1000.0)
     });
+    let text = |number: Option<f64>| number.map_or(String::new(), |number| format!("{number:.1}"));
+    let ratio = ours.zip(theirs).map(|(ours, theirs)| theirs / ours);
     println!(
-        "{gib:>8}  {label:<8} {ours:>10.1} {theirs:>10.1} {:>7.1}",
-        theirs / ours
+        "{gib:>8}  {label:<8} {:>10} {:>10} {:>7}",
+        text(ours),
+        text(theirs),
+        text(ratio)
     );
 }
 
@@ -126,8 +155,8 @@ async fn file(context: &IoContext, name: &str) -> Result<Child, Failure> {
     )))
 }
 
-/// Creates and deletes a snapshot with the engine.
-async fn ours_once(context: &IoContext, name: &str) -> Result<[Duration; 2], Failure> {
+/// Creates a snapshot with the engine, reverts to it and deletes it, each with the time until its refcounts are settled.
+async fn ours_once(context: &IoContext, name: &str) -> Result<[Duration; OURS.len()], Failure> {
     let opening = Qcow2::open(file(context, name).await?, OpenOptions::default()).await?;
     let image = opening.finish(None).await?;
     let new = NewSnapshot {
@@ -136,18 +165,43 @@ async fn ours_once(context: &IoContext, name: &str) -> Result<[Duration; 2], Fai
         date_nsec: 0,
         vm_clock_nsec: 0,
     };
-    let started = Instant::now();
-    let info = image.create(new).await?;
-    let created = started.elapsed();
     let which = SnapshotSelector {
-        id: Some(info.id),
-        name: None,
+        id: None,
+        name: Some(new.name.clone()),
     };
+    let started = Instant::now();
+    image.create(new).await?;
+    let created = started.elapsed();
+    let create_settled = settled(&image).await;
+    let started = Instant::now();
+    image.revert(which.clone()).await?;
+    let reverted = started.elapsed();
+    let revert_settled = settled(&image).await;
     let started = Instant::now();
     image.delete(which).await?;
     let deleted = started.elapsed();
+    let delete_settled = settled(&image).await;
     image.close().await?;
-    Ok([created, deleted])
+    Ok([
+        created,
+        create_settled,
+        reverted,
+        revert_settled,
+        deleted,
+        delete_settled,
+    ])
+}
+
+/// Waits until nothing is left to be done behind an operation.
+async fn settled(image: &Qcow2) -> Duration {
+    let started = Instant::now();
+    loop {
+        let info = image.info();
+        if !info.dirty && info.unsettled_tables == 0 {
+            return started.elapsed();
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
 }
 
 /// Creates and deletes a snapshot with qemu-storage-daemon.

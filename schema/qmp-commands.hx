@@ -289,7 +289,8 @@ Arguments:
 
 - "driver": "file", "null-co", "qcow2" or "raw" (json-string)
 - "node-name": the node's name (json-string, optional)
-- all options of the driver; a node below is given by its name or by its options
+- all options of the driver; a node below is given by its name, by the id of its
+  drive, or by its options
 
 Examples:
 
@@ -304,6 +305,13 @@ A node on top of one that exists:
 -> { "execute": "blockdev-add",
      "arguments": { "driver": "raw", "node-name": "window",
                     "offset": 1048576, "file": "disk-file" } }
+<- { "return": {} }
+
+A snapshot inside the image of a drive, to be read while the drive is written:
+
+-> { "execute": "blockdev-add",
+     "arguments": { "driver": "qcow2", "node-name": "monday0",
+                    "x-snapshot": "monday", "file": "ide-hd0" } }
 <- { "return": {} }
 
 EQMP
@@ -407,7 +415,8 @@ blockdev-snapshot-delete-internal-sync
 --------------------------------------
 
 Delete a snapshot inside the image. If both "id" and "name" are given, one
-snapshot must match both; at least one must be given.
+snapshot must match both; at least one must be given. A snapshot that a node made
+with "x-snapshot" reads cannot be deleted.
 
 Arguments:
 

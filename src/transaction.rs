@@ -60,6 +60,8 @@ pub(crate) struct Disk {
     pub(crate) device: String,
     /// Its root.
     pub(crate) node: Arc<Node>,
+    /// The nodes that show snapshots of it.
+    pub(crate) views: Vec<Arc<Node>>,
 }
 
 /// The `abort` action: makes every transaction that has it fail. For tests of clients.

@@ -135,6 +135,8 @@ pub struct DriverInfo {
     pub dirty: bool,
     /// L2 tables whose refcounts are still to be brought up to date behind snapshot operations.
     pub unsettled_tables: u64,
+    /// The internal snapshot that is shown, for a view of one.
+    pub snapshot: Option<SnapshotInfo>,
 }
 
 /// Format-specific facts for queries.

@@ -1,7 +1,9 @@
 //! Internal snapshots, and transactions of them.
 
+use std::sync::Arc;
+
 use block::driver::SnapshotSelector;
-use block::graph::Graph;
+use block::graph::{Graph, Link, Node};
 use qapi::commands::{
     BlockdevSnapshotDeleteInternalSync, BlockdevSnapshotInternalSync, Transaction as Arguments,
     XBlockdevSnapshotRevert,
@@ -121,11 +123,20 @@ fn resolve(control: &Control, action: TransactionAction) -> Result<Box<dyn Actio
     Ok(Box::new(SnapshotAction::new(disk, operation)?))
 }
 
-/// What `device` means for a snapshot: a drive's root or a node, and in both cases nothing stands on it.
+/// What `device` means for a snapshot: a drive's root or a node. Nothing stands on it in both cases but what shows its
+/// snapshots, which do not change.
 fn disk(graph: &Graph, device: String) -> Result<Disk, QmpError> {
     let node = convert::device(graph, &device)?;
-    if graph.parents(&node).next().is_some() {
-        return Err(QmpError::generic("Need a root block node"));
+    let mut views: Vec<Arc<Node>> = Vec::new();
+    for (parent, link) in graph.parents(&node) {
+        if link.role != Link::IMAGE {
+            return Err(QmpError::generic("Need a root block node"));
+        }
+        views.push(parent.clone());
     }
-    Ok(Disk { device, node })
+    Ok(Disk {
+        device,
+        node,
+        views,
+    })
 }

@@ -129,8 +129,23 @@ impl SnapshotAction {
             (Operation::Delete(which) | Operation::Revert(which), ErrorKind::NotFound) => {
                 self.not_found(which)
             }
+            (Operation::Delete(which), ErrorKind::InUse) => {
+                let reason = match self.view_of(which) {
+                    Some(view) => format!("node '{view}' shows it"),
+                    None => error.to_string(),
+                };
+                QmpError::generic(format!("{}: {reason}", self.failure()))
+            }
             _ => QmpError::generic(format!("{}: {error}", self.failure())),
         }
+    }
+
+    /// A node that shows the snapshot.
+    fn view_of(&self, which: &SnapshotSelector) -> Option<&str> {
+        let shows = |info: Option<SnapshotInfo>| info.is_some_and(|info| which.matches(&info));
+        let mut views = self.disk.views.iter();
+        let view = views.find(|view| shows(view.driver().info().snapshot))?;
+        Some(view.name())
     }
 
     async fn step(&mut self, changes: &mut Changes) -> Result<(), QmpError> {

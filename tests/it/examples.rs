@@ -131,7 +131,11 @@ impl Scene {
                 let drives = empty().drive(0, "disk.qcow2").drive(1, "other.qcow2");
                 drives.snapshot("thursday")
             }
-            "query-named-block-nodes" | "blockdev-add" => empty().raw_file(),
+            "query-named-block-nodes" => empty().raw_file(),
+            "blockdev-add" => {
+                let drive = empty().drive(0, "other.qcow2").snapshot("monday");
+                drive.raw_file()
+            }
             "blockdev-del" => empty().node(),
             "nbd-server-stop" => empty().server(),
             "nbd-server-add" => empty().drive(0, "disk.qcow2").server(),

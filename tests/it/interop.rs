@@ -147,6 +147,27 @@ fn delete(qmp: &mut Qmp, name: &str) -> Value {
     )
 }
 
+fn revert(qmp: &mut Qmp, name: &str) {
+    let done = qmp.ok(
+        "x-blockdev-snapshot-revert",
+        json!({"device": "disk", "name": name}),
+    );
+    assert_eq!(done["name"], name);
+}
+
+/// A snapshot of the disk, read through a node and an export of its own.
+fn view(daemon: &Daemon, qmp: &mut Qmp, name: &str) -> Vec<u8> {
+    let node = json!({"driver": "qcow2", "node-name": "view", "x-snapshot": name, "file": "disk"});
+    qmp.ok("blockdev-add", node);
+    let export = json!({"type": "nbd", "id": "view", "node-name": "view"});
+    qmp.ok("block-export-add", export);
+    let content = content(daemon, "view");
+    qmp.ok("block-export-del", json!({"id": "view", "mode": "hard"}));
+    qmp.event("BLOCK_EXPORT_DELETED");
+    qmp.ok("blockdev-del", json!({"node-name": "view"}));
+    content
+}
+
 /// How images are made: lines of shell that leave a `disk.qcow2` of [`SIZE`].
 const MAKE: &[&str] = &[
     "qemu-img create -q -f qcow2 disk.qcow2 16M",
@@ -177,7 +198,7 @@ const MAKE: &[&str] = &[
      qemu-img convert -f raw -O qcow2 -c -o compression_type=zstd some.raw disk.qcow2",
 ];
 
-/// An image of qemu-img's, with a snapshot of qemu-img's, gets snapshots and loses some here.
+/// An image of qemu-img's, with a snapshot of qemu-img's, gets snapshots, goes back to some and loses some here.
 fn use_image(make: &str, random: &mut fastrand::Rng) {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path();
@@ -194,6 +215,15 @@ fn use_image(make: &str, random: &mut fastrand::Rng) {
         assert!(content(&daemon, "disk") == model.active, "read back");
         snapshot(&mut qmp, name);
         model.snapshot(name);
+    }
+    for name in ["theirs", "b"] {
+        revert(&mut qmp, name);
+        model.active = model.snapshots[name].clone();
+        assert!(content(&daemon, "disk") == model.active, "back to {name}");
+        qemu_io(&daemon, "disk", &model.commands(random));
+        for (name, content) in &model.snapshots {
+            assert!(view(&daemon, &mut qmp, name) == *content, "view of {name}");
+        }
     }
     for name in ["theirs", "b"] {
         assert_eq!(delete(&mut qmp, name)["name"], name);

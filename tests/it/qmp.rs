@@ -55,6 +55,14 @@ fn revert() {
 }
 
 #[test]
+fn views() {
+    let Some(()) = harness::need(&["nbdinfo"]) else {
+        return;
+    };
+    golden("views");
+}
+
+#[test]
 fn exports() {
     golden("exports");
 }

@@ -15,10 +15,12 @@ struct Step {
 
 fn session() -> Vec<Step> {
     let page = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    let (_, after) = page.split_once("<!-- session -->\n```console\n").unwrap();
-    let (session, _) = after.split_once("```").unwrap();
+    let (_, after) = page.split_once("<!-- session -->").unwrap();
+    let (session, _) = after.split_once("<!-- end -->").unwrap();
     let mut steps: Vec<Step> = Vec::new();
-    for line in session.lines() {
+    let pieces = session.split("```console\n").skip(1);
+    let pieces = pieces.map(|piece| piece.split_once("```").unwrap().0);
+    for line in pieces.flat_map(str::lines) {
         if let Some(command) = line.strip_prefix("$ ") {
             steps.push(Step {
                 command: command.to_owned(),

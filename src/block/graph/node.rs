@@ -36,12 +36,18 @@ pub struct Behaviour {
 /// A layer below a node, and what the node needs of it.
 #[derive(Debug, Clone)]
 pub struct Link {
-    /// `file`, `data-file` or `backing`.
+    /// `file`, `data-file`, `backing` or [`Link::IMAGE`].
     pub role: &'static str,
     /// The layer.
     pub node: Arc<Node>,
     /// What the upper layer does to it.
     pub access: Access,
+}
+
+impl Link {
+    /// The role of an image below a node that shows one of its internal snapshots. Such a node does not depend on what happens
+    /// to the image otherwise.
+    pub const IMAGE: &'static str = "image";
 }
 
 /// What a user of a node does to it, and what it lets other users do.

@@ -3,6 +3,7 @@
 //! * `options`: what a node is made of
 //! * `backing`: what the header of an image may refer to
 //! * `caches`: how much metadata of a qcow2 image is kept in memory
+//! * `view`: internal snapshots as nodes
 //!
 //! Opening does I/O and may take long, so it works on an [`Opener`], which knows the nodes that exist, and not on the
 //! graph. The graph is touched by `Graph::insert` only, which decides again whether names are free.
@@ -10,6 +11,7 @@
 mod backing;
 mod caches;
 mod options;
+mod view;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -37,20 +39,25 @@ pub struct Opener {
     io: IoContext,
     names: NameSource,
     events: EventSink,
+    /// What a name refers to: a node, or the root of the drive of that id.
     nodes: HashMap<String, Arc<Node>>,
 }
 
 impl Opener {
     /// As the graph is now.
     pub fn new(io: &IoContext, graph: &Graph) -> Self {
-        let nodes = graph.nodes();
+        let nodes = graph
+            .nodes()
+            .map(|node| (node.name().to_owned(), node.clone()));
+        let roots = graph
+            .drives()
+            .iter()
+            .filter_map(|drive| Some((drive.id.clone(), drive.root.clone()?)));
         Opener {
             io: io.clone(),
             names: graph.names(),
             events: graph.events(),
-            nodes: nodes
-                .map(|node| (node.name().to_owned(), node.clone()))
-                .collect(),
+            nodes: nodes.chain(roots).collect(),
         }
     }
 }
@@ -101,6 +108,9 @@ impl Opening<'_> {
                 DriverOptions::Raw(raw) => {
                     let file = self.child(&raw.file, options, depth).await?;
                     open_raw(raw, options, file)?
+                }
+                DriverOptions::Qcow2(qcow2) if qcow2.snapshot.is_some() => {
+                    self.open_view(qcow2, options, depth).await?
                 }
                 DriverOptions::Qcow2(qcow2) => {
                     let file = self.child(&qcow2.file, options, depth).await?;

@@ -158,6 +158,9 @@ pub struct Qcow2Options {
     pub pass_discard_snapshot: Option<bool>,
     /// How much metadata is kept in memory.
     pub cache: Qcow2Cache,
+    /// Show this internal snapshot instead of the disk: an id, or a name if no snapshot has that id. The node is read-only. If
+    /// `file` is a qcow2 node, its image goes on being used as it is, and nothing else can be asked for here.
+    pub snapshot: Option<String>,
 }
 
 impl Qcow2Options {
@@ -171,6 +174,7 @@ impl Qcow2Options {
             pass_discard_request: None,
             pass_discard_snapshot: None,
             cache: Qcow2Cache::default(),
+            snapshot: None,
         }
     }
 }

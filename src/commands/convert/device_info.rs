@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use block::driver::{DriverInfo, FormatSpecific, PersistentBitmap, Requests};
-use block::graph::{Behaviour, Node};
+use block::graph::{Behaviour, Link, Node};
 use block::open::{CacheMode, DetectZeroes};
 use qapi::types::{
     BlockDeviceInfo, BlockdevCacheInfo, BlockdevDetectZeroesOptions, ImageInfo, ImageInfoSpecific,
@@ -35,6 +35,7 @@ pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDevice
     let chain_below = chain(node).skip(1);
     let unsettled = info.unsettled_tables;
     let unsettled = (unsettled > 0).then(|| signed(unsettled));
+    let snapshot = info.snapshot.clone().map(super::snapshot);
     BlockDeviceInfo {
         file: info.filename.clone(),
         node_name: Some(node.name().to_owned()),
@@ -62,13 +63,14 @@ pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDevice
         cache: cache_info(cache),
         write_threshold: 0,
         x_unsettled_tables: unsettled,
+        x_snapshot: snapshot,
     }
 }
 
 /// What the driver says of itself, and of the file that holds its bytes, which a format does not know.
 fn facts(node: &Node) -> DriverInfo {
     let mut info = node.driver().info();
-    let mut below = node.link("file");
+    let mut below = node.link("file").or_else(|| node.link(Link::IMAGE));
     while let Some(file) = below {
         let DriverInfo {
             filename,
@@ -95,10 +97,12 @@ fn bottom(node: &Node) -> &Node {
         .unwrap_or(node)
 }
 
-/// The node and what backs it, from the top down. Raw layers and filters are no links of the chain.
+/// The node and what backs it, from the top down. Raw layers and filters are no links of the chain. A snapshot is backed by
+/// what backs its image.
 fn chain(node: &Node) -> impl Iterator<Item = &Node> {
     std::iter::successors(Some(node), |node| {
-        node.link("backing").map(|below| &**below)
+        let image = node.link(Link::IMAGE).map_or(*node, |image| image);
+        image.link("backing").map(|below| &**below)
     })
 }
 
@@ -124,8 +128,9 @@ fn image(node: &Node, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -
         actual_size,
         specific,
         dirty,
-        // Of the node, not of the image.
+        // Facts of the node, not of the image.
         unsettled_tables: _,
+        snapshot: _,
     } = info;
     let snapshots: Vec<SnapshotInfo> = node
         .driver()

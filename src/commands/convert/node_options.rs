@@ -48,9 +48,16 @@ fn convert(options: BlockdevOptions, above: Sharing) -> Result<NodeOptions, QmpE
         Some(false) => Sharing::Exclusive,
         None => above,
     };
+    let driver = driver_options(driver, sharing)?;
+    let shows_snapshot = matches!(&driver, DriverOptions::Qcow2(qcow2) if qcow2.snapshot.is_some());
+    if shows_snapshot && read_only == Some(false) && auto_read_only != Some(true) {
+        return Err(QmpError::generic(
+            "A node with 'x-snapshot' is read-only: leave 'read-only' out",
+        ));
+    }
     Ok(NodeOptions {
         node_name,
-        read_only: read_only.unwrap_or(false),
+        read_only: shows_snapshot || read_only.unwrap_or(false),
         auto_read_only: auto_read_only.unwrap_or(false),
         discard: match discard {
             Some(BlockdevDiscardOptions::Unmap) => DiscardMode::Unmap,
@@ -66,7 +73,7 @@ fn convert(options: BlockdevOptions, above: Sharing) -> Result<NodeOptions, QmpE
             no_flush: no_flush.unwrap_or(false),
             writethrough: false,
         },
-        driver: driver_options(driver, sharing)?,
+        driver,
     })
 }
 
@@ -154,6 +161,7 @@ fn qcow2_options(
         refcount_cache_size,
         cache_clean_interval,
         data_file,
+        x_snapshot,
     } = options;
     if cache_clean_interval.is_some_and(|seconds| u32::try_from(seconds).is_err()) {
         return Err(QmpError::generic("Cache clean interval too big"));
@@ -180,6 +188,7 @@ fn qcow2_options(
             refcounts: bytes("refcount-cache-size", refcount_cache_size)?,
             l2_entry: bytes("l2-cache-entry-size", l2_cache_entry_size)?,
         },
+        snapshot: x_snapshot,
     })
 }
 

@@ -17,6 +17,7 @@ const NOT_IN_QSD: &[&str] = &["query-status", "SHUTDOWN", "x-blockdev-snapshot-r
 const OURS: &[&str] = &[
     "x-blockdev-snapshot-delete-internal-sync",
     "x-blockdev-snapshot-revert",
+    "x-snapshot",
     "x-unsettled-tables",
 ];
 

@@ -25,6 +25,7 @@ async fn disk(memory: &Arc<Memory>) -> Disk {
     Disk {
         device: "disk".to_owned(),
         node: Node::new(name, driver, Behaviour::default(), Vec::new()),
+        views: Vec::new(),
     }
 }
 

@@ -59,6 +59,7 @@ pub(crate) fn disk(name: &'static str, faults: &'static [Fault], log: &Log) -> D
     Disk {
         device: name.to_owned(),
         node: Node::new(node_name, Arc::new(driver), behaviour, Vec::new()),
+        views: Vec::new(),
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::steps::SnapshotDisk;
 use crate::driver::{
     BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
-    SnapshotSelector, WriteFlags, ZeroFlags,
+    SnapshotInfo, SnapshotSelector, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::header::{Header, Incompatible};
@@ -31,12 +31,12 @@ struct View {
 #[derive(Debug)]
 struct Held {
     image: Arc<Image>,
-    id: String,
+    info: SnapshotInfo,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.image.snapshots.release(&self.id);
+        self.image.snapshots.release(&self.info.id);
     }
 }
 
@@ -50,16 +50,16 @@ pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<A
         let index = table.find(&which);
         let index =
             index.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find the snapshot"))?;
-        let id = table.entries()[index].info(image.size()).id;
-        image.snapshots.hold(&id);
+        let info = table.entries()[index].info(image.size());
+        image.snapshots.hold(&info.id);
         Held {
             image: image.clone(),
-            id,
+            info,
         }
     };
     let table = image.snapshots.get();
     let by_id = SnapshotSelector {
-        id: Some(held.id.clone()),
+        id: Some(held.info.id.clone()),
         ..which
     };
     let index = table.find(&by_id);
@@ -146,7 +146,18 @@ impl Requests for View {
 
 impl Driver for View {
     fn info(&self) -> DriverInfo {
-        self.snapshot.info()
+        DriverInfo {
+            snapshot: Some(self.held.info.clone()),
+            // Those of the image, which changes.
+            dirty: self
+                .held
+                .image
+                .header
+                .get()
+                .incompatible
+                .has(Incompatible::DIRTY),
+            ..self.snapshot.info()
+        }
     }
 
     fn children(&self) -> Vec<(&'static str, Child)> {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures qblockd beside qemu-storage-daemon in the same run and prints ratios.
 
-    cargo build --release && benches/compare.py [snapshot] [nbd] [qmp] [--sizes 64G,256G] [--rounds 3]
+    cargo build --release && benches/compare.py [snapshot] [settle] [nbd] [qmp] [--sizes 64G,1T] [--rounds 3]
 
 Both daemons get the same command line, the same kind of image and the same requests, in turn (A B A B ...), because
 machines drift. Figures are medians; the ratio says how much better qblockd is (above 1: better). Needs qemu-utils and fio.
@@ -95,32 +95,106 @@ def create(image, size, *options):
 
 
 def bench_snapshot(args, directory):
-    rows = []
+    rows, alone = [], []
     for size in args.sizes.split(","):
-        figures = {verb: {program: [] for program in PROGRAMS} for verb in ("create", "delete")}
-        stalls = {program: [] for program in PROGRAMS}
+        programs = [name for name in PROGRAMS if name == "qblockd" or size not in args.alone.split(",")]
+        figures, stalls = {}, {}
         for _ in range(args.rounds):
-            for program in PROGRAMS:
+            for program in programs:
                 image = os.path.join(directory, "snapshot.qcow2")
                 create(image, size, "-o", "preallocation=metadata")
-                with daemon(program, image, directory) as (qmp, uri, _), Probe(uri) as probe:
-                    start = time.monotonic()
-                    qmp.run("blockdev-snapshot-internal-sync", device="disk", name="s")
-                    middle = time.monotonic()
-                    qmp.run("blockdev-snapshot-delete-internal-sync", device="disk", name="s")
-                    end = time.monotonic()
-                stalls[program].append(probe.longest)
-                figures["create"][program].append(middle - start)
-                figures["delete"][program].append(end - middle)
+                with daemon(program, image, directory) as (qmp, uri, _):
+                    times, longest = snapshot_round(program, qmp, uri, image)
+                for verb, seconds in times.items():
+                    figures.setdefault(verb, {name: [] for name in programs})[program].append(seconds)
+                for verb, seconds in longest.items():
+                    stalls.setdefault(verb, {name: [] for name in programs})[program].append(seconds)
                 os.unlink(image)
         for verb, by_program in figures.items():
-            rows.append((f"{verb}, {size} fully mapped", by_program))
-        rows.append((f"longest 4 KiB read meanwhile, {size}", stalls))
+            rows_of = rows if all(len(by_program.get(name, [])) for name in PROGRAMS) else alone
+            rows_of.append((f"{verb}, {size} fully mapped", by_program))
+        for verb, by_program in stalls.items():
+            rows_of = rows if all(len(by_program.get(name, [])) for name in PROGRAMS) else alone
+            rows_of.append((f"longest 4 KiB write during {verb}, {size}", by_program))
     table("Internal snapshots, seconds", rows, "lower")
+    print("\n## What has no peer in QSD, or takes it minutes, seconds\n\n| what | qblockd |\n|---|---|")
+    for name, figures in alone:
+        print(f"| {name} | {statistics.median(figures['qblockd']):.6g} |", flush=True)
+
+
+def snapshot_round(program, qmp, uri, image):
+    """Creates, deletes, creates, reverts and settles; answers the time and the longest write of each."""
+    times, longest = {}, {}
+
+    def step(verb, action):
+        probe.longest = 0.0
+        start = time.monotonic()
+        action()
+        times[verb] = time.monotonic() - start
+        # A write that began in the command may end behind it.
+        time.sleep(0.02)
+        longest[verb] = probe.longest
+
+    with Probe(uri) as probe:
+        # Probe's first writes find tables that are not in memory yet; those of the commands are looked at.
+        time.sleep(0.2)
+        name = {"device": "disk", "name": "s"}
+        step("create", lambda: qmp.run("blockdev-snapshot-internal-sync", **name))
+        if program == "qblockd":
+            step("revert, unsettled", lambda: qmp.run("x-blockdev-snapshot-revert", **name))
+            step("settling", lambda: wait_settled(qmp))
+            step("revert, settled", lambda: qmp.run("x-blockdev-snapshot-revert", **name))
+        step("delete", lambda: qmp.run("blockdev-snapshot-delete-internal-sync", **name))
+    return times, longest
+
+
+def unsettled(qmp):
+    """L2 tables whose refcounts are still to be written."""
+    nodes = qmp.run("query-named-block-nodes")
+    return sum(node.get("x-unsettled-tables", 0) for node in nodes)
+
+
+def wait_settled(qmp):
+    while unsettled(qmp):
+        time.sleep(0.01)
+
+
+def bench_settle(args, directory):
+    """Latency of guest writes while qblockd brings refcounts up to date, beside the same writes without snapshots."""
+    for size in args.settle_sizes.split(","):
+        image = os.path.join(directory, "settle.qcow2")
+        create(image, size, "-o", "preallocation=metadata")
+        with daemon("qblockd", image, directory) as (qmp, uri, pid):
+            idle = fio(uri, pid, "randwrite", 1, args.seconds)
+            stop = threading.Event()
+            busy = {"samples": 0, "unsettled": 0}
+
+            def churn():
+                count = 0
+                while not stop.is_set():
+                    name = {"device": "disk", "name": f"s{count}"}
+                    if not unsettled(qmp):
+                        qmp.run("blockdev-snapshot-internal-sync", **name)
+                        count += 1
+                    busy["samples"] += 1
+                    busy["unsettled"] += unsettled(qmp) > 0
+                    time.sleep(0.02)
+
+            thread = threading.Thread(target=churn)
+            thread.start()
+            settling = fio(uri, pid, "randwrite", 1, args.seconds)
+            stop.set()
+            thread.join()
+        os.unlink(image)
+        share = 100 * busy["unsettled"] / max(busy["samples"], 1)
+        print(f"\n## 4k randwrite, depth 1, {size} fully mapped, while settling ({share:.0f} % of the time)\n")
+        print("| | idle | settling | ratio |\n|---|---|---|---|")
+        for what, before, during in zip(("operations per second", "99th percentile, us", "us of processor"), idle, settling):
+            print(f"| {what} | {before:.6g} | {during:.6g} | {during / before:.2f}x |", flush=True)
 
 
 class Probe:
-    """Reads 4 KiB over NBD again and again and keeps the longest time it took."""
+    """Writes 4 KiB over NBD again and again, each time to another place, and keeps the longest time it took."""
 
     def __init__(self, uri):
         self.path, self.longest, self.stop = uri.split("socket=")[1], 0.0, threading.Event()
@@ -142,15 +216,19 @@ class Probe:
             # Fixed newstyle without zeroes, then the plain option: no reply but size and flags.
             nbd.sendall((3).to_bytes(4, "big"))
             nbd.sendall(b"IHAVEOPT" + (1).to_bytes(4, "big") + (4).to_bytes(4, "big") + b"disk")
-            take(10)
-            request = (0x25609513).to_bytes(4, "big") + bytes(4) + bytes(8) + bytes(8)
+            size = int.from_bytes(take(10)[:8], "big")
+            head = (0x25609513).to_bytes(4, "big")
+            at = 0
             while not self.stop.is_set():
+                # A stride that no table divides, so that the writes meet many L2 tables.
+                at = (at + 77_777 * 4096) % (size - 4096)
                 start = time.monotonic()
-                nbd.sendall(request + (4096).to_bytes(4, "big"))
-                take(16 + 4096)
+                write = (1).to_bytes(4, "big") + bytes(8) + at.to_bytes(8, "big") + (4096).to_bytes(4, "big")
+                nbd.sendall(head + write + bytes(4096))
+                take(16)
                 self.longest = max(self.longest, time.monotonic() - start)
                 time.sleep(0.001)
-            nbd.sendall((0x25609513).to_bytes(4, "big") + bytes(2) + (2).to_bytes(2, "big") + bytes(20))
+            nbd.sendall(head + bytes(2) + (2).to_bytes(2, "big") + bytes(20))
 
 
 def cpu_seconds(pid):
@@ -173,7 +251,7 @@ def fio(uri, pid, mode, depth, seconds):
     return job["iops"], job["clat_ns"]["percentile"]["99.000000"] / 1000, used * 1e6 / job["total_ios"]
 
 
-def settle(image):
+def write_out(image):
     """Writes the image back: that of what came before would otherwise meet the first figures."""
     with open(image) as file:
         os.fsync(file)
@@ -198,7 +276,7 @@ def bench_nbd(args, directory):
                 image = full if filled else os.path.join(directory, "empty.qcow2")
                 if not filled:
                     create(image, "1G")
-                settle(image)
+                write_out(image)
                 with daemon(program, image, directory) as (_, uri, pid):
                     measured = fio(uri, pid, mode, depth, args.seconds)
                 for title, figure in zip(tables, measured):
@@ -226,15 +304,18 @@ def bench_qmp(args, directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=["snapshot", "nbd", "qmp", []])
-    parser.add_argument("--sizes", default="64G,256G")
+    parser.add_argument("sections", nargs="*", choices=["snapshot", "settle", "nbd", "qmp", []])
+    parser.add_argument("--sizes", default="1G,64G,1T")
+    parser.add_argument("--alone", default="16T", help="sizes at which only qblockd is measured")
+    parser.add_argument("--settle-sizes", default="1T")
+    parser.add_argument("--directory", help="where images are made; 16T needs a file system with files of that size")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5)
     args = parser.parse_args()
-    sections = args.sections or ["snapshot", "nbd", "qmp"]
+    sections = args.sections or ["snapshot", "settle", "nbd", "qmp"]
     version = subprocess.run([PROGRAMS["QSD"], "--version"], check=True, capture_output=True, text=True).stdout
     print(f"{os.cpu_count()} cores; {version.splitlines()[0]}; {args.rounds} rounds, medians")
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         for section in sections:
             globals()[f"bench_{section}"](args, directory)
 

@@ -17,8 +17,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header_cell::HeaderCell;
+use super::metadata::Metadata;
 use super::owners::{Owner, Owners};
-use crate::driver::{Child, WriteFlags};
+use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 use crate::limits;
@@ -131,6 +132,7 @@ pub(crate) struct Allocator {
     file: Child,
     header: Arc<HeaderCell>,
     owners: Arc<Owners>,
+    metadata: Metadata,
     /// Where the refcount table lies, and its entries.
     table_offset: HostOffset,
     table: Vec<u64>,
@@ -160,13 +162,12 @@ pub(crate) struct Allocator {
 impl Allocator {
     /// An allocator over the image's refcount table, whose entries have been checked.
     pub(super) fn new(
-        g: Geometry,
-        file: Child,
+        metadata: Metadata,
         header: Arc<HeaderCell>,
-        owners: Arc<Owners>,
         table: Vec<u64>,
         cache_bytes: u64,
     ) -> Self {
+        let (g, file) = (metadata.g, metadata.file.clone());
         let growable = file.limits().growable;
         let last_block = table.iter().rposition(|entry| *entry != 0);
         let end = match growable {
@@ -194,7 +195,8 @@ impl Allocator {
             g,
             file,
             header,
-            owners,
+            owners: metadata.owners.clone(),
+            metadata,
         }
     }
 
@@ -313,8 +315,16 @@ impl Allocator {
         self.reserve(run).await.map(Some)
     }
 
+    /// Whether a cluster with a refcount of 0 may be used: not if it holds metadata, which damage has left uncounted.
     fn may_hand_out(&self, index: u64) -> bool {
-        self.owners.get(ClusterIndex(index)).is_none()
+        let cluster = ClusterIndex(index);
+        let Some(owner) = self.owners.get(cluster) else {
+            return true;
+        };
+        let at = self.g.host_offset(cluster);
+        let message = format!("Refcount of {} at {at} is 0", owner.name());
+        self.metadata.damage.noticed(message, None);
+        false
     }
 
     /// Searches a bounded number of counters from the hint on.
@@ -497,19 +507,17 @@ impl Allocator {
         let mut freed = Vec::new();
         for (region, part) in self.parts(run) {
             let Some(block) = self.block(region).await? else {
-                log::error!("qcow2: {part:?} is freed, but has no refcount; run a check");
+                self.uncounted(part.start);
                 continue;
             };
             let first = (part.start.0 % block.counters.len() as u64) as usize;
             let mut changed = false;
+            let mut uncounted = None;
             for (offset, index) in (first..first + part.count as usize).enumerate() {
                 let count = block.counters.get(index);
                 let cluster = part.start + offset as u64;
                 if count < less {
-                    log::error!(
-                        "qcow2: host cluster {} is freed, but its refcount is {count}; run a check",
-                        cluster.0
-                    );
+                    uncounted.get_or_insert(cluster);
                     continue;
                 }
                 changed = true;
@@ -525,11 +533,21 @@ impl Allocator {
             if changed {
                 self.mark_dirty(region, first, part.count as usize);
             }
+            if let Some(cluster) = uncounted {
+                self.uncounted(cluster);
+            }
         }
         for run in &freed {
             self.seal(*run);
         }
         Ok(freed)
+    }
+
+    /// A cluster was in use and its refcount says that it was not. It stays free, if it is.
+    fn uncounted(&self, cluster: ClusterIndex) {
+        let at = self.g.host_offset(cluster);
+        let message = format!("Refcount of the cluster at {at} is 0, but it was in use");
+        self.metadata.damage.noticed(message, None);
     }
 
     /// The greatest refcount in a run.

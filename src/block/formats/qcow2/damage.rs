@@ -53,6 +53,13 @@ impl Damage {
     pub(crate) fn met(&self, message: impl Into<String>, place: Option<HostBytes>) -> Error {
         let message = message.into();
         let error = corrupt(&message);
+        self.noticed(message, place);
+        error
+    }
+
+    /// Damage was met that no request has to fail for.
+    pub(crate) fn noticed(&self, message: impl Into<String>, place: Option<HostBytes>) {
+        let message = message.into();
         let mut reports = self.reports();
         if !reports.told {
             reports.told = true;
@@ -66,7 +73,6 @@ impl Damage {
                 fatal: false,
             });
         }
-        error
     }
 
     /// A change would have spread damage and has not been made; answers its error. No other is made from now on.

@@ -28,11 +28,12 @@ use super::header::{Autoclear, Header};
 use super::header_cell::HeaderCell;
 use super::l1::L1Table;
 use super::l2::{L2Cache, L2Table};
+use super::metadata::Metadata;
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
 use super::snapshot::{Settler, Settling, SnapshotList};
 use super::write_back::Commits;
-use crate::driver::{Child, WriteFlags};
+use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::HostBytes;
 use crate::io::{Access, Data, RangeGuard, RangeLock};
@@ -65,6 +66,8 @@ pub(crate) struct Image {
     pub(super) l2: Arc<L2Cache>,
     pub(super) owners: Arc<Owners>,
     pub(super) damage: Arc<Damage>,
+    /// Where tables are written.
+    pub(super) metadata: Metadata,
     pub(super) alloc: tokio::sync::Mutex<Allocator>,
     pub(super) gate: Arc<Gate>,
     pub(super) clusters: RangeLock,
@@ -139,7 +142,7 @@ impl Image {
             return self.header.check();
         }
         self.prepare_metadata_change().await?;
-        self.bitmaps.mark_enabled(&self.file).await?;
+        self.bitmaps.mark_enabled(&self.metadata).await?;
         self.prepared.store(true, Ordering::Release);
         Ok(())
     }
@@ -311,9 +314,7 @@ impl Image {
             None => L2Table::empty(self.g, host),
         };
         let bytes = Data::from(table.to_bytes());
-        self.file
-            .write(host.0, bytes, WriteFlags::default())
-            .await?;
+        self.metadata.write(Owner::L2Table, host, bytes).await?;
         self.l2.insert(table.clone());
         reserved.publish(1);
         self.l1().set(index, L1Entry::new(host, true));

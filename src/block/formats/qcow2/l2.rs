@@ -13,7 +13,9 @@ use super::alloc::{dirty_ranges, slice_mask};
 use super::damage::Damage;
 use super::entry::L2Entry;
 use super::geometry::Geometry;
-use crate::driver::{Child, WriteFlags};
+use super::metadata::Metadata;
+use super::owners::Owner;
+use crate::driver::Child;
 use crate::error::Result;
 use crate::events::HostBytes;
 use crate::io::{Access, Data, RangeLock};
@@ -318,10 +320,9 @@ impl L2Cache {
 
 impl TakenTable {
     /// Writes what was taken. Not durable before the file's next flush.
-    pub(crate) async fn write(&self, file: &Child) -> Result<()> {
+    pub(crate) async fn write(&self, metadata: &Metadata) -> Result<()> {
         for (at, data) in &self.parts {
-            file.write(at.0, data.clone(), WriteFlags::default())
-                .await?;
+            metadata.write(Owner::L2Table, *at, data.clone()).await?;
         }
         Ok(())
     }

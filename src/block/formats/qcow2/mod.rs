@@ -12,7 +12,7 @@
 //! * `header_cell`: the open image's header, switched by one write
 //! * `alloc`: refcount blocks, free clusters, growth, reservations that give themselves back
 //! * `bitmaps`: persistent bitmaps that others have stored
-//! * `owners`: which host clusters hold metadata
+//! * `owners`: which host clusters hold metadata; `metadata`: written there and nowhere else
 //! * `damage`: what is done about damage that is found
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
 //! * `open`, `read`, `write`, `cow`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of
@@ -30,7 +30,7 @@
 //! * A freed cluster is handed out again only when nothing old can lead to it (`quarantine`).
 //! * Who allocates, discards or zeroes a guest cluster has it alone; an entry is replaced only if it is still what
 //!   was read (`image`, `write`).
-//! * Guest data never land on metadata, whatever the tables say (`owners`).
+//! * Guest data never land on metadata, nor metadata on other metadata, whatever the tables say (`owners`, `metadata`).
 //! * A change that its caller drops runs to its end: its writes cannot be called back (`requests`).
 
 mod alloc;
@@ -53,6 +53,7 @@ mod image;
 mod l1;
 mod l2;
 mod map;
+mod metadata;
 mod open;
 mod owners;
 mod parallel;

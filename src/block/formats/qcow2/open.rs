@@ -20,6 +20,7 @@ use super::header_cell::HeaderCell;
 use super::image::Image;
 use super::l1::L1Table;
 use super::l2::L2Cache;
+use super::metadata::Metadata;
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
 use super::snapshot::{Settler, Settling, SnapshotList};
@@ -189,14 +190,14 @@ impl Opening {
         let names_backing = header.backing_name.is_some();
         let l1 = L1Table::new(header.l1_table_offset, l1);
         let header = Arc::new(HeaderCell::new(file.clone(), header));
-        let alloc = Allocator::new(
+        let metadata = Metadata {
             g,
-            file.clone(),
-            header.clone(),
-            owners.clone(),
-            reftable,
-            options.refcount_cache_bytes,
-        );
+            file: file.clone(),
+            owners: owners.clone(),
+            damage: damage.clone(),
+        };
+        let cache = options.refcount_cache_bytes;
+        let alloc = Allocator::new(metadata.clone(), header.clone(), reftable, cache);
         let l2 = L2Cache::new(g, file.clone(), options.l2_cache_bytes, damage.clone());
         let image = Image {
             g,
@@ -216,6 +217,7 @@ impl Opening {
             l1: RwLock::new(Arc::new(l1)),
             owners,
             damage,
+            metadata,
             alloc: tokio::sync::Mutex::new(alloc),
             gate: Arc::new(Gate::default()),
             clusters: RangeLock::default(),

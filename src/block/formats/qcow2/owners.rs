@@ -52,7 +52,8 @@ impl Owner {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// What it is, for messages.
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Owner::Header => "the image header",
             Owner::L1Table => "an L1 table",
@@ -114,23 +115,25 @@ impl Owners {
         (run.start.0..run.end()).find_map(|index| Some((ClusterIndex(index), *map.get(&index)?)))
     }
 
+    /// The first of these clusters that does not hold `owner`, with what it holds.
+    pub(crate) fn first_not(
+        &self,
+        owner: Owner,
+        run: Run,
+    ) -> Option<(ClusterIndex, Option<Owner>)> {
+        let map = self.read();
+        let held = (run.start.0..run.end()).map(|index| (index, map.get(&index).copied()));
+        let mut others = held.filter(|(_, held)| *held != Some(owner));
+        others
+            .next()
+            .map(|(index, held)| (ClusterIndex(index), held))
+    }
+
     /// Says that the clusters hold no metadata any more.
     pub(crate) fn release(&self, first: ClusterIndex, count: u64) {
         let mut map = self.write();
         for index in first.0..first.0 + count {
             map.remove(&index);
-        }
-    }
-
-    /// Whether guest data may be written to these clusters.
-    pub(crate) fn check_data(&self, first: ClusterIndex, count: u64) -> Result<()> {
-        let run = Run {
-            start: first,
-            count,
-        };
-        match self.first_owned(run) {
-            Some((cluster, owner)) => Err(conflict(cluster, "guest data", owner)),
-            None => Ok(()),
         }
     }
 
@@ -173,9 +176,14 @@ mod tests {
             .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Corrupt);
         assert_eq!(owners.get(ClusterIndex(2)), None, "nothing changed");
-        assert!(owners.check_data(ClusterIndex(4), 1).is_err());
-        assert!(owners.check_data(ClusterIndex(5), 9).is_ok());
+        let run = |start, count| Run {
+            start: ClusterIndex(start),
+            count,
+        };
+        let owned = Some((ClusterIndex(4), Owner::L1Table));
+        assert_eq!(owners.first_owned(run(4, 9)), owned);
+        assert_eq!(owners.first_owned(run(5, 9)), None);
         owners.release(ClusterIndex(3), 2);
-        assert!(owners.check_data(ClusterIndex(0), 9).is_ok());
+        assert_eq!(owners.first_owned(run(0, 9)), None);
     }
 }

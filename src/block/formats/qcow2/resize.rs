@@ -13,7 +13,7 @@ use super::image::Image;
 use super::l1::L1Table;
 use super::owners::Owner;
 use super::zero::Unmap;
-use crate::driver::{Preallocation, WriteFlags, ZeroFlags};
+use crate::driver::{Preallocation, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 use crate::limits;
@@ -58,15 +58,19 @@ impl Image {
         let resize = Resize { old, new: size };
         let marked = self
             .bitmaps
-            .mark_resized(&self.file, self.g, resize)
+            .mark_resized(&self.metadata, self.g, resize)
             .await?;
         let result = match size < old {
             true => self.shrink(old, size).await,
             false => self.grow(old, size).await,
         };
         match result {
-            Ok(()) => self.bitmaps.fit(&self.file, self.g, resize, marked).await,
-            Err(_) => self.bitmaps.unmark(&self.file, marked).await,
+            Ok(()) => {
+                self.bitmaps
+                    .fit(&self.metadata, self.g, resize, marked)
+                    .await
+            }
+            Err(_) => self.bitmaps.unmark(&self.metadata, marked).await,
         }
         result
     }
@@ -183,9 +187,7 @@ impl Image {
         let mut bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
         bytes.resize((clusters << self.g.cluster_bits()) as usize, 0);
         let data = Data::from(bytes);
-        self.file
-            .write(offset.0, data, WriteFlags::default())
-            .await?;
+        self.metadata.write(Owner::L1Table, offset, data).await?;
         self.file.flush().await?;
         self.header
             .update(|header| {

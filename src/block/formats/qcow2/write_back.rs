@@ -22,9 +22,10 @@ use super::alloc::Run;
 use super::image::Image;
 use super::l1::L1Table;
 use super::l2::TakenTable;
+use super::owners::Owner;
 use super::parallel::run_all;
 use super::quarantine::MAX_UNLINKED;
-use crate::driver::{BoxFuture, WriteFlags};
+use crate::driver::BoxFuture;
 use crate::error::Result;
 use crate::io::Data;
 use crate::units::HostOffset;
@@ -113,11 +114,11 @@ impl Image {
         self.flush_files().await?;
         for (_, at, bytes) in &taken.l1 {
             let data = Data::from(bytes.clone());
-            self.file.write(at.0, data, WriteFlags::default()).await?;
+            self.metadata.write(Owner::L1Table, *at, data).await?;
         }
         let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         for table in &taken.tables {
-            writes.push(Box::pin(table.write(&self.file)));
+            writes.push(Box::pin(table.write(&self.metadata)));
         }
         run_all(writes).await?;
         self.file.flush().await

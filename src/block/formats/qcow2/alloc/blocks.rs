@@ -87,9 +87,8 @@ impl Allocator {
             for range in dirty_ranges(block.dirty, size) {
                 let bytes = block.counters.as_bytes()[range.clone()].to_vec();
                 let at = block.host + range.start as u64;
-                self.file
-                    .write(at.0, Data::from(bytes), WriteFlags::default())
-                    .await?;
+                let data = Data::from(bytes);
+                self.metadata.write(Owner::RefcountBlock, at, data).await?;
             }
             block.dirty = 0;
         }
@@ -101,9 +100,8 @@ impl Allocator {
         let at = self.table_offset + region as u64 * ENTRY_SIZE;
         let bytes = self.table[region].to_be_bytes().to_vec();
         self.unwritten_entries.insert(region);
-        self.file
-            .write(at.0, Data::from(bytes), WriteFlags::default())
-            .await?;
+        let data = Data::from(bytes);
+        self.metadata.write(Owner::RefcountTable, at, data).await?;
         self.unwritten_entries.remove(&region);
         Ok(())
     }
@@ -145,9 +143,10 @@ impl Allocator {
         } else {
             self.change(own, 1).await?;
         }
-        let written = self.write_new_block(home, at, &counters).await;
-        let claimed = written.and_then(|()| self.owners.claim(at, 1, Owner::RefcountBlock));
-        if let Err(error) = claimed {
+        // The caller has found that it holds nothing.
+        self.owners.claim(at, 1, Owner::RefcountBlock)?;
+        if let Err(error) = self.write_new_block(home, at, &counters).await {
+            self.owners.release(at, 1);
             if home != region && self.subtract(own, 1).await.is_err() {
                 log::error!("qcow2: host cluster {} is leaked", at.0);
             }
@@ -170,8 +169,8 @@ impl Allocator {
         self.write_block(home).await?;
         let bytes = Data::from(counters.as_bytes().to_vec());
         let host = self.g.host_offset(at);
-        self.file
-            .write(host.0, bytes, WriteFlags::default())
+        self.metadata
+            .write(Owner::RefcountBlock, host, bytes)
             .await?;
         self.file.flush().await
     }

@@ -53,34 +53,62 @@ impl Allocator {
             count: growth.blocks + growth.clusters,
         };
         self.check_end(area.end())?;
-        self.owners.check_data(area.start, area.count)?;
+        self.metadata.check_unused(area)?;
+        self.claim_area(area, growth.blocks)?;
         let (blocks, table) = self.build(&growth, area);
-        let mut bytes = Vec::with_capacity((area.count << g.cluster_bits()) as usize);
-        for block in &blocks {
-            bytes.extend_from_slice(block.as_bytes());
+        let offset = g.host_offset(area.start + growth.blocks);
+        if let Err(error) = self.switch_table(area, &blocks, &table, offset).await {
+            // Where the header may point there, nothing else is put.
+            if self.header.check().is_ok() {
+                self.owners.release(area.start, area.count);
+            }
+            return Err(error);
         }
-        for entry in &table {
-            bytes.extend(entry.to_be_bytes());
-        }
-        let at = g.host_offset(area.start);
-        let flags = WriteFlags::default();
-        self.file.write(at.0, Data::from(bytes), flags).await?;
-        self.write_back().await?;
-        self.file.flush().await?;
-        let new_offset = g.host_offset(area.start + growth.blocks);
-        self.header
-            .update(|header| {
-                header.refcount_table_offset = new_offset;
-                header.refcount_table_clusters = growth.clusters as u32;
-            })
-            .await?;
         let old = Run {
             start: g.host_cluster(self.table_offset),
             count: g.clusters_for(old_entries as u64 * ENTRY_SIZE),
         };
-        self.adopt(area, blocks, table, new_offset)?;
+        self.adopt(area, blocks, table, offset);
         self.free_old_table(old).await;
         Ok(())
+    }
+
+    /// Says what the area holds: the new blocks first, then the new table.
+    fn claim_area(&self, area: Run, blocks: u64) -> Result<()> {
+        self.owners
+            .claim(area.start, blocks, Owner::RefcountBlock)?;
+        let (table, clusters) = (area.start + blocks, area.count - blocks);
+        self.owners.claim(table, clusters, Owner::RefcountTable)
+    }
+
+    /// Writes the new blocks and the new table, and makes the header point to it, durably.
+    async fn switch_table(
+        &mut self,
+        area: Run,
+        blocks: &[Counters],
+        table: &[u64],
+        offset: HostOffset,
+    ) -> Result<()> {
+        let g = self.g;
+        let counters: Vec<u8> = blocks.iter().flat_map(|b| b.as_bytes()).copied().collect();
+        let entries: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
+        let at = g.host_offset(area.start);
+        let metadata = &self.metadata;
+        metadata
+            .write(Owner::RefcountBlock, at, Data::from(counters))
+            .await?;
+        metadata
+            .write(Owner::RefcountTable, offset, Data::from(entries))
+            .await?;
+        self.write_back().await?;
+        self.file.flush().await?;
+        let clusters = (area.count - blocks.len() as u64) as u32;
+        self.header
+            .update(|header| {
+                header.refcount_table_offset = offset;
+                header.refcount_table_clusters = clusters;
+            })
+            .await
     }
 
     fn build(&self, growth: &Growth, area: Run) -> (Vec<Counters>, Vec<u64>) {
@@ -100,15 +128,8 @@ impl Allocator {
         (blocks, table)
     }
 
-    fn adopt(
-        &mut self,
-        area: Run,
-        blocks: Vec<Counters>,
-        table: Vec<u64>,
-        offset: HostOffset,
-    ) -> Result<()> {
+    fn adopt(&mut self, area: Run, blocks: Vec<Counters>, table: Vec<u64>, offset: HostOffset) {
         let first = self.table.len();
-        let count = blocks.len() as u64;
         self.table = table;
         self.table_offset = offset;
         self.unwritten_entries.clear();
@@ -117,10 +138,6 @@ impl Allocator {
             self.insert_block(first + index, host, counters);
         }
         self.note_used(area);
-        self.owners.claim(area.start, count, Owner::RefcountBlock)?;
-        let table_start = area.start + count;
-        self.owners
-            .claim(table_start, area.count - count, Owner::RefcountTable)
     }
 
     /// The switch is durable and nobody else reads the table, so its clusters are free at once.

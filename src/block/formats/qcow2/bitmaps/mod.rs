@@ -28,8 +28,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::geometry::Geometry;
 use super::header::Header;
+use super::metadata::Metadata;
 use super::owners::{Owner, Owners};
-use crate::driver::{Child, PersistentBitmap, WriteFlags};
+use crate::driver::{Child, PersistentBitmap};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::QCOW2_MAX_BITMAP_TABLES_BYTES;
 use directory::{Entry, Flags};
@@ -102,14 +103,18 @@ impl Bitmaps {
 
     /// Marks the enabled bitmaps `in_use`, durably. After an error they are as they were, as far as storage lets itself be
     /// written.
-    pub(super) async fn mark_enabled(&self, file: &Child) -> Result<()> {
+    pub(super) async fn mark_enabled(&self, metadata: &Metadata) -> Result<()> {
         let _changing = self.changing.lock().await;
-        self.mark(file, |entry| entry.flags.is_auto()).await?;
+        self.mark(metadata, |entry| entry.flags.is_auto()).await?;
         Ok(())
     }
 
     /// Marks those that are chosen, and answers what the directory was before.
-    async fn mark(&self, file: &Child, chosen: impl Fn(&Entry) -> bool) -> Result<Arc<Directory>> {
+    async fn mark(
+        &self,
+        metadata: &Metadata,
+        chosen: impl Fn(&Entry) -> bool,
+    ) -> Result<Arc<Directory>> {
         let old = self.get();
         let mut new = Directory::clone(&old);
         for entry in &mut new.entries {
@@ -117,14 +122,14 @@ impl Bitmaps {
                 entry.flags.0 |= Flags::IN_USE;
             }
         }
-        if let Err(error) = self.switch(file, &old, new).await {
+        if let Err(error) = self.switch(metadata, &old, new).await {
             return Err(error.context("Could not mark the persistent bitmaps as in use"));
         }
         Ok(old)
     }
 
     /// Writes what differs in table sizes and flags, durably; puts it back when that fails.
-    async fn switch(&self, file: &Child, old: &Directory, new: Directory) -> Result<()> {
+    async fn switch(&self, metadata: &Metadata, old: &Directory, new: Directory) -> Result<()> {
         let pairs = old.entries.iter().zip(&new.entries);
         let changed: Vec<_> = pairs.filter(|(old, new)| old != new).collect();
         if changed.is_empty() {
@@ -132,13 +137,13 @@ impl Bitmaps {
         }
         let done = async {
             for (_, new) in &changed {
-                write_switch(file, new).await?;
+                write_switch(metadata, new).await?;
             }
-            file.flush().await
+            metadata.file.flush().await
         };
         if let Err(error) = done.await {
             for (old, _) in &changed {
-                if let Err(second) = write_switch(file, old).await {
+                if let Err(second) = write_switch(metadata, old).await {
                     // It stays marked, or half of them do: nothing is concluded from bits that may be wrong.
                     log::warn!("qcow2: bitmap '{}' may stay in use: {second}", old.name);
                 }
@@ -163,9 +168,10 @@ impl Bitmaps {
     }
 }
 
-async fn write_switch(file: &Child, entry: &Entry) -> Result<()> {
+async fn write_switch(metadata: &Metadata, entry: &Entry) -> Result<()> {
     let (at, bytes) = entry.switch_bytes();
-    file.write(at.0, bytes.into(), WriteFlags::default()).await
+    let owner = Owner::BitmapDirectory;
+    metadata.write(owner, at, bytes.into()).await
 }
 
 #[cfg(test)]

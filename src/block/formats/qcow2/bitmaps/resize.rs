@@ -17,9 +17,10 @@ use std::sync::Arc;
 
 use super::directory::{Entry, Flags};
 use super::{Bitmaps, Directory};
-use crate::driver::{Child, WriteFlags};
 use crate::error::Result;
 use crate::formats::qcow2::geometry::Geometry;
+use crate::formats::qcow2::metadata::Metadata;
+use crate::formats::qcow2::owners::Owner;
 use crate::io::Data;
 use crate::limits::QCOW2_MAX_BITMAP_BYTES;
 
@@ -38,7 +39,7 @@ impl Bitmaps {
     /// Before the size changes: marks the bitmaps that it makes stale, durably. The image is quiet until `fit` or `unmark`.
     pub(crate) async fn mark_resized(
         &self,
-        file: &Child,
+        metadata: &Metadata,
         g: Geometry,
         resize: Resize,
     ) -> Result<Marked> {
@@ -48,20 +49,29 @@ impl Bitmaps {
                 || resize.new < resize.old
                 || u64::from(entry.table_entries) < entry.entries_for(g, resize.new)
         };
-        self.mark(file, stale).await.map(Marked)
+        self.mark(metadata, stale).await.map(Marked)
     }
 
     /// The size has not changed: the bitmaps are what they were.
-    pub(crate) async fn unmark(&self, file: &Child, marked: Marked) {
+    pub(crate) async fn unmark(&self, metadata: &Metadata, marked: Marked) {
         let _changing = self.changing.lock().await;
         let now = self.get();
-        if let Err(error) = self.switch(file, &now, Directory::clone(&marked.0)).await {
+        if let Err(error) = self
+            .switch(metadata, &now, Directory::clone(&marked.0))
+            .await
+        {
             log::warn!("qcow2: persistent bitmaps stay in use: {error}");
         }
     }
 
     /// The new size is durable: fits the disabled bitmaps for which that is easy. An error leaves them in use.
-    pub(crate) async fn fit(&self, file: &Child, g: Geometry, resize: Resize, marked: Marked) {
+    pub(crate) async fn fit(
+        &self,
+        metadata: &Metadata,
+        g: Geometry,
+        resize: Resize,
+        marked: Marked,
+    ) {
         let _changing = self.changing.lock().await;
         let now = self.get();
         let mut fitted = Directory::clone(&now);
@@ -73,7 +83,7 @@ impl Bitmaps {
                 log::warn!("qcow2: bitmap '{}' is of no use after a resize", entry.name);
                 continue;
             }
-            match lengthen(file, entry, entry.entries_for(g, resize.new)).await {
+            match lengthen(metadata, entry, entry.entries_for(g, resize.new)).await {
                 Ok(()) => entry.flags.0 &= !Flags::IN_USE,
                 Err(error) => log::warn!("qcow2: bitmap '{}' stays in use: {error}", entry.name),
             }
@@ -83,8 +93,8 @@ impl Bitmaps {
         }
         let switched = async {
             // The new entries are there before the size says so.
-            file.flush().await?;
-            self.switch(file, &now, fitted).await
+            metadata.file.flush().await?;
+            self.switch(metadata, &now, fitted).await
         };
         if let Err(error) = switched.await {
             log::warn!("qcow2: persistent bitmaps stay in use: {error}");
@@ -102,10 +112,10 @@ fn fits(entry: &Entry, g: Geometry, resize: Resize) -> bool {
 }
 
 /// Writes entries that say "all zeroes" behind those of the table. Nobody reads them before its size has changed.
-async fn lengthen(file: &Child, entry: &mut Entry, needed: u64) -> Result<()> {
+async fn lengthen(metadata: &Metadata, entry: &mut Entry, needed: u64) -> Result<()> {
     let more = Data::zeroes(needed * 8 - entry.table_bytes());
     let at = entry.table + entry.table_bytes();
-    file.write(at.0, more, WriteFlags::default()).await?;
+    metadata.write(Owner::BitmapTable, at, more).await?;
     entry.table_entries = needed as u32;
     Ok(())
 }

@@ -7,7 +7,7 @@ use super::super::{OpenOptions, Qcow2};
 use super::*;
 use crate::driver::{
     Driver, FormatSpecific, NewSnapshot, Preallocation, Requests, SnapshotSelector, Snapshots,
-    ZeroFlags,
+    WriteFlags, ZeroFlags,
 };
 use crate::formats::qcow2::check::{CheckOptions, Repair, check, read_header, repair};
 use crate::io::Data;
@@ -33,7 +33,9 @@ fn image(scratch: &Scratch, cluster_size: u32) -> Arc<Memory> {
     block_on(async {
         let mut flags = entry.clone();
         flags.flags.0 |= Flags::IN_USE;
-        write_switch(&disk.child(), &flags).await.unwrap();
+        let (at, bytes) = flags.switch_bytes();
+        let written = disk.write(at.0, bytes.into(), WriteFlags::default()).await;
+        written.unwrap();
     });
     disk
 }

@@ -16,9 +16,7 @@ use tokio::sync::Mutex;
 
 use super::settling::{self, sum};
 use super::table::SnapshotTable;
-use crate::driver::{
-    BoxFuture, NewSnapshot, SnapshotChange, SnapshotInfo, SnapshotSelector, WriteFlags,
-};
+use crate::driver::{BoxFuture, NewSnapshot, SnapshotChange, SnapshotInfo, SnapshotSelector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::bitmaps::{Marked, Resize};
@@ -260,12 +258,12 @@ impl Staged {
         // Kept until the end, so that each try gets another place.
         let mut holes = Vec::new();
         loop {
+            let owner = Owner::SnapshotTable;
             let area = {
                 let mut alloc = self.image.alloc.lock().await;
-                let owner = Owner::SnapshotTable;
                 alloc.allocate_metadata(clusters, owner).await?
             };
-            match self.image.write_area(&area, bytes.clone()).await {
+            match self.image.write_area(owner, &area, bytes.clone()).await {
                 Err(error) if error.kind() == ErrorKind::NoSpace && holes.len() < MAX_HOLES => {
                     holes.push(area);
                 }
@@ -386,15 +384,20 @@ impl Staged {
                 old: self.image.size(),
                 new: self.size(),
             };
-            let Image { bitmaps, file, .. } = &*self.image;
-            self.marked = Some(bitmaps.mark_resized(file, self.image.g, resize).await?);
+            let Image {
+                bitmaps, metadata, ..
+            } = &*self.image;
+            self.marked = Some(bitmaps.mark_resized(metadata, self.image.g, resize).await?);
         }
         Ok(())
     }
 
     async fn unmark_bitmaps(&mut self) {
         if let Some(marked) = self.marked.take() {
-            self.image.bitmaps.unmark(&self.image.file, marked).await;
+            let Image {
+                bitmaps, metadata, ..
+            } = &*self.image;
+            bitmaps.unmark(metadata, marked).await;
         }
     }
 
@@ -474,13 +477,16 @@ impl Image {
     /// Writes `bytes` to the start of an area, zeroes behind them up to the end of the host's block. No more: a cluster that
     /// a table was in then has space for a table of that length, also when the host's disk is full. Taking back a
     /// snapshot relies on it.
-    pub(super) async fn write_area(&self, area: &Reserved, mut bytes: Vec<u8>) -> Result<()> {
+    pub(super) async fn write_area(
+        &self,
+        owner: Owner,
+        area: &Reserved,
+        mut bytes: Vec<u8>,
+    ) -> Result<()> {
         let clusters = (area.run().count << self.g.cluster_bits()) as usize;
         bytes.resize(bytes.len().next_multiple_of(HOST_BLOCK).min(clusters), 0);
-        let at = self.g.host_offset(area.run().start).0;
-        self.file
-            .write(at, bytes.into(), WriteFlags::default())
-            .await
+        let at = self.g.host_offset(area.run().start);
+        self.metadata.write(owner, at, bytes.into()).await
     }
 }
 

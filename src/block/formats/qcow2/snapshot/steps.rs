@@ -82,7 +82,7 @@ impl Staged {
             let mut alloc = image.alloc.lock().await;
             alloc.allocate_metadata(clusters, Owner::L1Table).await?
         };
-        image.write_area(&area, bytes).await?;
+        image.write_area(Owner::L1Table, &area, bytes).await?;
         let offset = image.g.host_offset(area.run().start);
         self.new_l1s.push((area, entries));
         Ok(offset)

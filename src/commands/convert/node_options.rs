@@ -153,7 +153,7 @@ fn qcow2_options(
         lazy_refcounts,
         pass_discard_request,
         pass_discard_snapshot,
-        // Writes are always checked against all that can be named here.
+        // Writes are always checked against all that can be named here, at no cost.
         overlap_check: _,
         cache_size,
         l2_cache_size,

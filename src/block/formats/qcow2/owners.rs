@@ -109,6 +109,26 @@ impl Owners {
         self.claim(first, count, owner)
     }
 
+    /// Says that those of the clusters hold `owner` that hold nothing yet, as far as there is room. Answers which was the first
+    /// that holds something else.
+    pub(crate) fn claim_unowned(
+        &self,
+        clusters: impl Iterator<Item = ClusterIndex>,
+        owner: Owner,
+    ) -> Option<(ClusterIndex, Owner)> {
+        let mut map = self.write();
+        let mut taken = None;
+        for cluster in clusters {
+            let room = (map.len() as u64) < QCOW2_MAX_METADATA_CLUSTERS;
+            match map.get(&cluster.0) {
+                Some(other) if *other != owner => taken = taken.or(Some((cluster, *other))),
+                None if room => drop(map.insert(cluster.0, owner)),
+                _ => {}
+            }
+        }
+        taken
+    }
+
     /// The first of these clusters that holds metadata.
     pub(crate) fn first_owned(&self, run: Run) -> Option<(ClusterIndex, Owner)> {
         let map = self.read();

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::change::{Staged, StagedL1};
+use super::list::check_l1;
 use super::settling::{changes, tables};
 use super::table::TableEntry;
 use crate::driver::{NewSnapshot, SnapshotInfo, SnapshotSelector};
@@ -233,15 +234,7 @@ impl Image {
     /// The L1 table of a snapshot in the file, without COPIED.
     pub(super) async fn read_snapshot_l1(&self, entry: &TableEntry) -> Result<Arc<[u64]>> {
         let g = self.g;
-        let bytes = u64::from(entry.l1_entries) * ENTRY_SIZE;
-        let end = entry.l1_offset.checked_add(bytes);
-        if bytes > QCOW2_MAX_L1_BYTES
-            || !g.is_aligned(entry.l1_offset)
-            || (bytes > 0 && entry.l1_offset == 0)
-            || end.is_none_or(|end| g.clusters_for(end) > g.clusters_for(self.file.size()))
-        {
-            return Err(damaged("the snapshot's L1 table is out of bounds"));
-        }
+        check_l1(g, &self.file, entry.l1_offset, entry.l1_entries)?;
         let at = (HostOffset(entry.l1_offset), entry.l1_entries.into());
         let entries = read_table(&self.file, g, "Snapshot L1 table", at).await?;
         Ok(super::change::without_copied(&entries))
@@ -260,7 +253,8 @@ fn entries_needed(g: Geometry, l1: &[u64], size: u64) -> Result<usize> {
     Ok(needed as usize)
 }
 
-fn damaged(what: impl std::fmt::Display) -> Error {
+/// The error of damage that a step has found in what a snapshot refers to.
+pub(super) fn damaged(what: impl std::fmt::Display) -> Error {
     Error::new(
         ErrorKind::Corrupt,
         format!("The image needs a repair (qemu-img check -r all): {what}"),

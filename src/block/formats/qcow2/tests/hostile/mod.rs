@@ -16,6 +16,7 @@ use tokio::sync::mpsc::Receiver;
 mod damage;
 mod fields;
 mod headers;
+mod metadata;
 mod mutations;
 
 /// Puts a big-endian number of `width` bytes into the image.

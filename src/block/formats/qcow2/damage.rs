@@ -44,11 +44,6 @@ impl Damage {
         }
     }
 
-    /// Where it is reported.
-    pub(crate) fn reporter(&self) -> Reporter {
-        self.reporter.clone()
-    }
-
     /// A request has met damage; answers its error. The message has no dot.
     pub(crate) fn met(&self, message: impl Into<String>, place: Option<HostBytes>) -> Error {
         let message = message.into();

@@ -79,6 +79,7 @@ pub struct BackingReference {
 pub struct Opening {
     file: Child,
     header: Header,
+    damage: Arc<Damage>,
     options: OpenOptions,
     data_file: Option<Child>,
 }
@@ -110,6 +111,7 @@ impl Qcow2 {
         Ok(Opening {
             file,
             header,
+            damage: Arc::new(Damage::new(options.reporter.clone())),
             options,
             data_file: None,
         })
@@ -127,12 +129,13 @@ async fn read_header(file: &Child) -> Result<Header> {
 }
 
 impl Opening {
-    /// An image in `file` that shall have this header, whatever the one in the file is.
-    pub(super) fn with_header(file: Child, header: Header, options: OpenOptions) -> Result<Self> {
+    /// An open image once more, with this header, whatever the one in the file is. They share what is known of its damage.
+    pub(super) fn again(image: &Image, header: Header, options: OpenOptions) -> Result<Self> {
         header.validate()?;
         Ok(Opening {
-            file,
+            file: image.file.clone(),
             header,
+            damage: image.damage.clone(),
             options,
             data_file: None,
         })
@@ -169,6 +172,7 @@ impl Opening {
         let Opening {
             file,
             header,
+            damage,
             options,
             data_file,
         } = self;
@@ -183,7 +187,6 @@ impl Opening {
             owners,
         } = Tables::load(&file, &header, options.read_only).await?;
         let owners = Arc::new(owners);
-        let damage = Arc::new(Damage::new(options.reporter));
         let size = header.size;
         let has_zero_flag = header.version == Version::V3;
         let compression = header.compression_type().unwrap_or_default();
@@ -262,8 +265,8 @@ impl Tables {
         if !read_only {
             tables.reftable = read_reftable(g, file, header).await?;
             claim_metadata(g, &tables.owners, header, &tables.reftable, &tables.l1)?;
-            tables.snapshots.claim(header, &tables.owners)?;
             tables.bitmaps.claim(file, g, &tables.owners).await?;
+            tables.snapshots.claim(file, header, &tables.owners).await?;
         }
         Ok(tables)
     }

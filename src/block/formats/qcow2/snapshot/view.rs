@@ -71,10 +71,9 @@ pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<A
         filename: image.filename.clone(),
         read_only: true,
         l2_cache_bytes: QCOW2_VIEW_CACHE_BYTES,
-        reporter: image.damage.reporter(),
         ..OpenOptions::default()
     };
-    let opening = Opening::with_header(image.file.clone(), header, options)?;
+    let opening = Opening::again(&image, header, options)?;
     let snapshot = opening.finish(image.backing.clone()).await?;
     Ok(Arc::new(View { snapshot, held }))
 }

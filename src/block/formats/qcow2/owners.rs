@@ -1,7 +1,8 @@
 //! What each metadata cluster of the image is: the check that keeps writes off clusters of another kind.
 //!
 //! Metadata are few (one L2 table per 8192 data clusters at 64 KiB), so a map of them alone answers in constant
-//! time at a small price. L2 tables that only snapshots use are not in it.
+//! time at a small price. Of L2 tables that only snapshots use, those are in it that a bounded part of the snapshots' L1 tables
+//! leads to (`snapshot`).
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -18,7 +19,7 @@ pub(crate) enum Owner {
     Header,
     /// The active L1 table or one of a snapshot.
     L1Table,
-    /// An L2 table of the active L1 table.
+    /// An L2 table, of the active L1 table or of a snapshot's.
     L2Table,
     /// The refcount table.
     RefcountTable,

@@ -424,6 +424,7 @@ fn moment(op: &str, kind: Kind, (begun, answered): (usize, usize), world: &World
         kind,
         after: world.clone(),
         passing: None,
+        through: Vec::new(),
     }
 }
 

@@ -283,6 +283,7 @@ impl Moment {
             kind: Kind::Sectors,
             after: world.clone(),
             passing: None,
+            through: Vec::new(),
         }
     }
 }
@@ -307,44 +308,48 @@ fn between(moments: &[Moment], state: &State) -> (usize, usize) {
 }
 
 fn candidates(moments: &[Moment], durable: usize, begun: usize) -> Vec<Candidate> {
-    let last = &moments[begun];
-    // Only the last can be a change of structure that is not durable yet: operations follow each other.
-    let changes = begun > durable && last.kind != Kind::Sectors;
-    let settled = match changes {
-        true => &moments[durable..begun],
-        false => &moments[durable..=begun],
-    };
-    let held = || settled.iter().map(|moment| &*moment.after.active);
+    let span = &moments[durable..=begun];
+    // Operations on the whole image follow each other: at most one has been sent and is not durable yet.
+    let changes = span[1..].iter().find(|moment| moment.kind != Kind::Sectors);
+    let held: Vec<&Content> = span
+        .iter()
+        .filter(|moment| changes.is_none_or(|change| !std::ptr::eq(*moment, change)))
+        .flat_map(|moment| moment.through.iter().chain([&moment.after.active]))
+        .map(|content| &**content)
+        .collect();
     let mut candidates = vec![Candidate {
         snapshots: moments[durable].after.snapshots.clone(),
-        active: Versions::new(held()),
+        active: Versions::new(held.iter().copied()),
     }];
-    if changes {
-        for world in std::iter::once(&last.after).chain(&last.passing) {
-            let mut contents = vec![(*world.active).clone()];
-            if last.kind != Kind::Everything || Arc::ptr_eq(&world.active, &settled_world(settled))
-            {
-                contents.extend(held().map(|content| {
-                    let mut content = content.clone();
-                    content.resize(world.active.size());
-                    content
-                }));
-            }
-            candidates.push(Candidate {
-                snapshots: world.snapshots.clone(),
-                active: Versions::new(&contents),
-            });
+    let Some(change) = changes else {
+        return candidates;
+    };
+    for (world, goes_back) in worlds(change) {
+        let mut contents = vec![(*world.active).clone()];
+        // What guests wrote stays theirs, unless the disk goes back to a snapshot.
+        if !goes_back {
+            contents.extend(held.iter().map(|content| {
+                let mut content = (*content).clone();
+                content.resize(world.active.size());
+                content
+            }));
         }
+        candidates.push(Candidate {
+            snapshots: world.snapshots.clone(),
+            active: Versions::new(&contents),
+        });
     }
     candidates
 }
 
-/// What the disk held before a change of everything: behind one that is taken back it is that again.
-fn settled_world(settled: &[Moment]) -> Arc<Content> {
-    settled
-        .last()
-        .map(|moment| moment.after.active.clone())
-        .unwrap_or_default()
+/// The worlds that a change leads to, and whether it makes the disk something else there.
+fn worlds(change: &Moment) -> Vec<(&World, bool)> {
+    let goes_back = change.kind == Kind::Everything;
+    match &change.passing {
+        // It ends where it began.
+        Some(passing) => vec![(passing, goes_back), (&change.after, false)],
+        None => vec![(&change.after, goes_back)],
+    }
 }
 
 /// Finds which candidate a state is, and what exactly it holds.

@@ -155,6 +155,15 @@ pub enum Op {
     Resize(u64),
     /// The image is closed and opened.
     Reopen,
+    /// Guest requests at once, and a snapshot with them; the seed says in which order the file's requests complete.
+    Together {
+        /// The requests.
+        ops: Vec<Op>,
+        /// Whether a snapshot is taken.
+        snapshot: bool,
+        /// Of the order.
+        seed: u64,
+    },
     /// Nothing happens for some milliseconds: time for work in the background.
     Idle(u64),
 }
@@ -276,6 +285,18 @@ fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
     let dice = random.u8(..100);
     if dice < guest {
         return guest_op(random, case);
+    }
+    if dice < guest + snapshots / 6 {
+        return Op::Together {
+            ops: (0..random.usize(2..=5))
+                .map(|_| match guest_op(random, case) {
+                    Op::Compress { .. } => Op::Flush,
+                    op => op,
+                })
+                .collect(),
+            snapshot: random.bool(),
+            seed: random.u64(..),
+        };
     }
     if dice < guest + snapshots {
         return snapshot_op(random);

@@ -125,13 +125,20 @@ pub fn epochs<'a>(base: &Memory, log: &'a [Record]) -> Result<Vec<Epoch<'a>>> {
             }
             flush => flush,
         };
-        if !volatile.is_empty() {
+        // What is under way at the crash may reach the disk as well.
+        let now = flush.map_or(u64::MAX, |flush| flush.completed);
+        let under_way = (end + 1..log.len()).filter(|at| {
+            let is_flush = matches!(log[*at].change, Change::Flush);
+            log[*at].issued < now && !is_flush
+        });
+        let volatile_now: Vec<usize> = volatile.iter().copied().chain(under_way).collect();
+        if !volatile_now.is_empty() {
             epochs.push(Epoch {
                 log,
                 disk: disk.fork(),
                 from,
                 end,
-                volatile: volatile.clone(),
+                volatile: volatile_now,
             });
         }
         // A flush covers what had completed when it was issued.
@@ -221,11 +228,16 @@ impl Epoch<'_> {
         let disk = self.disk.fork();
         let mut reached = self.from;
         let mut nth = 0;
-        for at in self.from..self.end {
+        for at in self.from..self.log.len() {
             let change = &self.log[at].change;
             if self.volatile.get(nth) != Some(&at) {
-                disk.apply(change)?;
-                reached = at + 1;
+                if at >= self.end && nth >= self.volatile.len() {
+                    break;
+                }
+                if at < self.end {
+                    disk.apply(change)?;
+                    reached = at + 1;
+                }
                 continue;
             }
             if choice.keep[nth] {

@@ -1,5 +1,7 @@
 //! Running a script: the driver does it, the model follows, and what had been answered when is noted.
 
+mod together;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -97,6 +99,8 @@ pub struct Moment {
     pub after: World,
     /// A world that held for a time in its middle: a change that was made and taken back.
     pub passing: Option<World>,
+    /// Other contents that the disk may have gone through: one request of several has happened.
+    pub through: Vec<Arc<Content>>,
 }
 
 /// What may be seen of an operation that was not answered.
@@ -128,6 +132,7 @@ struct Done {
     durable: bool,
     kind: Kind,
     passing: Option<World>,
+    through: Vec<Arc<Content>>,
 }
 
 impl Done {
@@ -136,14 +141,14 @@ impl Done {
             durable,
             kind: Kind::Sectors,
             passing: None,
+            through: Vec::new(),
         }
     }
 
     fn structure() -> Done {
         Done {
-            durable: true,
             kind: Kind::Structure,
-            passing: None,
+            ..Done::sectors(true)
         }
     }
 
@@ -232,6 +237,7 @@ impl Runner {
             kind: done.kind,
             after: self.world.clone(),
             passing: done.passing,
+            through: done.through,
         });
         Ok(())
     }
@@ -292,6 +298,11 @@ impl Runner {
                 self.driver = open(&self.disk, &self.case).await.map_err(text)?;
                 Ok(Done::sectors(true))
             }
+            Op::Together {
+                ops,
+                snapshot,
+                seed,
+            } => self.together(ops, *snapshot, *seed).await,
             Op::Idle(millis) => {
                 tokio::time::sleep(Duration::from_millis(*millis)).await;
                 Ok(Done::sectors(false))
@@ -452,9 +463,9 @@ impl Runner {
         };
         self.compare_list()?;
         Ok(Done {
-            durable: true,
             kind,
             passing,
+            ..Done::structure()
         })
     }
 

@@ -3,10 +3,11 @@
 //! The switch is one header write each time. Growing prepares everything before it (the new L1 table, zeroes where
 //! old bytes could show); shrinking drops the tail after it, so that an error before changes nothing.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::alloc::Run;
+use super::alloc::{Reserved, Run};
 use super::bitmaps::Resize;
 use super::header::Version;
 use super::image::Image;
@@ -17,6 +18,13 @@ use crate::driver::{Preallocation, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 use crate::limits;
+
+/// A larger L1 table that the header does not point to yet. Dropped, its place is free again.
+struct StagedL1 {
+    /// The one that the header points to.
+    old: Arc<L1Table>,
+    area: Reserved,
+}
 
 impl Image {
     /// Changes the size (see `Requests::resize`). Cancellation: run to the end by the caller.
@@ -76,35 +84,90 @@ impl Image {
     }
 
     async fn grow(&self, old: u64, new: u64) -> Result<()> {
-        self.grow_l1(self.g.l1_entries_for(new)).await?;
         // Bytes behind the old end show from now on: those in its last cluster, those of a longer backing, and those that a
         // shrink has left which did not come to its end. The range is inside the new size, which the zero writes must see.
         let shown = self.backing.as_ref().map_or(0, |backing| backing.size());
         let cluster_end = old.next_multiple_of(self.g.cluster_size());
-        let stale = self.mapped_end(cluster_end, new).await?;
-        let end = shown.max(cluster_end).max(stale).min(new);
+        let mapped = self.l1().len() as u64 * self.g.l2_span();
+        let stale = self.mapped_end(cluster_end, new.min(mapped)).await?;
+        let hide_to = shown.max(cluster_end).max(stale).min(new);
         let data_file = self.data.grow(old, new).await?;
         self.size.store(new, Ordering::Release);
-        let hidden = async {
-            if end > old {
-                let flags = ZeroFlags {
-                    may_unmap: true,
-                    ..ZeroFlags::default()
-                };
-                self.zero_range(old, end - old, flags).await?;
-            }
-            if self.data.is_raw() {
-                self.allocate_in_place(cluster_end, new).await?;
-            }
+        let prepared = async {
+            // As far as the present L1 table reaches, in that. It is durable then, so that a larger one can be its copy.
+            self.hide_old_bytes(old, hide_to, 0..mapped).await?;
             self.write_back().await?;
-            self.header.update(|header| header.size = new).await
+            self.stage_l1(self.g.l1_entries_for(new)).await
         };
-        let result = hidden.await;
+        let result = match prepared.await {
+            Ok(staged) => self.switch_grown(old..new, hide_to, staged).await,
+            Err(error) => Err(error),
+        };
         if result.is_err() {
             self.size.store(old, Ordering::Release);
             self.data.take_back_growth(data_file).await;
         }
         result
+    }
+
+    /// Makes what a growth from `old` shows read as zeroes up to `hide_to`, and lets a raw data file show what it has there.
+    /// Only in the part of the disk that `part` names.
+    async fn hide_old_bytes(&self, old: u64, hide_to: u64, part: Range<u64>) -> Result<()> {
+        let within = |at: u64| at.clamp(part.start, part.end);
+        let (from, to) = (within(old), within(hide_to));
+        if from < to {
+            let flags = ZeroFlags {
+                may_unmap: true,
+                ..ZeroFlags::default()
+            };
+            self.zero_range(from, to - from, flags).await?;
+        }
+        if self.data.is_raw() {
+            let start = within(old.next_multiple_of(self.g.cluster_size()));
+            let end = within(self.size());
+            self.allocate_in_place(start, end).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes the header say the new size, and where the staged L1 table lies. On error the table in use is the old one again.
+    async fn switch_grown(
+        &self,
+        resize: Range<u64>,
+        hide_to: u64,
+        staged: Option<StagedL1>,
+    ) -> Result<()> {
+        let Some(mut staged) = staged else {
+            let new = resize.end;
+            return self.header.update(|header| header.size = new).await;
+        };
+        let l1 = self.l1();
+        let mapped = staged.old.len() as u64 * self.g.l2_span();
+        let switched = async {
+            self.hide_old_bytes(resize.start, hide_to, mapped..u64::MAX)
+                .await?;
+            self.write_back().await?;
+            self.header
+                .update(|header| {
+                    header.size = resize.end;
+                    header.l1_size = l1.len() as u32;
+                    header.l1_table_offset = l1.offset();
+                })
+                .await
+        };
+        if let Err(error) = switched.await {
+            self.take_back_l1(&staged).await;
+            return Err(error);
+        }
+        staged.area.publish(staged.area.run().count);
+        if staged.old.len() > 0 {
+            self.quarantine.unlinked([Run {
+                start: self.g.host_cluster(staged.old.offset()),
+                count: self.g.clusters_for(staged.old.len() as u64 * 8),
+            }]);
+        }
+        self.commits.touch();
+        Ok(())
     }
 
     /// The end of the last cluster in `[from, to)` that an entry maps; `from` if there is none.
@@ -166,22 +229,21 @@ impl Image {
         Ok(())
     }
 
-    /// Moves the L1 table to a larger place if it has fewer than `entries` entries.
-    async fn grow_l1(&self, entries: u64) -> Result<()> {
+    /// Copies the L1 table to a larger place if it has fewer than `entries` entries, durably. The copy is in use in memory, and
+    /// the header does not point to it yet: until it does, no entry of the old table may change.
+    async fn stage_l1(&self, entries: u64) -> Result<Option<StagedL1>> {
         let old = self.l1();
         if old.len() as u64 >= entries {
-            return Ok(());
+            return Ok(None);
         }
-        // The new table is a copy: what the old one points to must be durable first, as ever.
-        self.write_back().await?;
         let clusters = self.g.clusters_for(entries * 8);
-        let mut reserved = {
+        let area = {
             let mut alloc = self.alloc.lock().await;
-            let reserved = alloc.allocate_metadata(clusters, Owner::L1Table).await?;
+            let area = alloc.allocate_metadata(clusters, Owner::L1Table).await?;
             alloc.write_back().await?;
-            reserved
+            area
         };
-        let offset = self.g.host_offset(reserved.run().start);
+        let offset = self.g.host_offset(area.run().start);
         let mut table = old.entries();
         table.resize(entries as usize, 0);
         let mut bytes: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
@@ -189,21 +251,21 @@ impl Image {
         let data = Data::from(bytes);
         self.metadata.write(Owner::L1Table, offset, data).await?;
         self.file.flush().await?;
-        self.header
-            .update(|header| {
-                header.l1_size = entries as u32;
-                header.l1_table_offset = offset;
-            })
-            .await?;
-        reserved.publish(clusters);
         self.set_l1(Arc::new(L1Table::new(offset, table)));
-        if old.len() > 0 {
-            self.quarantine.unlinked([Run {
-                start: self.g.host_cluster(old.offset()),
-                count: self.g.clusters_for(old.len() as u64 * 8),
-            }]);
+        Ok(Some(StagedL1 { old, area }))
+    }
+
+    /// Uses the old L1 table again, and frees what only the staged one points to.
+    async fn take_back_l1(&self, staged: &StagedL1) {
+        let first = staged.old.len();
+        let dropped = async {
+            let start = first as u64 * self.g.l2_span();
+            self.unmap(start, self.size(), Unmap::Forget).await?;
+            self.drop_tables(first).await
+        };
+        if let Err(error) = dropped.await {
+            log::warn!("qcow2: what a larger disk has needed keeps its space: {error}");
         }
-        self.commits.touch();
-        Ok(())
+        self.set_l1(staged.old.clone());
     }
 }

@@ -7,6 +7,7 @@ mod churn;
 mod full;
 mod load;
 mod transactions;
+mod unsettled;
 
 use std::path::Path;
 use std::process::Command;

@@ -178,6 +178,7 @@ const MAKE: &[&str] = &[
     "qemu-img create -q -f qcow2 -o cluster_size=2M,refcount_bits=32 disk.qcow2 16M",
     "qemu-img create -q -f qcow2 -o lazy_refcounts=on,cluster_size=16k disk.qcow2 16M",
     "qemu-img create -q -f qcow2 -o preallocation=metadata disk.qcow2 16M",
+    "qemu-img create -q -f qcow2 -o extended_l2=on,cluster_size=128k disk.qcow2 16M",
     "qemu-img create -q -f qcow2 -o preallocation=falloc,cluster_size=8k disk.qcow2 16M",
     "qemu-img create -q -f qcow2 -o preallocation=full,compat=0.10 disk.qcow2 16M",
     // A raw backing file that is shorter than the disk, and not a multiple of a cluster.
@@ -247,7 +248,6 @@ fn use_image(make: &str, random: &mut fastrand::Rng) {
 
 /// Features that are not there yet, or that need an option: the image is refused, with the feature's name, and left as it was.
 const REFUSED: &[(&str, &str)] = &[
-    ("extended_l2=on", "Extended L2 entries"),
     ("data_file=data.raw", "'data-file' is required"),
     (
         "encrypt.format=luks,encrypt.key-secret=s --object secret,id=s,data=x",

@@ -49,6 +49,8 @@ pub struct CreateOptions {
     pub lazy_refcounts: bool,
     /// How clusters are compressed; `Zlib` only in version 2.
     pub compression_type: CompressionType,
+    /// Extended L2 entries: clusters of 32 subclusters; version 3 only, from 16 KiB clusters on.
+    pub extended_l2: bool,
     /// `Off` or `Metadata`.
     pub preallocation: Preallocation,
     /// The backing file, as text.
@@ -76,6 +78,7 @@ impl CreateOptions {
             refcount_bits: 16,
             lazy_refcounts: false,
             compression_type: CompressionType::default(),
+            extended_l2: false,
             preallocation: Preallocation::Off,
             backing: BackingFile::default(),
             data_file: None,
@@ -104,7 +107,15 @@ impl CreateOptions {
         }
         self.validate_backing()?;
         self.validate_data_file()?;
-        let g = Geometry::new(cluster_bits, self.refcount_bits.trailing_zeros());
+        let mut g = Geometry::new(cluster_bits, self.refcount_bits.trailing_zeros());
+        if self.extended_l2 {
+            if cluster_bits < limits::QCOW2_MIN_EXTENDED_CLUSTER_BITS {
+                return Err(invalid(
+                    "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+                ));
+            }
+            g = g.with_extended_l2();
+        }
         let l1_bytes = g.l1_entries_for(self.size).checked_mul(ENTRY_SIZE);
         if self.size > limits::MAX_DISK_SIZE
             || l1_bytes.is_none_or(|bytes| bytes > limits::QCOW2_MAX_L1_BYTES)
@@ -126,6 +137,12 @@ impl CreateOptions {
         if self.lazy_refcounts {
             return Err(invalid(
                 "Lazy refcounts only supported with compatibility level 1.1 and above \
+                 (use version=v3 or greater)",
+            ));
+        }
+        if self.extended_l2 {
+            return Err(invalid(
+                "Extended L2 entries are only supported with compatibility level 1.1 and above \
                  (use version=v3 or greater)",
             ));
         }
@@ -164,10 +181,12 @@ impl CreateOptions {
         }
         match self.preallocation {
             Preallocation::Off => Ok(()),
-            Preallocation::Metadata if self.backing.name.is_some() => Err(invalid(
-                "Backing file and preallocation can only be used at the same time if \
+            Preallocation::Metadata if self.backing.name.is_some() && !self.extended_l2 => {
+                Err(invalid(
+                    "Backing file and preallocation can only be used at the same time if \
                  extended_l2 is on",
-            )),
+                ))
+            }
             Preallocation::Metadata => Ok(()),
             Preallocation::Falloc | Preallocation::Full => Err(Error::new(
                 ErrorKind::Unsupported,
@@ -215,7 +234,7 @@ async fn create_over(file: &Child, data: Option<&Child>, options: &CreateOptions
     write_l1(file, &layout).await?;
     if layout.l2_tables > 0 {
         let state = match data {
-            Some(data) => state_outside(data, options),
+            Some(data) => state_outside(data, &layout, options),
             None => preallocated_state(file, &layout, options)?,
         };
         write_l2_tables(file, &layout, state).await?;
@@ -354,6 +373,10 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
         Some(DataFileOptions { raw: true, .. }) => Autoclear::DATA_FILE_RAW,
         _ => 0,
     };
+    let extended = match options.extended_l2 {
+        true => Incompatible::EXTENDED_L2,
+        false => 0,
+    };
     let lazy = match options.lazy_refcounts {
         true => Compatible::LAZY_REFCOUNTS,
         false => 0,
@@ -370,7 +393,7 @@ fn header(layout: &Layout, options: &CreateOptions) -> Result<Vec<u8>> {
         refcount_table_clusters: layout.reftable_clusters as u32,
         nb_snapshots: 0,
         snapshots_offset: HostOffset(0),
-        incompatible: Incompatible(compression | data_file),
+        incompatible: Incompatible(compression | data_file | extended),
         compatible: Compatible(lazy),
         autoclear: Autoclear(autoclear),
         refcount_order: layout.geometry.refcount_order(),
@@ -445,13 +468,18 @@ fn preallocated_state(file: &Child, layout: &Layout, options: &CreateOptions) ->
 }
 
 /// What the subclusters of preallocated clusters in a data file are.
-fn state_outside(data: &Child, options: &CreateOptions) -> State {
+fn state_outside(data: &Child, layout: &Layout, options: &CreateOptions) -> State {
     let is_raw = options.data_file.as_ref().is_some_and(|file| file.raw);
     let is_empty = data.limits().growable && data.size() == 0;
-    match is_raw || is_empty {
-        true => State::Data,
+    if is_raw {
+        return State::Data;
+    }
+    match (layout.geometry.has_extended_l2(), is_empty) {
+        // As in the image's own file.
+        (true, _) => State::Unallocated,
+        (false, true) => State::Data,
         // What it holds must not show in a new disk.
-        false => State::Zero,
+        (false, false) => State::Zero,
     }
 }
 

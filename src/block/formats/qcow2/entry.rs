@@ -315,6 +315,19 @@ impl L2Entry {
         }
     }
 
+    /// Whether the bitmap agrees with itself and the descriptor, by their bits alone. That of a standard entry does.
+    pub(super) fn has_sound_bitmap(self, at_start: AtStart) -> bool {
+        let (data, zero) = (self.bitmap as u32, (self.bitmap >> 32) as u32);
+        let has_place = match at_start {
+            AtStart::Header => self.host_cluster().is_some(),
+            AtStart::Cluster => self.host_cluster().is_some() || self.is_copied(),
+        };
+        match self.is_compressed() {
+            true => self.bitmap == 0,
+            false => data & zero == 0 && (data == 0 || has_place),
+        }
+    }
+
     /// Whether the entry holds a compressed stream, by its bits alone.
     pub(crate) fn is_compressed(self) -> bool {
         self.descriptor & COMPRESSED != 0

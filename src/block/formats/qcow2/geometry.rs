@@ -11,7 +11,7 @@ use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 pub(crate) const ENTRY_SIZE: u64 = 8;
 
 /// log2 of the number of subclusters of a cluster, where it has any (specification: "Extended L2 Entries").
-const SUBCLUSTER_ORDER: u32 = 5;
+pub(crate) const SUBCLUSTER_ORDER: u32 = 5;
 
 /// The number of a cluster of the guest's disk; `ClusterIndex` numbers those of the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

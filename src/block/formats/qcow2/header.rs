@@ -8,7 +8,7 @@
 //! ```
 
 use super::codec::CompressionType;
-use super::geometry::Geometry;
+use super::geometry::{Geometry, SUBCLUSTER_ORDER};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits;
 use crate::units::HostOffset;
@@ -184,8 +184,13 @@ impl Header {
                 "Reference count entry width too large; may not exceed 64 bits",
             ));
         }
-        if self.incompatible.has(Incompatible::EXTENDED_L2) {
-            return Err(unsupported("Extended L2 entries are not supported yet"));
+        if self.incompatible.has(Incompatible::EXTENDED_L2)
+            && self.cluster_bits < limits::QCOW2_MIN_EXTENDED_CLUSTER_BITS
+        {
+            return Err(invalid(format!(
+                "Unsupported subcluster size: {}",
+                (1_u32 << self.cluster_bits) >> SUBCLUSTER_ORDER
+            )));
         }
         let g = self.geometry();
         let compression = self.compression_field();

@@ -6,11 +6,20 @@ use std::sync::Arc;
 
 use super::Bounds;
 use super::refcounts::StoredOnes;
-use crate::formats::qcow2::entry::{L2Entry, Mapping, l2_entries};
+use crate::formats::qcow2::entry::{AtStart, L2Entry, Mapping, l2_entries};
+use crate::formats::qcow2::geometry::Geometry;
 use crate::units::HostOffset;
 
 /// Bits of a standard cluster descriptor that must be 0: 1 to 8 and 56 to 61.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
+
+/// Those of an image: bit 0 as well where subclusters say what reads as zeroes.
+fn reserved(g: Geometry) -> u64 {
+    match g.has_extended_l2() {
+        true => RESERVED | 1,
+        false => RESERVED,
+    }
+}
 
 /// What is known before the first L2 table is read.
 #[derive(Debug, Clone)]
@@ -42,6 +51,8 @@ pub(super) enum Wrong {
     ImpossibleStream,
     /// There is a stream although guest data lie in an external data file.
     StreamWithDataFile,
+    /// The bitmap of subclusters contradicts itself or the descriptor.
+    Subclusters,
     /// The COPIED flag is not what the stored refcount asks for.
     Flag,
 }
@@ -55,6 +66,7 @@ impl fmt::Display for Wrong {
             Wrong::CopiedStream => "a compressed cluster has the copied flag",
             Wrong::ImpossibleStream => "the compressed cluster is impossible",
             Wrong::StreamWithDataFile => "there is a compressed cluster beside a data file",
+            Wrong::Subclusters => "the bitmap of subclusters is impossible",
             Wrong::Flag => "OFLAG_COPIED disagrees with the refcount of the data cluster",
         })
     }
@@ -85,6 +97,7 @@ impl Table {
     pub(super) fn read(facts: &Facts, flags: Flags, bytes: &[u8]) -> Table {
         let mut table = Table::default();
         let mut expected = None;
+        let reserved = reserved(facts.bounds.g);
         for (index, entry) in (0..).zip(l2_entries(facts.bounds.g, bytes)) {
             if entry.is_empty() {
                 continue;
@@ -98,8 +111,11 @@ impl Table {
                 table.compressed(facts, entry, wrong);
                 continue;
             }
-            if entry.descriptor() & RESERVED != 0 {
+            if entry.descriptor() & reserved != 0 {
                 table.wrong.push(wrong(Wrong::Reserved));
+            }
+            if !entry.has_sound_bitmap(AtStart::Header) {
+                table.wrong.push(wrong(Wrong::Subclusters));
             }
             let Some(host) = entry.host_cluster() else {
                 continue;
@@ -138,8 +154,11 @@ impl Table {
         self.allocated += u64::from(host.is_some() || entry.is_copied());
         if entry.is_compressed() {
             self.wrong.push(wrong(Wrong::StreamWithDataFile));
-        } else if entry.descriptor() & RESERVED != 0 {
+        } else if entry.descriptor() & reserved(facts.bounds.g) != 0 {
             self.wrong.push(wrong(Wrong::Reserved));
+        }
+        if !entry.has_sound_bitmap(AtStart::Cluster) {
+            self.wrong.push(wrong(Wrong::Subclusters));
         }
         if host.is_some_and(|host| !facts.bounds.g.is_aligned(host.0)) {
             self.wrong.push(wrong(Wrong::Unaligned));
@@ -160,6 +179,10 @@ impl Table {
     fn compressed(&mut self, facts: &Facts, entry: L2Entry, wrong: impl Fn(Wrong) -> Finding) {
         if entry.is_copied() {
             self.wrong.push(wrong(Wrong::CopiedStream));
+        }
+        if !entry.has_sound_bitmap(AtStart::Header) {
+            self.wrong.push(wrong(Wrong::Subclusters));
+            return;
         }
         let mapping = entry.with_copied(false).decode(facts.bounds.g, true);
         if let Ok(Mapping::Compressed(stream)) = mapping {

@@ -28,6 +28,7 @@ fn qemu_finds_every_geometry_sound_and_shows_what_was_asked() {
                 if order % 2 == 1 {
                     o.compression_type = CompressionType::Zstd;
                 }
+                o.extended_l2 = order % 3 == 1 && cluster_bits >= 14;
                 if order % 3 == 0 && cluster_bits < 14 {
                     o.preallocation = Preallocation::Metadata;
                 }
@@ -46,6 +47,7 @@ fn qemu_finds_every_geometry_sound_and_shows_what_was_asked() {
             assert_eq!(data["refcount-bits"], 1 << order);
             assert_eq!(data["lazy-refcounts"], made.lazy_refcounts);
             assert_eq!(data["compression-type"], made.compression_type.name());
+            assert_eq!(data["extended-l2"], made.extended_l2);
             assert_eq!(data["compat"], "1.1");
         }
     }
@@ -74,13 +76,19 @@ fn version_2_and_a_backing_file_are_written_as_asked() {
 
 #[test]
 fn preallocated_clusters_read_as_zeroes_and_take_writes_in_place() {
+    for extended_l2 in [false, true] {
+        assert_preallocated(&options(|o| {
+            o.size = 70 << 20;
+            o.preallocation = Preallocation::Metadata;
+            o.extended_l2 = extended_l2;
+        }));
+    }
+}
+
+fn assert_preallocated(made: &CreateOptions) {
     let scratch = Scratch::new();
-    let made = options(|o| {
-        o.size = 70 << 20;
-        o.preallocation = Preallocation::Metadata;
-    });
     let disk = Memory::new(0);
-    block_on(create(&disk.child(), &made)).unwrap();
+    block_on(create(&disk.child(), made)).unwrap();
     let path = scratch.save("full.qcow2", &disk);
     let path = path.to_str().unwrap();
     let before = std::fs::metadata(path).unwrap().len();
@@ -149,7 +157,7 @@ fn a_device_of_fixed_size_gets_zero_clusters_over_its_old_bytes() {
 
 #[test]
 fn wrong_options_are_refused_with_qemus_texts_and_nothing_is_written() {
-    let cases: [(&str, CreateOptions); 9] = [
+    let cases: [(&str, CreateOptions); 11] = [
         (
             "Cluster size must be a power of two between 512 and 2048k",
             options(|o| o.cluster_size = 1000),
@@ -184,6 +192,21 @@ fn wrong_options_are_refused_with_qemus_texts_and_nothing_is_written() {
             options(|o| {
                 o.compression_type = CompressionType::Zstd;
                 o.compat = Compat::V0_10;
+            }),
+        ),
+        (
+            "Extended L2 entries are only supported with compatibility level 1.1 and above \
+             (use version=v3 or greater)",
+            options(|o| {
+                o.extended_l2 = true;
+                o.compat = Compat::V0_10;
+            }),
+        ),
+        (
+            "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
+            options(|o| {
+                o.extended_l2 = true;
+                o.cluster_size = 8192;
             }),
         ),
         (

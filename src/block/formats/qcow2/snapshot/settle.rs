@@ -19,6 +19,7 @@ use crate::driver::BoxFuture;
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Allocator, Run, push_run};
 use crate::formats::qcow2::entry::{L1Entry, L2Entry, Mapping};
+use crate::formats::qcow2::geometry::GuestCluster;
 use crate::formats::qcow2::header::{Header, Incompatible};
 use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::l2::L2Table;
@@ -152,8 +153,9 @@ impl Image {
             return Ok(());
         }
         let span = self.g.l2_entries();
-        let clusters = slot as u64 * span..(slot as u64 + 1) * span;
-        let _clusters = self.clusters.lock(clusters, Access::Exclusive).await;
+        let first = GuestCluster(slot as u64 * span);
+        let last = GuestCluster(first.0 + span - 1);
+        let _clusters = self.lock_clusters(first, last).await;
         let index = slot as u64..slot as u64 + 1;
         let _making = self.tables.lock(index, Access::Exclusive).await;
         let Some((table, entry)) = self.table(slot).await? else {

@@ -20,8 +20,11 @@ const PIECE: u64 = 1000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn neighbours_in_a_cluster_never_lose_each_others_bytes() {
-    for cluster_size in [512, 4096, 65536] {
-        let disk = new_image(&options(cluster_size)).await;
+    for (cluster_size, extended_l2) in [(512, false), (4096, false), (65536, false), (65536, true)]
+    {
+        let mut options = options(cluster_size);
+        options.extended_l2 = extended_l2;
+        let disk = new_image(&options).await;
         let image = open(&disk).await;
         let mut tasks = Vec::new();
         for worker in 0..WORKERS {

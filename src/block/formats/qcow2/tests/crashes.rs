@@ -104,14 +104,20 @@ async fn check_state(disk: &Arc<Memory>, log_len: usize, flushes: &[Flushed], wh
 }
 
 fn crash_options() -> Vec<CreateOptions> {
-    [(512, 64), (4096, 16), (65536, 16)]
-        .map(|(cluster_size, refcount_bits)| {
-            let mut options = CreateOptions::new(SIZE);
-            options.cluster_size = cluster_size;
-            options.refcount_bits = refcount_bits;
-            options
-        })
-        .into()
+    [
+        (512, 64, false),
+        (4096, 16, false),
+        (65536, 16, false),
+        (16384, 16, true),
+    ]
+    .map(|(cluster_size, refcount_bits, extended_l2)| {
+        let mut options = CreateOptions::new(SIZE);
+        options.cluster_size = cluster_size;
+        options.refcount_bits = refcount_bits;
+        options.extended_l2 = extended_l2;
+        options
+    })
+    .into()
 }
 
 #[tokio::test]

@@ -154,21 +154,30 @@ fn what_a_data_file_held_before_shows_only_in_a_raw_one() {
 
 #[test]
 fn random_operations_leave_what_the_model_says_with_a_data_file() {
-    for (seed, (raw, cluster_bits)) in [(false, 9), (true, 9), (false, 16), (true, 16), (false, 21)]
-        .into_iter()
-        .enumerate()
-    {
-        block_on(random_run(seed as u64, raw, cluster_bits));
+    let cases = [
+        (false, 9, false),
+        (true, 9, false),
+        (false, 16, false),
+        (true, 16, false),
+        (false, 21, false),
+        (false, 14, true),
+        (true, 14, true),
+        (false, 16, true),
+        (true, 17, true),
+    ];
+    for (seed, (raw, cluster_bits, extended)) in cases.into_iter().enumerate() {
+        println!("seed {seed}, raw {raw}, {cluster_bits} cluster bits, extended {extended}");
+        // Not a multiple of the cluster size: the data file ends where the disk does.
+        let mut made = options(6 * MIB + 512 * 7, raw);
+        made.cluster_size = 1 << cluster_bits;
+        made.extended_l2 = extended;
+        block_on(random_run(seed as u64, &made));
     }
 }
 
-async fn random_run(seed: u64, raw: bool, cluster_bits: u32) {
-    println!("seed {seed}, raw {raw}, {cluster_bits} cluster bits");
-    // Not a multiple of the cluster size: the data file ends where the disk does.
-    let size = 6 * MIB + 512 * 7;
-    let mut made = options(size, raw);
-    made.cluster_size = 1 << cluster_bits;
-    let pair = Pair::make(&made).await;
+async fn random_run(seed: u64, made: &CreateOptions) {
+    let size = made.size;
+    let pair = Pair::make(made).await;
     let mut random = fastrand::Rng::with_seed(seed);
     let mut model = vec![0; size as usize];
     for _ in 0..3 {
@@ -516,6 +525,43 @@ fn entries_that_point_elsewhere_are_corrupt_and_the_rest_works() {
             write(&image, 0, vec![6; 10]).await.unwrap();
             image.close().await.unwrap();
             assert_same(&damaged.data.content()[10..], &pair.data.content()[10..]);
+        }
+    });
+}
+
+#[test]
+fn bitmaps_of_subclusters_are_held_against_their_place_in_the_data_file() {
+    const COPIED: u64 = 1 << 63;
+    const DATA: u64 = 0xffff_ffff;
+    const L2: usize = 4 * 65536;
+    block_on(async {
+        let mut made = options(MIB, false);
+        made.extended_l2 = true;
+        let pair = Pair::make(&made).await;
+        let image = pair.open().await;
+        write(&image, 0, vec![5; 2 << 16]).await.unwrap();
+        image.close().await.unwrap();
+        let sound = pair.disk.content();
+        let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().unwrap());
+        assert_eq!([word(L2), word(L2 + 8)], [COPIED, DATA]);
+        for (what, nth, descriptor, bitmap, corruptions) in [
+            ("sound at the start", 0, COPIED, DATA, 0),
+            ("data without a place", 0, 0, DATA, 1),
+            ("data without a place", 1, 0, DATA, 1),
+            ("data and zeroes", 1, COPIED | CLUSTER, DATA | 1 << 32, 1),
+            ("the zero flag", 1, COPIED | CLUSTER | 1, DATA, 1),
+        ] {
+            let mut content = sound.clone();
+            content[L2 + nth * 16..][..8].copy_from_slice(&u64::to_be_bytes(descriptor));
+            content[L2 + nth * 16 + 8..][..8].copy_from_slice(&u64::to_be_bytes(bitmap));
+            let damaged = pair.damaged(&content);
+            let report = check(&damaged.disk.child()).await.unwrap();
+            assert_eq!(report.corruptions, corruptions, "{what}: {report:?}");
+            let image = damaged.open().await;
+            let at = nth as u64 * CLUSTER;
+            assert_eq!(image.read(at, 1).await.is_err(), corruptions > 0, "{what}");
+            assert_eq!(read(&image, CLUSTER - at, 1).await, [5], "{what}");
+            image.close().await.unwrap();
         }
     });
 }

@@ -14,6 +14,7 @@ use crate::protocols::memory::Memory;
 mod concurrency;
 mod crashes;
 mod data_file;
+mod extended;
 mod faults;
 mod geometries;
 mod hostile;

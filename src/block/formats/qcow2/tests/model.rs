@@ -31,6 +31,7 @@ struct Case {
     compat: Compat,
     backed: bool,
     preallocated: bool,
+    extended: bool,
     compression: CompressionType,
     steps: usize,
 }
@@ -43,6 +44,7 @@ impl Case {
             compat: Compat::V1_1,
             backed: false,
             preallocated: false,
+            extended: false,
             compression: CompressionType::Zlib,
             steps,
         }
@@ -58,6 +60,13 @@ impl Case {
     const fn backed(self) -> Self {
         Case {
             backed: true,
+            ..self
+        }
+    }
+
+    const fn extended(self) -> Self {
+        Case {
+            extended: true,
             ..self
         }
     }
@@ -143,6 +152,7 @@ impl Run {
         options.refcount_bits = case.refcount_bits;
         options.compat = case.compat;
         options.compression_type = case.compression;
+        options.extended_l2 = case.extended;
         if case.preallocated {
             options.preallocation = Preallocation::Metadata;
         }
@@ -174,13 +184,14 @@ impl Run {
 
     fn place(&self) -> String {
         format!(
-            "seed {}, step {}: {} cluster bits, {} refcount bits, {:?}, backed {}",
+            "seed {}, step {}: {} cluster bits, {} refcount bits, {:?}, backed {}, extended {}",
             self.seed,
             self.step,
             self.case.cluster_bits,
             self.case.refcount_bits,
             self.case.compat,
-            self.case.backed
+            self.case.backed,
+            self.case.extended
         )
     }
 
@@ -198,9 +209,13 @@ impl Run {
         let mut at = self.random.u64(..area);
         let mut len = self.random.u64(1..=longest.min(512 << 10));
         if self.random.bool() {
-            at &= !(cluster - 1);
+            let unit = match self.case.extended && self.random.bool() {
+                true => cluster / 32,
+                false => cluster,
+            };
+            at &= !(unit - 1);
             if self.random.bool() {
-                len = len.next_multiple_of(cluster);
+                len = len.next_multiple_of(unit);
             }
         }
         at &= !(alignment - 1);
@@ -575,7 +590,7 @@ impl Run {
 }
 
 /// 20,000 steps in all; the seeds are fixed, so that a failure comes again.
-const CASES: [Case; 17] = [
+const CASES: [Case; 23] = [
     Case::new(9, 16, 2500),
     Case::new(9, 64, 1500).backed(),
     Case::new(9, 2, 1500),
@@ -593,6 +608,12 @@ const CASES: [Case; 17] = [
     Case::new(17, 16, 500).zstd().backed(),
     Case::new(18, 8, 500),
     Case::new(21, 16, 250).backed(),
+    Case::new(14, 16, 1000).extended().backed(),
+    Case::new(14, 2, 600).extended(),
+    Case::new(16, 16, 800).extended().backed(),
+    Case::new(16, 64, 400).extended().zstd(),
+    Case::new(17, 16, 300).extended().backed().preallocated(),
+    Case::new(21, 16, 200).extended().backed(),
 ];
 
 /// Runs every third case, from `first` on: three tests share the cores.

@@ -7,7 +7,7 @@ const SIZE: u64 = 3 << 20;
 
 /// Random writes, zero writes and discards; discards where they show zeroes.
 async fn change(image: &Qcow2, model: &mut [u8], random: &mut fastrand::Rng) {
-    let cluster = image.image.g.cluster_size();
+    let cluster = image.image.g.subcluster_size();
     for _ in 0..25 {
         let at = random.u64(..SIZE);
         let len = random.u64(1..150_000).min(SIZE - at);
@@ -60,6 +60,8 @@ async fn snapshots_of_qemu_img_keep_their_content_while_we_write() {
         (4096, Compat::V0_10, 16),
         (65536, Compat::V1_1, 2),
         (65536, Compat::V1_1, 64),
+        // With subclusters.
+        (32768, Compat::V1_1, 8),
     ]
     .into_iter()
     .enumerate()
@@ -68,6 +70,7 @@ async fn snapshots_of_qemu_img_keep_their_content_while_we_write() {
         options.cluster_size = cluster_size;
         options.compat = compat;
         options.refcount_bits = refcount_bits;
+        options.extended_l2 = cluster_size == 32768;
         let mut disk = new_image(&options).await;
         let mut random = fastrand::Rng::with_seed(seed as u64);
         let mut model = vec![0; SIZE as usize];

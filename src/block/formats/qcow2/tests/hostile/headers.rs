@@ -238,9 +238,9 @@ const NEVER: &[Case] = &[
         "Internal snapshots are not possible with an external data file",
     ),
     (
-        "extended L2 entries",
+        "subclusters smaller than a sector",
         |i| put(i, 72, 8, 16),
-        "Extended L2 entries are not supported",
+        "Unsupported subcluster size",
     ),
     (
         "a compression type without its bit",

@@ -53,11 +53,13 @@ async fn valid_images() -> Vec<Arc<Memory>> {
         (12, 16, Compat::V0_10, false),
         (12, 8, Compat::V1_1, true),
         (16, 16, Compat::V1_1, false),
+        (14, 16, Compat::V1_1, true),
     ] {
         let mut options = CreateOptions::new(300 << 10);
         if cluster_bits == 10 {
             options.compression_type = CompressionType::Zstd;
         }
+        options.extended_l2 = cluster_bits == 14;
         options.cluster_size = 1 << cluster_bits;
         options.refcount_bits = refcount_bits;
         options.compat = compat;
@@ -106,6 +108,7 @@ fn images_of_qemu() -> Vec<Arc<Memory>> {
         ("lazy.qcow2", "cluster_size=4k,lazy_refcounts=on"),
         ("bitmaps.qcow2", "cluster_size=1k"),
         ("zstd.qcow2", "cluster_size=2k,compression_type=zstd"),
+        ("extended.qcow2", "cluster_size=16k,extended_l2=on"),
     ] {
         let path = scratch.path(name);
         let path = path.to_str().unwrap();
@@ -119,7 +122,7 @@ fn images_of_qemu() -> Vec<Arc<Memory>> {
             qemu_img(&["bitmap", "--add", "-g", "512", path, "two"]);
         }
         qemu_img(&["snapshot", "-c", "theirs", path]);
-        qemu_io(path, &["write -P 3 10k 9k", "write -c 64k 4k"]);
+        qemu_io(path, &["write -P 3 10k 9k", "write -c 64k 16k"]);
         images.push(scratch.load(name));
     }
     images

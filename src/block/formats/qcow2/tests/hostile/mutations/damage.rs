@@ -71,7 +71,7 @@ pub(super) fn damage(disk: &Memory, random: &mut fastrand::Rng) {
                 let from = from * cluster..(from + 1) * cluster;
                 image.copy_within(from, to * cluster);
             }
-            14 => image[79] |= 1 << random.u8(..2),
+            14 => image[79] |= 1 << [0, 1, 4][random.usize(..3)],
             _ => {
                 let at = random.usize(..clusters) * cluster;
                 let byte = [0, 0xff, 0x11][random.usize(..3)];

@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Mutex;
 
-use super::settling::{self, sum};
+use super::settling::{self, activated, sum};
 use super::table::SnapshotTable;
 use crate::driver::{BoxFuture, NewSnapshot, SnapshotChange, SnapshotInfo, SnapshotSelector};
 use crate::error::{Error, ErrorKind, Result};
@@ -27,7 +27,7 @@ use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::l1::L1Table;
 use crate::formats::qcow2::owners::Owner;
 use crate::io::RunToEnd;
-use crate::units::HostOffset;
+use crate::units::{ClusterIndex, HostOffset};
 
 /// Bytes that file systems allocate at a time, most of them: to write less saves no space.
 const HOST_BLOCK: usize = 4096;
@@ -298,14 +298,30 @@ impl Staged {
         by_tables || by_counts
     }
 
-    /// Counts what the change takes, in memory and in the file. On error that is undone.
+    /// The L2 tables that are to be active and were not, at their places in the L1 table.
+    fn activated(&self) -> Vec<ClusterIndex> {
+        if self.active.offset == self.before.offset() {
+            return Vec::new();
+        }
+        let before = self.before.entries();
+        let activated = activated(self.image.g, &before, &self.active.entries);
+        activated.map(|(_, table)| table).collect()
+    }
+
+    /// Counts what the change takes, in memory and in the file, and takes the flags off what will be shared. On error the
+    /// counts are undone; flags may go at any time.
     async fn count_takes(&mut self) -> Result<()> {
         let mut takes = self.changes.clone();
         takes.retain(|change| change.more > 0);
+        let image = self.image.clone();
+        // Also those that as many L1 tables have as before: nobody has kept up the flags of tables that only snapshots had.
+        for table in self.activated() {
+            image.clear_flags(table).await?;
+            image.relieve().await;
+        }
         if takes.is_empty() {
             return Ok(());
         }
-        let image = self.image.clone();
         // What counters have to hold is known only when nothing is owed.
         image.settle_all(None).await?;
         image
@@ -351,7 +367,8 @@ impl Staged {
         };
         let count = self.table.entries().len() as u32;
         let (size, active) = (self.size(), &self.active);
-        let dirty = self.counting == Counting::Behind && !self.changes.is_empty();
+        let settles = !self.changes.is_empty() || !self.activated().is_empty();
+        let dirty = self.counting == Counting::Behind && settles;
         let switched = self
             .image
             .header

@@ -155,6 +155,12 @@ impl Settling {
             let owes = owed.contains_key(&g.host_cluster(host).0);
             owes.then(|| entry.with_copied(false))
         });
+        if active.offset() != before.offset() {
+            // Nobody has kept up the flags of tables that only snapshots had. Those that owe are looked at when they are settled.
+            let (old, new) = (before.entries(), active.entries());
+            let new = activated(g, &old, &new).filter(|(_, table)| !owed.contains_key(&table.0));
+            flags.extend(new.map(|(slot, _)| slot));
+        }
     }
 
     /// How many references of L1 tables the stored counts of the table lack; below zero, how many they have too many.
@@ -327,6 +333,19 @@ pub(super) fn tables(g: Geometry, l1: &[u64]) -> impl Iterator<Item = (usize, Cl
     entries.filter_map(move |(slot, entry)| {
         let host = L1Entry(*entry).l2_offset()?;
         Some((slot, g.host_cluster(host)))
+    })
+}
+
+/// The L2 tables that are in an L1 table and were not at that place in the one before it.
+pub(super) fn activated<'a>(
+    g: Geometry,
+    before: &'a [u64],
+    active: &'a [u64],
+) -> impl Iterator<Item = (usize, ClusterIndex)> + 'a {
+    let place = |entry: &u64| L1Entry(*entry).l2_offset();
+    tables(g, active).filter(move |(slot, _)| {
+        let [old, new] = [before, active].map(|l1| l1.get(*slot).and_then(place));
+        old != new
     })
 }
 

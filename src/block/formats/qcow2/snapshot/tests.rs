@@ -1,5 +1,7 @@
 //! Snapshots of an image that nobody writes to: against qemu-img, and with a fault at every request.
 
+mod flags;
+
 use std::sync::Arc;
 
 use super::table::SnapshotTable;

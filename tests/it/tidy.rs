@@ -1,4 +1,4 @@
-//! Style as code: the layer table, sizes, where `unsafe` may stand, and that the map names what exists.
+//! Style as code: the layer table, sizes, where `unsafe` may stand, and that documents name what exists.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -340,25 +340,58 @@ fn unsafe_stands_in_the_io_module_only_and_nothing_is_left_undone() {
 
 #[test]
 fn the_map_names_only_what_exists() {
-    let map = fs::read_to_string(root().join("docs/ARCHITECTURE.md")).expect("the map");
     let mut named = 0;
     let mut problems = Vec::new();
-    for (at, part) in map.split('`').enumerate() {
-        let is_path = at % 2 == 1
-            && !part.contains(|c: char| c.is_whitespace() || "<>*{}=:(".contains(c))
-            && (part.contains('/') || part.ends_with(".rs") || part.ends_with(".md"));
-        if is_path {
-            named += 1;
-            if !root().join(part).exists() {
-                problems.push(format!(
-                    "docs/ARCHITECTURE.md names {part}, which does not exist"
-                ));
+    for document in ["docs/ARCHITECTURE.md", "docs/crash-safety.md"] {
+        let text = fs::read_to_string(root().join(document)).expect(document);
+        for part in text.split('`').skip(1).step_by(2) {
+            let is_path = !part.contains(|c: char| c.is_whitespace() || "<>*{}=:(".contains(c))
+                && (part.contains('/') || part.ends_with(".rs") || part.ends_with(".md"));
+            if is_path {
+                named += 1;
+                if !root().join(part).exists() {
+                    problems.push(format!("{document} names {part}, which does not exist"));
+                }
             }
         }
     }
     assert!(
         named > 10,
-        "the map names only {named} paths: is the quoting right?"
+        "they name only {named} paths: is the quoting right?"
+    );
+    report(problems);
+}
+
+/// The functions that docs/crash-safety.md names, by their path in the qcow2 driver.
+#[test]
+fn the_orders_of_writes_name_functions_that_exist() {
+    let driver = root().join("src/block/formats/qcow2");
+    let text = fs::read_to_string(root().join("docs/crash-safety.md")).expect("the orders");
+    let mut named = 0;
+    let mut problems = Vec::new();
+    for part in text.split('`').skip(1).step_by(2) {
+        let is_path = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "_:".contains(c);
+        let Some((module, function)) = part.rsplit_once("::").filter(|_| part.chars().all(is_path))
+        else {
+            continue;
+        };
+        named += 1;
+        let module = module.replace("::", "/");
+        let has = |file: String| {
+            let text = fs::read_to_string(driver.join(file)).unwrap_or_default();
+            ["(", "<"]
+                .iter()
+                .any(|next| text.contains(&format!("fn {function}{next}")))
+        };
+        if !has(format!("{module}.rs")) && !has(format!("{module}/mod.rs")) {
+            problems.push(format!(
+                "docs/crash-safety.md names {part}, which does not exist"
+            ));
+        }
+    }
+    assert!(
+        named > 20,
+        "it names only {named} functions: is the quoting right?"
     );
     report(problems);
 }

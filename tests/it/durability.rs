@@ -17,7 +17,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::harness::{self, Daemon, Program};
-use churn::{Asked, Churn, Snapshots};
+use churn::{Asked, Churn, Done, Snapshots};
 use load::{BLOCK, Clock, History, NEVER, Shared, Window, Writer, lock};
 
 const SIZE: usize = 16 << 20;
@@ -36,8 +36,10 @@ struct Victim {
     random: fastrand::Rng,
     /// What each kill left.
     left: Vec<Left>,
-    /// Writes of blocks and operations on snapshots that were acknowledged.
-    acknowledged: (usize, usize),
+    /// Writes of blocks that were acknowledged.
+    writes: usize,
+    /// Operations on snapshots that were.
+    done: Done,
 }
 
 /// A command without an answer: carried out, or not at all.
@@ -79,7 +81,8 @@ impl Victim {
             cut_off: None,
             random: fastrand::Rng::with_seed(seed),
             left: Vec::new(),
-            acknowledged: (0, 0),
+            writes: 0,
+            done: Done::default(),
         }
     }
 
@@ -108,15 +111,16 @@ impl Victim {
         let mut asked = None;
         let churn = Churn {
             qmp: daemon.qmp(),
+            socket: socket.clone(),
             clock,
             stop: &stop,
             random: self.random.fork(),
             histories: &self.histories,
             snapshots: &mut self.snapshots,
             asked: &mut asked,
-            acknowledged: 0,
+            done: Done::default(),
         };
-        let operations = std::thread::scope(|scope| {
+        let done = std::thread::scope(|scope| {
             for (at, history) in self.histories.iter().enumerate() {
                 let writer = Writer {
                     socket: socket.clone(),
@@ -148,8 +152,9 @@ impl Victim {
             .histories
             .iter()
             .map(|history| lock(history).acknowledged());
-        self.acknowledged.0 += writes.sum::<usize>();
-        self.acknowledged.1 += operations;
+        self.writes += writes.sum::<usize>();
+        self.done.operations += done.operations;
+        self.done.views += done.views;
         let left = self.check_image(end);
         self.left.push(left);
         self.check_snapshots();
@@ -357,11 +362,11 @@ fn a_killed_daemon_keeps_every_flushed_write_and_every_snapshot() {
         assert!(daemon.exited().success());
         let left = victim.check_image(End::Kill);
         victim.check_snapshots();
-        let (writes, operations) = victim.acknowledged;
+        let (writes, done) = (victim.writes, victim.done);
         println!(
-            "[{options}] {writes} writes of blocks and {operations} operations on snapshots acknowledged; \
+            "[{options}] {writes} writes of blocks and {} operations on snapshots acknowledged, {} views read; \
              each kill left {:?}; in the end: {left:?}",
-            victim.left
+            done.operations, done.views, victim.left
         );
         // What was rebuilt has no leaks, and no others come.
         let before = victim.left.last().map_or(0, |left| left.leaks);
@@ -399,6 +404,6 @@ fn an_end_under_load_keeps_everything_and_leaks_nothing() {
             victim.know(&content);
             assert!(daemon.terminated().success());
         }
-        assert!(victim.acknowledged.0 > 0, "a load");
+        assert!(victim.writes > 0, "a load");
     }
 }

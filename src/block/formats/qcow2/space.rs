@@ -6,7 +6,7 @@
 //! The change that met the full disk is one of those requests, and holds locks besides. So it leaves the image first and
 //! begins anew: what of it was written is written again, in place.
 
-use std::time::Instant;
+use tokio::time::Instant;
 
 use super::image::Image;
 use crate::error::{ErrorKind, Result};

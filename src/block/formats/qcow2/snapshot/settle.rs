@@ -12,7 +12,8 @@
 //! Every step is inside the gate, as guest requests are, so snapshot operations never run beside one.
 
 use std::sync::Arc;
-use std::time::Instant;
+
+use tokio::time::Instant;
 
 use super::settling::Work;
 use crate::driver::BoxFuture;

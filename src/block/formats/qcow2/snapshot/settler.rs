@@ -1,11 +1,12 @@
 //! Who settles, and when: a task behind the image that gives way to the guest.
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::error::Result;
 use crate::formats::qcow2::image::Image;

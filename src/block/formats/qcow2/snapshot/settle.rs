@@ -73,10 +73,10 @@ impl Image {
         let owed = self.settling.owed(cluster);
         if owed > 0 {
             let uncounted = alloc.raise(&reached, owed.unsigned_abs()).await?;
-            report_uncounted(host, uncounted);
+            self.report_uncounted(host, uncounted);
         } else if owed < 0 {
             let lowered = alloc.lower(&reached, owed.unsigned_abs()).await?;
-            report_uncounted(host, lowered.uncounted);
+            self.report_uncounted(host, lowered.uncounted);
             let freed = self.unused(lowered.last, active.as_deref(), host);
             if freed.iter().any(|run| contains(run, cluster)) {
                 self.l2.forget(host);
@@ -86,6 +86,18 @@ impl Image {
         self.settling.settled(cluster);
         self.commits.touch();
         Ok(())
+    }
+
+    /// Clusters of a table were in use without being counted: another program may have overwritten them.
+    fn report_uncounted(&self, table: HostOffset, clusters: u64) {
+        if clusters > 0 {
+            let message = format!(
+                "{clusters} clusters of the L2 table at {table} were in use, but not counted; run a check"
+            );
+            // Settling goes on: what it counts now nobody overwrites any more.
+            self.damage
+                .met(message, Some(self.bytes_of(self.cluster_run(table))));
+        }
     }
 
     /// The cluster of a table and all host clusters below it, each as often as there are references. Entries that nobody
@@ -132,7 +144,9 @@ impl Image {
             let is_own_table = cluster == table && owner == Some(Owner::L2Table);
             let is_used = used.binary_search(&index).is_ok();
             if is_used || !(owner.is_none() || is_own_table) {
-                log::error!("qcow2: host cluster {index} is in use, but not counted; run a check");
+                let message =
+                    format!("Host cluster {index} is in use, but not counted; run a check");
+                self.damage.met(message, Some(self.bytes_of(one(cluster))));
                 continue;
             }
             push_run(&mut freed, one(cluster));
@@ -209,9 +223,17 @@ impl Image {
 
     fn set_flags(&self, table: &Arc<L2Table>, flags: &Flags) {
         for (index, old) in &flags.entries {
-            // One that has been replaced meanwhile has its own.
-            let new = old.with_copied(!old.is_copied());
-            self.l2.replace(table, *index, *old, new);
+            let mut entry = *old;
+            // Other bits may change meanwhile. One that points elsewhere has a flag of its own.
+            while self.flagged_cluster(entry) == self.flagged_cluster(*old)
+                && entry.is_copied() == old.is_copied()
+            {
+                let new = entry.with_copied(!entry.is_copied());
+                if self.l2.replace(table, *index, entry, new) {
+                    break;
+                }
+                entry = table.get(*index);
+            }
         }
         self.commits.touch();
     }
@@ -375,12 +397,4 @@ fn one(start: ClusterIndex) -> Run {
 
 fn contains(run: &Run, cluster: ClusterIndex) -> bool {
     run.start <= cluster && cluster.0 < run.end()
-}
-
-fn report_uncounted(table: HostOffset, clusters: u64) {
-    if clusters > 0 {
-        log::error!(
-            "qcow2: {clusters} clusters of the L2 table at {table} were in use, but not counted; run a check"
-        );
-    }
 }

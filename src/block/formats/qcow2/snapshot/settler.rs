@@ -157,7 +157,11 @@ async fn run(image: Weak<Image>, wake: Arc<Notify>) {
                 return;
             }
             let started = Instant::now();
-            match image.settle_slice().await {
+            let slice = image.settle_slice().await;
+            if image.damage.is_unmarked() {
+                image.damage.mark(&image.header).await;
+            }
+            match slice {
                 Ok(Slice::More) if image.gate.take_busy() => {
                     let pause = started.elapsed() * (QCOW2_SETTLE_SHARE - 1);
                     Some(pause.min(QCOW2_SETTLE_PAUSE))

@@ -1,9 +1,11 @@
 //! Damage that is found while the image is in use: what fails, what goes on, what is reported, and what the header says.
 
 use super::*;
-use crate::driver::{FormatSpecific, Preallocation, SnapshotSelector};
+use crate::driver::{FormatSpecific, NewSnapshot, Preallocation, SnapshotSelector};
 use crate::events::HostBytes;
+use crate::formats::qcow2::owners::Owner;
 use crate::protocols::memory::{Fault, OpKind};
+use crate::units::ClusterIndex;
 
 /// Guest cluster 0 with this entry.
 fn with_entry(image: &[u8], entry: u64) -> Arc<Memory> {
@@ -293,5 +295,73 @@ fn a_read_only_image_reports_what_it_meets() {
         let which = SnapshotSelector::default();
         let error = Snapshots::delete(&*image, which).await.unwrap_err();
         assert_ne!(error.kind(), ErrorKind::Corrupt);
+    });
+}
+
+/// Lets the settler work until it has reported something.
+async fn settled_report(image: &Qcow2, events: &mut Receiver<NodeEvent>) -> Vec<Corruption> {
+    image.image.hold_settler(false);
+    for _ in 0..1000 {
+        let reports = reported(events);
+        if !reports.is_empty() {
+            return reports;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    panic!("nothing was reported");
+}
+
+fn new_snapshot() -> NewSnapshot {
+    NewSnapshot {
+        name: "s".to_owned(),
+        date_sec: 0,
+        date_nsec: 0,
+        vm_clock_nsec: 0,
+    }
+}
+
+#[test]
+fn settling_reports_clusters_that_nobody_counted_and_counts_them() {
+    block_on(async {
+        let mut damaged = sample().await;
+        put(&mut damaged, REFBLOCK + 5 * 2, 2, 0);
+        let disk = Memory::with_content(&damaged);
+        let (image, mut events) = open_reporting(&disk).await;
+        image.create(new_snapshot()).await.unwrap();
+        let reports = settled_report(&image, &mut events).await;
+        let message =
+            "1 clusters of the L2 table at 0x4000 were in use, but not counted; run a check";
+        let (offset, len) = (L2 as u64, CLUSTER as u64);
+        let met = Corruption {
+            message: message.to_owned(),
+            place: Some(HostBytes { offset, len }),
+            fatal: false,
+        };
+        assert_eq!(reports, [met]);
+        image.close().await.unwrap();
+        let bytes = disk.content();
+        assert_eq!(bytes[REFBLOCK + 10..REFBLOCK + 12], [0, 2]);
+    });
+}
+
+#[test]
+fn a_change_that_settling_must_not_make_is_reported_and_marked_by_it() {
+    block_on(async {
+        let disk = Memory::with_content(&sample().await);
+        let (image, mut events) = open_reporting(&disk).await;
+        image.image.hold_settler(true);
+        image.create(new_snapshot()).await.unwrap();
+        // Its counters are to be written where a table lies.
+        let (owners, block) = (&image.image.owners, ClusterIndex(2));
+        owners.release(block, 1);
+        owners.claim(block, 1, Owner::L1Table).unwrap();
+        let reports = settled_report(&image, &mut events).await;
+        let [Corruption { message, fatal, .. }] = &reports[..] else {
+            panic!("{reports:?}");
+        };
+        let wanted = "Preventing invalid write of a refcount block at 0x2000";
+        assert!(message.starts_with(wanted) && *fatal, "{message}");
+        assert!(is_corrupt(&image));
+        assert_corrupt("later", write(&image, FAR, vec![1]).await);
     });
 }

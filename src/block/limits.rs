@@ -119,6 +119,10 @@ pub const QCOW2_MAX_METADATA_CLUSTERS: u64 = 8 << 20;
 /// lead to: a tenth of a second. 256 snapshots of 16 TiB at 64 KiB; what is beyond is protected by its refcounts alone.
 pub const QCOW2_MAX_OPENED_L1_BYTES: u64 = 64 << 20;
 
+/// qcow2: clusters behind the end of the file that data may have been meant for, without ever getting there. A repair counts them as
+/// used: 64 GiB at 64 KiB, more than a host keeps in its page cache, for 2 MiB of refcounts of 16 bits.
+pub const QCOW2_MAX_LOST_CLUSTERS: u64 = 1 << 20;
+
 /// qcow2: longest backing file name in bytes. The specification's bound.
 pub const QCOW2_MAX_BACKING_NAME: u32 = 1023;
 

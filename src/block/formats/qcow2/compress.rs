@@ -98,7 +98,7 @@ impl Image {
         let table = self.own_table(self.g.l1_index(cluster)).await?;
         let index = self.g.l2_index(cluster);
         // A damaged entry is found before anything is written.
-        self.decode_to_replace(table.get(index), cluster)?;
+        let gone = self.references(self.decode_to_replace(table.get(index), cluster)?);
         let len = bytes.len() as u64;
         let (host, mut reserved) = self.alloc.lock().await.allocate_stream(len).await?;
         let stream = Compressed {
@@ -110,11 +110,10 @@ impl Image {
             .await?;
         loop {
             let old = table.get(index);
-            let mapping = self.decode_to_replace(old, cluster)?;
             let new = L2Entry::compressed(stream, self.g);
             if self.l2.replace(&table, index, old, new) {
                 reserved.publish(1);
-                self.quarantine.unlinked(self.references(mapping));
+                self.quarantine.unlinked(gone);
                 self.commits.touch();
                 return Ok(());
             }

@@ -88,6 +88,7 @@ impl Image {
         };
         let index = (range.start >> self.g.subcluster_bits()) as u32;
         match (plain.subclusters.state(index), plain.host) {
+            (State::Data, Some(host)) if self.is_behind_end(host) => Err(self.lost(cluster, host)),
             (State::Data, Some(host)) => self.data.child().read((host + range.start).0, len).await,
             (State::Zero, _) => Ok(Data::zeroes(len)),
             _ => {

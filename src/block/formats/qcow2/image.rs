@@ -21,7 +21,7 @@ use super::bitmaps::Bitmaps;
 use super::codec::CompressionType;
 use super::damage::{Damage, Hex};
 use super::data_file::DataFile;
-use super::entry::{BadEntry, L1Entry, L2Entry, Mapping};
+use super::entry::{BadEntry, L1Entry, L2Entry, Mapping, PlainCluster};
 use super::gate::Gate;
 use super::geometry::{ENTRY_SIZE, Geometry, GuestCluster};
 use super::header::{Autoclear, Header};
@@ -179,12 +179,12 @@ impl Image {
         })
     }
 
-    /// What the entry of a guest cluster says.
+    /// What the entry of a guest cluster says. A host cluster behind the end of the file is never ours.
     pub(super) fn decode(&self, entry: L2Entry, cluster: GuestCluster) -> Result<Mapping> {
         let decoded = self
             .data
             .decode(entry, cluster, (self.g, self.has_zero_flag()));
-        decoded.map_err(|bad| {
+        let mapping = decoded.map_err(|bad| {
             let what = match bad {
                 BadEntry::Unaligned(host) => format!("Cluster allocation offset {host} unaligned"),
                 BadEntry::Reserved(bits) => {
@@ -203,7 +203,34 @@ impl Image {
             };
             let place = self.entry_place(cluster);
             self.damage.met(format!("{what} ({place})"), None)
+        })?;
+        Ok(match mapping {
+            Mapping::Plain(plain) if plain.host.is_some_and(|host| self.is_behind_end(host)) => {
+                Mapping::Plain(PlainCluster {
+                    copied: false,
+                    ..plain
+                })
+            }
+            mapping => mapping,
         })
+    }
+
+    /// Whether a data cluster lies behind the end of the image's file. No image that was written in order has one: tables that lead to
+    /// a cluster are written after it. The file was cut off, or never got what an unclean end of a writer with lazy refcounts
+    /// took along; and nothing tells whether the place is free.
+    pub(super) fn is_behind_end(&self, host: HostOffset) -> bool {
+        !self.data.is_external() && host.0 >= self.file.size()
+    }
+
+    /// The error for a guest cluster whose data are not there. It can be overwritten as a whole.
+    pub(super) fn lost(&self, cluster: GuestCluster, host: HostOffset) -> Error {
+        let entry = self.entry_place(cluster);
+        let text = format!("Data cluster at {host} behind the end of the file ({entry})");
+        let place = HostBytes {
+            offset: host.0,
+            len: self.g.cluster_size(),
+        };
+        self.damage.met(text, Some(place))
     }
 
     /// Where the entry of a guest cluster lies, for messages.
@@ -353,19 +380,19 @@ impl Image {
     }
 
     /// The references that go when an entry with this meaning is replaced: of each of these clusters one. Nothing counts
-    /// the clusters of an external data file.
+    /// the clusters of an external data file, and for what lies behind the end of the file it is not certain; so it must be asked
+    /// before new data are written, which may get that very place.
     pub(super) fn references(&self, mapping: Mapping) -> Option<Run> {
-        match mapping {
-            _ if self.data.is_external() => None,
-            Mapping::Plain(cluster) => Some(self.cluster_run(cluster.host?)),
+        let (host, run) = match mapping {
+            _ if self.data.is_external() => return None,
+            Mapping::Plain(cluster) => (cluster.host?, self.cluster_run(cluster.host?)),
             Mapping::Compressed(stream) => {
-                let (first, last) = stream.clusters(self.g);
-                Some(Run {
-                    start: first,
-                    count: last.0 - first.0 + 1,
-                })
+                let (start, last) = stream.clusters(self.g);
+                let count = last.0 - start.0 + 1;
+                (stream.host, Run { start, count })
             }
-        }
+        };
+        (!self.is_behind_end(host)).then_some(run)
     }
 
     /// The part of `[offset, offset + len)` that one L2 table maps.

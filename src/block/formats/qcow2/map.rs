@@ -22,6 +22,8 @@ pub(super) enum Source {
     Data { host: HostOffset, ours: bool },
     /// A compressed cluster, of which the run is a part.
     Compressed(Compressed),
+    /// Data that the file does not have, in this host cluster: an error for who reads, nothing to keep for who overwrites.
+    Lost(HostOffset),
 }
 
 /// A run of guest bytes with one source.
@@ -85,6 +87,7 @@ impl Image {
         let (state, count) = plain.subclusters.run(first..self.g.subclusters());
         let end = u64::from(first + count) << self.g.subcluster_bits();
         let source = match (state, plain.host) {
+            (State::Data, Some(host)) if self.is_behind_end(host) => Source::Lost(host),
             (State::Data, Some(host)) => Source::Data {
                 host: host + in_cluster,
                 ours: plain.copied,
@@ -113,11 +116,17 @@ impl Image {
     /// Answers `block_status` (see `Requests`).
     pub(super) async fn status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
         let first = self.extent(offset, len).await?;
+        if let Source::Lost(host) = first.source {
+            return Err(self.lost(self.cluster_at(offset), host));
+        }
         let mut answer = self.status_of(offset, first);
         let mut tables = 1;
         while answer.len < len && tables < STATUS_TABLES {
             let at = offset + answer.len;
             let extent = self.extent(at, len - answer.len).await?;
+            if matches!(extent.source, Source::Lost(_)) {
+                break;
+            }
             let next = self.status_of(at, extent);
             let joins = match (answer.host_offset, next.host_offset) {
                 (None, None) => !answer.compressed && !next.compressed,

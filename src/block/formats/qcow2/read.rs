@@ -34,6 +34,7 @@ impl Image {
         match extent.source {
             Source::Unallocated => self.read_backing(offset, extent.len).await,
             Source::Zero => Ok(Data::zeroes(extent.len)),
+            Source::Lost(host) => Err(self.lost(self.cluster_at(offset), host)),
             Source::Data { host, .. } => self.data.child().read(host.0, extent.len).await,
             Source::Compressed(stream) => {
                 let cluster = self.decompress(stream).await?;

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use futures_util::future::{try_join, try_join_all};
 
-use super::alloc::Reserved;
+use super::alloc::{Reserved, Run};
 use super::entry::{L2Entry, Mapping, PlainCluster};
 use super::geometry::GuestCluster;
 use super::image::Image;
@@ -61,6 +61,14 @@ enum Scope {
 struct Target<'a> {
     table: &'a Arc<L2Table>,
     offset: u64,
+}
+
+/// What a guest cluster is that gets another host cluster.
+struct Old {
+    entry: L2Entry,
+    mapping: Mapping,
+    /// The references that go with the entry.
+    gone: Option<Run>,
 }
 
 impl Image {
@@ -288,6 +296,16 @@ impl Image {
         }
     }
 
+    fn old_cluster(&self, table: &L2Table, cluster: GuestCluster) -> Result<Old> {
+        let entry = table.get(self.g.l2_index(cluster));
+        let mapping = self.decode(entry, cluster)?;
+        Ok(Old {
+            entry,
+            mapping,
+            gone: self.references(mapping),
+        })
+    }
+
     /// Writes the front of `data` to new clusters; answers how many bytes are written and published.
     async fn write_new(&self, target: Target<'_>, data: &Data) -> Result<u64> {
         let size = self.g.cluster_size();
@@ -299,10 +317,9 @@ impl Image {
         let run = reserved.run();
         let len = data.len().min((run.count << self.g.cluster_bits()) - head);
         let first = self.cluster_at(target.offset);
-        let index = self.g.l2_index(first);
-        let old: Vec<L2Entry> = (index..index + run.count as usize)
-            .map(|index| target.table.get(index))
-            .collect();
+        let old = (first.0..first.0 + run.count)
+            .map(|cluster| self.old_cluster(target.table, GuestCluster(cluster)))
+            .collect::<Result<Vec<Old>>>()?;
         let mut pieces: Vec<(u64, Data)> = vec![(head, data.slice(0, len))];
         let fresh = reserved.is_fresh();
         // Only the clusters at the ends keep something.
@@ -310,7 +327,7 @@ impl Image {
         let last = run.count - 1;
         for nth in [0, last].into_iter().take(if last > 0 { 2 } else { 1 }) {
             let cluster = GuestCluster(first.0 + nth);
-            let mapping = self.decode(old[nth as usize], cluster)?;
+            let mapping = old[nth as usize].mapping;
             let written = within(head..head + len, nth * size, size);
             for range in self.kept(mapping, written) {
                 if !(fresh && self.surely_zero(mapping, &range)) {
@@ -360,7 +377,7 @@ impl Image {
     fn publish(
         &self,
         target: &Target<'_>,
-        old: &[L2Entry],
+        old: &[Old],
         written: Range<u64>,
         reserved: &mut Reserved,
     ) -> Result<u64> {
@@ -370,17 +387,9 @@ impl Image {
         let mut freed = Vec::new();
         let mut published = 0;
         for (nth, old) in old.iter().enumerate() {
-            // Decoded before, when it was read.
-            let cluster = GuestCluster(self.cluster_at(target.offset).0 + nth as u64);
-            let Ok(mapping) = self
-                .data
-                .decode(*old, cluster, (self.g, self.has_zero_flag()))
-            else {
-                break;
-            };
             let at = nth as u64 * size;
             let part = within(written.clone(), at, size);
-            let subclusters = match mapping {
+            let subclusters = match old.mapping {
                 Mapping::Plain(cluster) => {
                     let touched = self.g.subclusters_of(part.start, part.end - part.start);
                     cluster.subclusters.with(mask(touched), State::Data)
@@ -396,11 +405,11 @@ impl Image {
                 subclusters,
             };
             let new = L2Entry::plain(new, self.g);
-            if !self.l2.replace(target.table, first + nth, *old, new) {
+            if !self.l2.replace(target.table, first + nth, old.entry, new) {
                 break;
             }
             published += 1;
-            freed.extend(self.references(mapping));
+            freed.extend(old.gone);
         }
         reserved.publish(published);
         if !freed.is_empty() {

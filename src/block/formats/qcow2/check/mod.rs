@@ -41,7 +41,7 @@ use super::header::Header;
 use super::snapshot::table::SnapshotTable;
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
-use crate::limits::QCOW2_MAX_CHECK_TABLE_BYTES;
+use crate::limits::{QCOW2_MAX_CHECK_TABLE_BYTES, QCOW2_MAX_LOST_CLUSTERS};
 use crate::units::HostOffset;
 
 /// Bytes that surely hold what tells the header's length.
@@ -88,6 +88,14 @@ impl Bounds {
         }
         let bits = self.g.cluster_bits();
         Some(offset >> bits..((end - 1) >> bits) + 1)
+    }
+
+    /// A data cluster behind the end of the file, but so near that refcounts can reach it: it may be what a writer that ended
+    /// uncleanly never put there.
+    fn lost_cluster(&self, host: HostOffset) -> Option<u64> {
+        let cluster = self.g.host_cluster(host).0;
+        let reach = self.file_clusters() + QCOW2_MAX_LOST_CLUSTERS;
+        (self.g.is_aligned(host.0) && cluster < reach).then_some(cluster)
     }
 
     /// Clusters of the file; the last may be there in part.

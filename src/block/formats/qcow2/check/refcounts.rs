@@ -236,7 +236,8 @@ impl Scan<'_> {
     /// Compares every cluster that is stored or counted.
     pub(super) async fn compare(&mut self) -> Result<()> {
         // Counts may reach into a last cluster that the file has in part only.
-        let clusters = self.bounds.file_clusters() + 1;
+        let in_file = self.bounds.file_clusters();
+        let clusters = in_file + 1;
         let width = CounterWidth::new(self.g.refcount_order());
         let unknown = self.unknown();
         let mut highest = 0;
@@ -248,7 +249,8 @@ impl Scan<'_> {
             expected.fill(0);
             scan.counts.encode(range.clone(), width, &mut expected);
             if expected == counters {
-                highest = highest.max(scan.counts.last_counted(range).unwrap_or(0));
+                let inside = range.start..range.end.min(in_file).max(range.start);
+                highest = highest.max(scan.counts.last_counted(inside).unwrap_or(0));
                 return Ok(());
             }
             for (nth, cluster) in range.enumerate().take_while(|(_, at)| *at < clusters) {
@@ -258,7 +260,9 @@ impl Scan<'_> {
             Ok(())
         })
         .await?;
-        highest = highest.max(self.compare_uncounted(done..self.counts.end(), &unknown));
+        // What lies further behind is lost, and that has been said.
+        let end = self.counts.end().min(in_file);
+        highest = highest.max(self.compare_uncounted(done..end, &unknown));
         self.report.image_end_offset = (highest + 1) << self.g.cluster_bits();
         let end = self.bounds.file_clusters();
         let unknown = unknown.iter();

@@ -47,6 +47,8 @@ pub(super) enum Wrong {
     Reserved,
     Unaligned,
     Outside,
+    /// The data lie behind the end of the file, not far: they are lost, and their place counts as used.
+    Lost,
     CopiedStream,
     ImpossibleStream,
     /// There is a stream although guest data lie in an external data file.
@@ -62,7 +64,7 @@ impl fmt::Display for Wrong {
         f.write_str(match self {
             Wrong::Reserved => "reserved bits are set",
             Wrong::Unaligned => "the data cluster is not properly aligned",
-            Wrong::Outside => "the data lie behind the end of the file",
+            Wrong::Outside | Wrong::Lost => "the data lie behind the end of the file",
             Wrong::CopiedStream => "a compressed cluster has the copied flag",
             Wrong::ImpossibleStream => "the compressed cluster is impossible",
             Wrong::StreamWithDataFile => "there is a compressed cluster beside a data file",
@@ -136,7 +138,13 @@ impl Table {
             }
             match facts.bounds.clusters(host.0, facts.bounds.g.cluster_size()) {
                 Some(clusters) => table.refer(clusters),
-                None => table.wrong.push(wrong(Wrong::Outside)),
+                None => match facts.bounds.lost_cluster(host) {
+                    Some(cluster) => {
+                        table.wrong.push(wrong(Wrong::Lost));
+                        table.refer(cluster..cluster + 1);
+                    }
+                    None => table.wrong.push(wrong(Wrong::Outside)),
+                },
             }
         }
         table

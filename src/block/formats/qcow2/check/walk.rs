@@ -234,11 +234,16 @@ impl Scan<'_> {
         for Finding { index, entry, what } in table.wrong {
             let at = used.offset;
             let text = || format!("ERROR L2 table at {at}, entry {index} ({entry}): {what}");
-            if what == Wrong::Flag {
-                self.report.corruptions += used.active;
-                self.report.note(text);
-            } else {
-                self.corrupt(used.total, text);
+            match what {
+                Wrong::Flag => {
+                    self.report.corruptions += used.active;
+                    self.report.note(text);
+                }
+                Wrong::Lost => {
+                    self.report.corruptions += used.total;
+                    self.report.note(text);
+                }
+                _ => self.corrupt(used.total, text),
             }
         }
         for run in table.runs {

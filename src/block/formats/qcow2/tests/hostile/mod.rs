@@ -16,6 +16,7 @@ use tokio::sync::mpsc::Receiver;
 mod damage;
 mod fields;
 mod headers;
+mod lost;
 mod metadata;
 mod mutations;
 

@@ -5,6 +5,7 @@
 //! the file; that the snapshot goes on existing is what a view holds on to.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::steps::SnapshotDisk;
 use crate::driver::{
@@ -27,20 +28,30 @@ struct View {
     held: Held,
 }
 
-/// Keeps a snapshot from being deleted.
+/// Keeps a snapshot from being deleted, until it is released or dropped.
 #[derive(Debug)]
 struct Held {
     image: Arc<Image>,
     info: SnapshotInfo,
+    released: AtomicBool,
+}
+
+impl Held {
+    /// Nobody reads the snapshot any more.
+    fn release(&self) {
+        if !self.released.swap(true, Ordering::AcqRel) {
+            self.image.snapshots.release(&self.info.id);
+        }
+    }
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.image.snapshots.release(&self.info.id);
+        self.release();
     }
 }
 
-/// The snapshot as a driver. It cannot be deleted until that is dropped. Cancellation: safe.
+/// The snapshot as a driver. It cannot be deleted until that is closed or dropped. Cancellation: safe.
 pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<Arc<dyn Driver>> {
     let held = {
         // No change of snapshots is under way.
@@ -55,6 +66,7 @@ pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<A
         Held {
             image: image.clone(),
             info,
+            released: AtomicBool::new(false),
         }
     };
     let table = image.snapshots.get();
@@ -164,6 +176,11 @@ impl Driver for View {
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
-        self.snapshot.close()
+        Box::pin(async move {
+            // Behind it no request is under way, and none begins.
+            let closed = self.snapshot.close().await;
+            self.held.release();
+            closed
+        })
     }
 }

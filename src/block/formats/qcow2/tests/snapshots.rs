@@ -407,7 +407,7 @@ async fn a_view_shows_the_snapshot_while_the_image_is_written_and_keeps_it() {
     view.flush().await.unwrap();
 
     let which = selector(None, Some("kept"));
-    for view in [view, again] {
+    for view in [&view, &again] {
         let refused = image.delete(which.clone()).await.unwrap_err();
         assert_eq!(refused.kind(), ErrorKind::InUse);
         assert_eq!(refused.message(), "Snapshot 'kept' is being read");
@@ -419,12 +419,33 @@ async fn a_view_shows_the_snapshot_while_the_image_is_written_and_keeps_it() {
         view.close().await.unwrap();
         assert!(view.read(0, 1).await.is_err());
     }
-    let view = image.view(which.clone()).await.unwrap();
+    let dropped = image.view(which.clone()).await.unwrap();
     let mut content = before;
     content[4096..13096].copy_from_slice(&pattern(4096, 9000, 3));
-    drop(view);
+    drop(dropped);
+    // What is closed holds nothing, though somebody still has it, and lets go of it once.
+    view.close().await.unwrap();
     image.delete(which).await.unwrap();
+    assert!(view.read(0, 1).await.is_err());
+    assert!(view.block_status(0, 1).await.is_err());
     verify(&disk, image, &content).await;
+}
+
+#[tokio::test]
+async fn a_view_that_is_closed_twice_lets_go_of_the_snapshot_once() {
+    let disk = new_image(&options(1 << 20, 4096)).await;
+    let image = open(&disk).await;
+    image.create(named("s")).await.unwrap();
+    let which = selector(None, Some("s"));
+    let first = image.view(which.clone()).await.unwrap();
+    let second = image.view(which.clone()).await.unwrap();
+    first.close().await.unwrap();
+    first.close().await.unwrap();
+    drop(first);
+    let refused = image.delete(which.clone()).await.unwrap_err();
+    assert_eq!(refused.kind(), ErrorKind::InUse);
+    second.close().await.unwrap();
+    image.delete(which).await.unwrap();
 }
 
 #[tokio::test]

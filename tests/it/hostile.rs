@@ -3,17 +3,13 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
-use crate::harness::{Daemon, Program, Qmp, connect, run_to_end, until};
+use crate::harness::{Daemon, PATIENCE, Program, Qmp, connect, run_to_end, until};
 
 /// Commands of an ordinary run; `QBLOCKD_QMP_MUTATIONS` for more.
 const COMMANDS: u64 = 2500;
-
-/// Seconds that a reply may take.
-const REPLY: Duration = Duration::from_secs(15);
 
 /// What arguments are made of: the daemon's own description of them.
 struct Schema {
@@ -189,7 +185,7 @@ fn any_arguments_get_an_answer() {
         let begun = std::time::Instant::now();
         let reply = ask(&mut qmp, name, &arguments);
         errors += u64::from(reply.get("error").is_some());
-        assert!(begun.elapsed() < REPLY, "{number}: {name} {arguments}");
+        assert!(begun.elapsed() < PATIENCE, "{number}: {name} {arguments}");
     }
     assert!(errors > 0 && errors < count, "{errors} of {count}");
     // It is whole: another client is served, and it ends when told to.
@@ -233,7 +229,7 @@ fn connections_that_say_nothing_keep_nobody_out() {
         .collect();
     // A client that does speak is served among them.
     let mut client = UnixStream::connect(&nbd).unwrap();
-    client.set_read_timeout(Some(REPLY)).unwrap();
+    client.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut greeting = [0; 18];
     client.read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting[..8], b"NBDMAGIC");
@@ -254,7 +250,7 @@ fn connections_that_say_nothing_keep_nobody_out() {
     until(
         || {
             let mut stream = UnixStream::connect(daemon.path("qmp.sock")).unwrap();
-            stream.set_read_timeout(Some(REPLY)).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
             let mut greeting = [0; 8];
             stream.read_exact(&mut greeting).is_ok()
         },

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use qapi_gen::diagnostic::{Sink, SourceMap};
 use qapi_gen::hx;
@@ -70,11 +69,8 @@ fn qemu_9_2_is_accepted() {
     let Some(top) = upstream("qemu-9.2/qapi/qapi-schema.json") else {
         return;
     };
-    let start = Instant::now();
     let bare = load_schema(&top, &Disk, &Options::default())
         .unwrap_or_else(|failure| panic!("{}", failure.render()));
-    let taken = start.elapsed();
-    assert!(taken < Duration::from_secs(2), "it took {taken:?}");
     assert_eq!(bare.sources.files().len(), 42);
     assert_eq!(bare.schema.modules.len(), 42);
 

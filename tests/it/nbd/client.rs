@@ -4,7 +4,8 @@
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+
+use crate::harness::PATIENCE;
 
 pub(crate) const EXPORT_NAME: u32 = 1;
 pub(crate) const ABORT: u32 = 2;
@@ -108,10 +109,10 @@ impl Client {
     pub(crate) fn connect(path: &Path) -> Self {
         let stream = UnixStream::connect(path).expect("a listening server");
         stream
-            .set_read_timeout(Some(Duration::from_secs(10)))
+            .set_read_timeout(Some(PATIENCE))
             .expect("a time limit");
         stream
-            .set_write_timeout(Some(Duration::from_secs(10)))
+            .set_write_timeout(Some(PATIENCE))
             .expect("a time limit");
         Client(stream)
     }

@@ -10,7 +10,6 @@ mod transmission;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use block::protocols::memory::Memory;
 use qblockd::exports::ExportEvent;
@@ -19,6 +18,7 @@ use qblockd::listen::Address;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use crate::harness::PATIENCE;
 use client::Client;
 
 /// The size of the disk in most tests.
@@ -115,8 +115,7 @@ impl Fixture {
 
     /// The next event.
     fn event(&mut self) -> ExportEvent {
-        let next =
-            async { tokio::time::timeout(Duration::from_secs(10), self.events.recv()).await };
+        let next = async { tokio::time::timeout(PATIENCE, self.events.recv()).await };
         self.runtime
             .block_on(next)
             .expect("an event in time")
@@ -125,16 +124,16 @@ impl Fixture {
 
     fn wait_held(&self, count: usize) {
         let wait = self.disk.wait_held(count);
-        let in_time = async { tokio::time::timeout(Duration::from_secs(10), wait).await };
+        let in_time = async { tokio::time::timeout(PATIENCE, wait).await };
         self.runtime
             .block_on(in_time)
             .expect("held requests in time");
     }
 
-    /// Stops the server, within a time that is long even for a busy machine.
+    /// Stops the server.
     fn stop(&mut self) {
         let server = self.server.take().expect("a running server");
-        let stop = async { tokio::time::timeout(Duration::from_secs(10), server.stop()).await };
+        let stop = async { tokio::time::timeout(PATIENCE, server.stop()).await };
         self.runtime.block_on(stop).expect("an end in time");
     }
 }

@@ -3,10 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::Value;
 
 use crate::protocols::memory::Memory;
+
+/// More than any test takes that does not hang, on a busy machine too.
+pub(super) const HANGS_AFTER: Duration = Duration::from_secs(120);
 
 /// A folder of image files that goes away with the test.
 pub(super) struct Scratch {

@@ -122,7 +122,7 @@ async fn allocating_writes_to_one_new_table_run_side_by_side() {
             write(&image, index * 4096, vec![2; 100]).await.unwrap();
         }));
     }
-    tokio::time::timeout(Duration::from_secs(5), disk.wait_held(8))
+    tokio::time::timeout(HANGS_AFTER, disk.wait_held(8))
         .await
         .expect("all eight writes are under way at once");
     disk.release_all();

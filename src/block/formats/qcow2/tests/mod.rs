@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::create::{CreateOptions, create};
-use super::testing::{Scratch, assert_qemu_clean, qemu_img};
+use super::testing::{HANGS_AFTER, Scratch, assert_qemu_clean, qemu_img};
 use super::{OpenOptions, Qcow2};
 use crate::driver::{Child, Driver, Requests, WriteFlags, ZeroFlags};
 use crate::error::Result;

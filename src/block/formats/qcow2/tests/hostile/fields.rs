@@ -302,7 +302,7 @@ fn a_huge_disk_in_a_tiny_file_costs_its_l1_table_and_no_more() {
             .await
             .unwrap();
         image.close().await.unwrap();
-        assert!(began.elapsed().as_secs() < 30);
+        assert!(began.elapsed() < HANGS_AFTER);
         assert!(disk.allocated() < 64 << 20);
     });
 }
@@ -332,7 +332,7 @@ fn a_repair_is_not_kept_busy_by_tables_that_overlap() {
         let began = std::time::Instant::now();
         let error = try_open(&disk, false).await.err().unwrap();
         assert!(error.message().contains("too many tables"), "{error}");
-        assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
+        assert!(began.elapsed() < HANGS_AFTER, "{:?}", began.elapsed());
     });
 }
 

@@ -200,6 +200,6 @@ fn an_image_with_very_many_snapshots_opens_soon() {
         let began = std::time::Instant::now();
         let image = open(&disk).await;
         assert_eq!(image.list().len(), COUNT);
-        assert!(began.elapsed().as_secs() < 20, "{:?}", began.elapsed());
+        assert!(began.elapsed() < HANGS_AFTER, "{:?}", began.elapsed());
     });
 }

@@ -31,9 +31,6 @@ const SPACE: u64 = 24 << 20;
 /// tenth of it.
 const MEMORY: u64 = 512 << 20;
 
-/// How long one case may take before it counts as hanging: far more than the slowest takes on a busy machine.
-const HANGS_AFTER: Duration = Duration::from_secs(60);
-
 /// Opens and uses an image, and answers what damage was found.
 async fn use_image(disk: &Arc<Memory>, random: &mut fastrand::Rng) -> Vec<Corruption> {
     let before = disk.fork();

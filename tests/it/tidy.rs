@@ -342,7 +342,12 @@ fn unsafe_stands_in_the_io_module_only_and_nothing_is_left_undone() {
 fn the_map_names_only_what_exists() {
     let mut named = 0;
     let mut problems = Vec::new();
-    for document in ["docs/ARCHITECTURE.md", "docs/crash-safety.md"] {
+    let maps = [
+        "docs/ARCHITECTURE.md",
+        "docs/crash-safety.md",
+        "docs/validation.md",
+    ];
+    for document in maps {
         let text = fs::read_to_string(root().join(document)).expect(document);
         for part in text.split('`').skip(1).step_by(2) {
             let is_path = !part.contains(|c: char| c.is_whitespace() || "<>*{}=:(".contains(c))
@@ -362,11 +367,17 @@ fn the_map_names_only_what_exists() {
     report(problems);
 }
 
-/// The functions that docs/crash-safety.md names, by their path in the qcow2 driver.
+/// The functions that two pages name, by their path in the qcow2 driver.
 #[test]
-fn the_orders_of_writes_name_functions_that_exist() {
+fn functions_and_tests_that_are_named_exist() {
+    for page in ["docs/crash-safety.md", "docs/validation.md"] {
+        check_functions(page);
+    }
+}
+
+fn check_functions(page: &str) {
     let driver = root().join("src/block/formats/qcow2");
-    let text = fs::read_to_string(root().join("docs/crash-safety.md")).expect("the orders");
+    let text = fs::read_to_string(root().join(page)).expect(page);
     let mut named = 0;
     let mut problems = Vec::new();
     for part in text.split('`').skip(1).step_by(2) {
@@ -384,14 +395,12 @@ fn the_orders_of_writes_name_functions_that_exist() {
                 .any(|next| text.contains(&format!("fn {function}{next}")))
         };
         if !has(format!("{module}.rs")) && !has(format!("{module}/mod.rs")) {
-            problems.push(format!(
-                "docs/crash-safety.md names {part}, which does not exist"
-            ));
+            problems.push(format!("{page} names {part}, which does not exist"));
         }
     }
     assert!(
         named > 20,
-        "it names only {named} functions: is the quoting right?"
+        "{page} names only {named} functions: is the quoting right?"
     );
     report(problems);
 }

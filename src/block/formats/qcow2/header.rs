@@ -137,7 +137,8 @@ impl Header {
         if version == Version::V3 {
             length = header.parse_v3(&mut fields, cluster, cluster_size)?;
         }
-        if backing_offset > cluster_size {
+        let is_inside = backing_offset != 0 && backing_offset < length as u64;
+        if backing_offset > cluster_size || is_inside {
             return Err(invalid("Invalid backing file offset"));
         }
         let area_end = match backing_offset {

@@ -178,7 +178,8 @@ impl L2Cache {
         if let Some(table) = self.lookup(host) {
             return Ok(table);
         }
-        if host.0 >= self.file.size() {
+        // What a file that was cut off has lost must not be taken for an empty part of the disk.
+        if host.0 + self.g.cluster_size() > self.file.size() {
             let place = HostBytes {
                 offset: host.0,
                 len: self.g.cluster_size(),

@@ -306,9 +306,10 @@ async fn read_reftable(g: Geometry, file: &Child, header: &Header) -> Result<Vec
 }
 
 fn check_reftable(g: Geometry, file: &Child, table: &[u64]) -> Result<()> {
-    let end = file.size();
+    let size = file.size();
     for (index, entry) in table.iter().enumerate() {
-        if *entry != 0 && (!g.is_aligned(*entry) || *entry >= end) {
+        let end = entry.checked_add(g.cluster_size());
+        if *entry != 0 && (!g.is_aligned(*entry) || end.is_none_or(|end| end > size)) {
             return Err(Error::new(
                 ErrorKind::Corrupt,
                 format!(

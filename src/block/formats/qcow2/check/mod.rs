@@ -73,7 +73,7 @@ pub async fn check_with(file: &Child, options: &CheckOptions) -> Result<CheckRep
 struct Bounds {
     g: Geometry,
     file_size: u64,
-    /// The file can be read behind its end.
+    /// The file grows where it is written to behind its end.
     growable: bool,
 }
 
@@ -106,8 +106,7 @@ impl Bounds {
     /// Whether a whole cluster at `offset` can be read.
     fn is_readable(&self, offset: HostOffset) -> bool {
         let end = offset.0.checked_add(self.g.cluster_size());
-        let file_end = self.file_clusters() << self.g.cluster_bits();
-        end.is_some_and(|end| end <= file_end && (self.growable || end <= self.file_size))
+        end.is_some_and(|end| end <= self.file_size)
     }
 }
 

@@ -125,14 +125,18 @@ impl Scan<'_> {
                 });
             }
             let l2 = entry.l2_offset().unwrap_or_default();
-            match self.bounds.clusters(l2.0, self.g.cluster_size()) {
-                Some(clusters) => self.add(clusters, table.times)?,
-                None => self.corrupt(table.times, || {
+            let clusters = self.bounds.clusters(l2.0, self.g.cluster_size());
+            if let Some(clusters) = clusters.clone() {
+                self.add(clusters, table.times)?;
+            }
+            if !self.bounds.is_readable(l2) {
+                self.corrupt(table.times, || {
+                    let part = if clusters.is_some() { "partly " } else { "" };
                     format!(
-                        "ERROR {}: the L2 table lies behind the end of the file",
+                        "ERROR {}: the L2 table lies {part}behind the end of the file",
                         place()
                     )
-                }),
+                });
             }
             if !self.g.is_aligned(l2.0) {
                 self.corrupt(table.times, || {

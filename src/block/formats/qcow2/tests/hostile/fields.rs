@@ -53,6 +53,38 @@ fn a_damaged_entry_fails_its_own_range_only() {
 }
 
 #[test]
+fn a_table_of_which_the_file_has_only_a_part_is_not_taken_for_an_empty_one() {
+    block_on(async {
+        let mut image = sample().await;
+        // The L2 table of guest 2 MiB comes last, and loses its end.
+        let table = image[7 * CLUSTER..8 * CLUSTER].to_vec();
+        image.resize(10 * CLUSTER, 0);
+        image[9 * CLUSTER..].copy_from_slice(&table);
+        put(&mut image, L1 + 8, 8, COPIED | (9 * CLUSTER as u64));
+        image.truncate(10 * CLUSTER - 512);
+        let disk = Memory::with_content(&image);
+        let report = check(&disk.child()).await.unwrap();
+        let text =
+            "entry 1 (0x8000000000009000): the L2 table lies partly behind the end of the file";
+        assert!(
+            report.findings.iter().any(|found| found.contains(text)),
+            "{report:?}"
+        );
+        assert_corrupt(
+            text,
+            repair(&disk.child(), Repair::All, &CheckOptions::default()).await,
+        );
+        let (image, mut events) = open_reporting(&disk).await;
+        assert_corrupt(text, image.read(FAR, 1).await);
+        assert_corrupt(text, write(&image, FAR, vec![1; CLUSTER]).await);
+        assert_eq!(reported(&mut events).len(), 1);
+        assert_eq!(read(&image, 0, 4).await, [1; 4]);
+        write(&image, 65536, vec![1; CLUSTER]).await.unwrap();
+        image.close().await.unwrap();
+    });
+}
+
+#[test]
 fn a_compressed_cluster_that_cannot_be_read_can_be_replaced() {
     let descriptors = [
         ("behind the end", COMPRESSED | 1 << 50),

@@ -53,6 +53,11 @@ const NEVER: &[Case] = &[
         "Invalid backing file offset",
     ),
     (
+        "a backing name in the header's fields",
+        |i| put(i, 8, 8, 104),
+        "Invalid backing file offset",
+    ),
+    (
         "a long backing name",
         |i| {
             put(i, 8, 8, 1024);
@@ -355,6 +360,14 @@ const NOT_FOR_WRITING: &[Case] = &[
         "refcount block offset",
     ),
     (
+        "a refcount block that leaves the file",
+        |i| {
+            put(i, REFTABLE + 8, 8, 9 * CLUSTER as u64);
+            i.resize(10 * CLUSTER - 8, 0);
+        },
+        "refcount block offset 0x9000 is not valid (table index 1)",
+    ),
+    (
         "a refcount block on the refcount table",
         |i| put(i, REFTABLE, 8, REFTABLE as u64),
         "used for a refcount block, but holds the refcount table",
@@ -447,5 +460,25 @@ fn metadata_in_one_place_twice_are_not_opened_for_writing_but_can_be_read() {
             image.close().await.unwrap();
             assert_same(&disk.content(), &damaged);
         }
+    });
+}
+
+#[test]
+fn unknown_promises_are_taken_back_with_the_first_change() {
+    block_on(async {
+        let mut image = sample().await;
+        // An autoclear bit and a compatible one that nobody knows.
+        put(&mut image, 88, 8, 1 << 40);
+        put(&mut image, 80, 8, 1 << 41);
+        let disk = Memory::with_content(&image);
+        let opened = open(&disk).await;
+        assert_eq!(read(&opened, 0, 4).await, [1; 4]);
+        opened.flush().await.unwrap();
+        assert_same(&disk.content(), &image);
+        write(&opened, 0, vec![9; 1]).await.unwrap();
+        let header = &disk.content()[..104];
+        assert_eq!(header[88..96], [0; 8]);
+        assert_eq!(header[80..88], (1_u64 << 41).to_be_bytes());
+        opened.close().await.unwrap();
     });
 }

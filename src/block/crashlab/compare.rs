@@ -155,6 +155,8 @@ impl Comparison {
             file_size: 0,
             small_caches: false,
             discard: true,
+            extended_l2: false,
+            bitmaps: false,
         };
         let image = self.qemu.path("base.qcow2");
         let file = image.to_string_lossy().into_owned();

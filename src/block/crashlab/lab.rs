@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::oracle::{Figures, Oracle, Recording, Samples};
 use super::qemu::Qemu;
 use super::run::{Problem, Runner};
-use super::script::{Op, Script};
+use super::script::{Images, Op, Script};
 use super::states::Effort;
 
 /// What is run.
@@ -13,6 +13,8 @@ use super::states::Effort;
 pub struct Plan {
     /// Seed of the first script; the others follow.
     pub seed: u64,
+    /// What they run on.
+    pub images: Images,
     /// Ends behind this many scripts.
     pub scripts: u64,
     /// Ends with the first script that ends behind this time.
@@ -58,7 +60,7 @@ pub fn run(plan: &Plan, mut progress: impl FnMut(&Outcome)) -> Outcome {
         if start.elapsed() >= plan.time || outcome.failures.len() >= MAX_FAILURES {
             break;
         }
-        let script = Script::random(seed);
+        let script = Script::random(seed, plan.images);
         let (figures, records, result) = run_script(&script, plan);
         outcome.scripts += 1;
         outcome.records += records;
@@ -106,6 +108,9 @@ pub(super) async fn record(script: &Script) -> Result<Recording, Problem> {
     let mut runner = Runner::create(&script.case).await?;
     for op in script.before.iter().chain([&Op::Flush]) {
         runner.step(op).await?;
+    }
+    if script.case.bitmaps {
+        runner.get_bitmaps().await?;
     }
     let base = runner.start_log();
     for op in &script.ops {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use super::audit::{Audit, Verdict};
+use super::audit::{Audit, Bitmap, Verdict, bitmaps_differ};
 use super::content::{Content, Versions};
 use super::qemu::Qemu;
 use super::run::{Kind, Moment, Problem, Runner, Snapshot, World, open, snapshots_differ};
@@ -89,9 +89,26 @@ pub struct Oracle {
 pub(super) struct Known {
     candidates: HashMap<(usize, usize), Vec<Candidate>>,
     seen: HashSet<(u64, usize, usize)>,
+    /// The image before the first record: its bitmaps, and what the disk held.
+    base: (Vec<Bitmap>, Content),
 }
 
 impl Known {
+    fn of(recording: &Recording) -> Result<Known, Problem> {
+        let bytes = recording.base.content();
+        let audit = Audit::new(&bytes)?;
+        Ok(Known {
+            base: (audit.bitmaps().to_vec(), audit.active()?),
+            ..Known::default()
+        })
+    }
+
+    /// The bitmaps of a state whose disk holds `active`.
+    fn check_bitmaps(&self, bytes: &[u8], active: &Content) -> Result<(), Problem> {
+        let (bitmaps, before) = &self.base;
+        bitmaps_differ(bitmaps, before, &Audit::new(bytes)?, active)
+    }
+
     fn candidates(&mut self, recording: &Recording, state: &State) -> &[Candidate] {
         let (durable, begun) = between(&recording.moments, state);
         self.candidates
@@ -127,7 +144,7 @@ impl Oracle {
         recording: &Recording,
         effort: Effort,
     ) -> Result<(), Problem> {
-        let mut known = Known::default();
+        let mut known = Known::of(recording)?;
         let log = whole_sectors(&recording.base, &recording.log).map_err(text)?;
         for epoch in epochs(&recording.base, &log).map_err(text)? {
             for choice in epoch.choices(effort, &mut self.random) {
@@ -158,11 +175,14 @@ impl Oracle {
             Ok((_, observed)) if !observed.verdict.dangers.is_empty() => {
                 Err(observed.verdict.dangers.join("\n  "))
             }
-            Ok((world, observed)) => {
-                self.note(&observed);
-                self.recover(recording, state, &bytes, (world, observed), depth)
-                    .await
-            }
+            Ok((world, observed)) => match known.check_bitmaps(&bytes, &world.active) {
+                Ok(()) => {
+                    self.note(&observed);
+                    let seen = (world, observed);
+                    self.recover(recording, state, &bytes, seen, depth).await
+                }
+                Err(problem) => Err(problem),
+            },
             Err(problem) => Err(problem),
         };
         result.map_err(|problem| {
@@ -224,6 +244,12 @@ impl Oracle {
         runner.close().await?;
         settled(&disk, &runner.world, verdict.leaks + verdict.leaks_beyond)
             .await
+            .and_then(|()| {
+                let (before, after) = (Audit::new(bytes)?, disk.content());
+                let bitmaps = before.bitmaps();
+                let after = Audit::new(&after)?;
+                bitmaps_differ(bitmaps, &world.active, &after, &runner.world.active)
+            })
             .map_err(|problem| format!("after the recovery and {}: {problem}", ops(&runner)))?;
         if second {
             let recording = Recording {
@@ -245,7 +271,7 @@ impl Oracle {
     ) -> BoxFuture<'a, Result<(), Problem>> {
         const STATES: usize = 12;
         Box::pin(async move {
-            let mut known = Known::default();
+            let mut known = Known::of(recording)?;
             let effort = Effort {
                 per_epoch: STATES / 2,
                 ..Effort::default()

@@ -27,6 +27,25 @@ pub struct Case {
     pub small_caches: bool,
     /// Holes are punched where clusters are freed.
     pub discard: bool,
+    /// L2 entries with subclusters.
+    pub extended_l2: bool,
+    /// Another program has left persistent bitmaps.
+    pub bitmaps: bool,
+}
+
+/// Which images scripts run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Images {
+    /// All kinds but `Large`.
+    Any,
+    /// Clusters of 2 MiB, which cost much time.
+    Large,
+    /// With extended L2 entries.
+    ExtendedL2,
+    /// With persistent bitmaps.
+    Bitmaps,
+    /// Version 2.
+    V2,
 }
 
 impl Case {
@@ -36,6 +55,7 @@ impl Case {
         options.cluster_size = self.cluster_size();
         options.refcount_bits = self.refcount_bits;
         options.compat = self.compat;
+        options.extended_l2 = self.extended_l2;
         options.preallocation = Preallocation::Off;
         options
     }
@@ -45,16 +65,22 @@ impl Case {
         1 << self.cluster_bits
     }
 
-    fn random(random: &mut fastrand::Rng) -> Case {
-        let cluster_bits = *pick(random, &[9, 9, 9, 9, 9, 9, 10, 12, 12, 12, 16]);
-        let v2 = random.u8(..8) == 0;
-        let refcount_bits = match v2 {
-            true => 16,
-            false => *pick(random, &[16, 16, 16, 16, 64, 64, 32, 8, 4, 2, 1]),
-        };
-        let cluster = 1_u64 << cluster_bits;
-        let l2_span = cluster / 8 * cluster;
+    /// What an L2 table maps.
+    fn l2_span(&self) -> u64 {
+        let entry = if self.extended_l2 { 16 } else { 8 };
+        self.cluster_size() / entry * self.cluster_size()
+    }
+
+    fn random(random: &mut fastrand::Rng, images: Images) -> Case {
+        let mut case = Case::random_format(random, images);
+        let cluster = case.cluster_size();
+        let l2_span = case.l2_span();
         let window = cluster * random.u64(4..=12).min((512 << 10) / cluster).max(4);
+        let window = match images {
+            // Borders of clusters lie inside of windows all the same.
+            Images::Large => 512 << 10,
+            _ => window,
+        };
         // Two or three L2 tables; now and then an L1 table of several sectors.
         let spans = match random.u8(..6) {
             0 => 1,
@@ -64,26 +90,50 @@ impl Case {
         let tail = 512 * random.u64(1..=window / 512);
         let size = spans * l2_span + tail;
         let border = random.u64(1..=spans) * l2_span;
-        let windows = vec![
+        case.size = size;
+        case.windows = vec![
             0..window.min(size),
             border.saturating_sub(window / 2)..(border + window / 2).min(size),
             size.saturating_sub(window)..size,
         ];
         // What the first cluster of the refcount table can count.
-        let counted = (cluster / 8) * (cluster * 8 / u64::from(refcount_bits)) * cluster;
-        let file_size = match counted <= 2 << 20 && random.u8(..5) == 0 {
-            true => counted - cluster * random.u64(1..60),
-            false => 0,
+        let counted = (cluster / 8) * (cluster * 8 / u64::from(case.refcount_bits)) * cluster;
+        if counted <= 2 << 20 && random.u8(..5) == 0 {
+            case.file_size = counted - cluster * random.u64(1..60);
+        }
+        case.small_caches = random.bool();
+        case.discard = random.u8(..4) > 0;
+        case
+    }
+
+    /// Everything but sizes and how it is opened.
+    fn random_format(random: &mut fastrand::Rng, images: Images) -> Case {
+        let one_of = |random: &mut fastrand::Rng, kind: Images, share: u8| {
+            images == kind || images == Images::Any && random.u8(..share) == 0
+        };
+        let v2 = one_of(random, Images::V2, 8);
+        let extended_l2 = !v2 && one_of(random, Images::ExtendedL2, 10);
+        let bitmaps = !v2 && one_of(random, Images::Bitmaps, 6);
+        let cluster_bits = match images {
+            Images::Large => 21,
+            _ if extended_l2 => *pick(random, &[14, 14, 16]),
+            _ => *pick(random, &[9, 9, 9, 9, 9, 9, 10, 12, 12, 12, 16]),
+        };
+        let refcount_bits = match v2 {
+            true => 16,
+            false => *pick(random, &[16, 16, 16, 16, 64, 64, 32, 8, 4, 2, 1]),
         };
         Case {
             cluster_bits,
             refcount_bits,
             compat: if v2 { Compat::V0_10 } else { Compat::V1_1 },
-            size,
-            windows,
-            file_size,
-            small_caches: random.bool(),
-            discard: random.u8(..4) > 0,
+            size: 0,
+            windows: Vec::new(),
+            file_size: 0,
+            small_caches: false,
+            discard: false,
+            extended_l2,
+            bitmaps,
         }
     }
 }
@@ -192,9 +242,9 @@ enum Theme {
 
 impl Script {
     /// The script of a seed.
-    pub fn random(seed: u64) -> Script {
+    pub fn random(seed: u64, images: Images) -> Script {
         let mut random = fastrand::Rng::with_seed(seed);
-        let case = Case::random(&mut random);
+        let case = Case::random(&mut random, images);
         let themes = [
             Theme::Guest,
             Theme::Snapshots,
@@ -249,9 +299,12 @@ fn fill(random: &mut fastrand::Rng, case: &Case) -> Op {
     }
 }
 
-/// A range inside a window: often at cluster borders, seldom at odd bytes.
+/// A range inside a window: often at borders of clusters or subclusters, seldom at odd bytes.
 fn range(random: &mut fastrand::Rng, case: &Case) -> (u64, u64) {
-    let cluster = case.cluster_size();
+    let cluster = match case.extended_l2 && random.bool() {
+        true => case.cluster_size() / 32,
+        false => case.cluster_size(),
+    };
     let window = pick(random, &case.windows).clone();
     let mut at = random.u64(window.clone());
     let longest = match random.u8(..4) {
@@ -355,7 +408,7 @@ fn snapshot_op(random: &mut fastrand::Rng) -> Op {
 }
 
 fn new_size(random: &mut fastrand::Rng, case: &Case) -> u64 {
-    let l2_span = case.cluster_size() / 8 * case.cluster_size();
+    let l2_span = case.l2_span();
     let size = match random.u8(..5) {
         0 => case.size / 2,
         1 => case.size + random.u64(1..=4) * l2_span,

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use super::audit::Audit;
 use super::compare::{Comparison, Operation, Program};
 use super::lab::{Outcome, Plan, record, run, run_script};
-use super::oracle::{Oracle, Samples};
+use super::oracle::{Oracle, Recording, Samples};
 use super::qemu::Qemu;
-use super::script::Script;
+use super::script::{Images, Script};
 use super::states::Effort;
 use crate::protocols::memory::Change;
 
@@ -14,6 +15,7 @@ use crate::protocols::memory::Change;
 fn plan(seed: u64, scripts: u64) -> Plan {
     Plan {
         seed,
+        images: Images::Any,
         scripts,
         time: Duration::from_secs(600),
         effort: Effort {
@@ -70,7 +72,7 @@ fn qemu_repairs_and_reads_what_a_crash_leaves() {
 fn a_seed_gives_the_same_run_again() {
     let plan = plan(3001, 3);
     for seed in plan.seed..plan.seed + plan.scripts {
-        let script = Script::random(seed);
+        let script = Script::random(seed, Images::Any);
         let (first, second) = (run_script(&script, &plan), run_script(&script, &plan));
         assert_eq!(format!("{first:?}"), format!("{second:?}"));
     }
@@ -101,32 +103,59 @@ async fn snapshot_operations_of_qemu_are_enumerated_too() {
 #[test]
 fn an_engine_that_flushes_too_seldom_is_found_out() {
     let plan = plan(4001, 40);
-    let found = (plan.seed..plan.seed + plan.scripts)
-        .filter(|seed| !survives_without_a_flush(*seed, &plan))
-        .count();
-    assert!(found >= 10, "only {found} of {} scripts fail", plan.scripts);
-}
-
-/// Whether all states are sound of a run whose disk has ignored every second flush.
-fn survives_without_a_flush(seed: u64, plan: &Plan) -> bool {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_time()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    runtime.block_on(async {
-        let mut recording = record(&Script::random(seed)).await.unwrap();
+    let found = found_out(&plan, |recording| {
         let mut nth = 0;
         for record in &mut recording.log {
             if matches!(record.change, Change::Flush) {
                 nth += 1;
                 if nth % 2 == 1 {
-                    record.change = Change::Discard { offset: 0, len: 0 };
+                    record.change = NOTHING;
                 }
             }
         }
-        let random = fastrand::Rng::with_seed(seed);
-        let mut oracle = Oracle::new(plan.samples, None, random);
-        oracle.try_states(&recording, plan.effort).await.is_ok()
-    })
+    });
+    assert!(found >= 10, "only {found} of {} scripts fail", plan.scripts);
+}
+
+/// One that does not mark bitmaps as in use.
+#[test]
+fn an_engine_that_forgets_bitmaps_is_found_out() {
+    let plan = Plan {
+        images: Images::Bitmaps,
+        ..plan(5001, 20)
+    };
+    let found = found_out(&plan, |recording| {
+        let base = recording.base.content();
+        let audit = Audit::new(&base).unwrap();
+        let flags: Vec<u64> = audit.bitmaps().iter().map(|map| map.at + 8).collect();
+        for record in &mut recording.log {
+            if matches!(&record.change, Change::Write { offset, .. } if flags.contains(offset)) {
+                record.change = NOTHING;
+            }
+        }
+    });
+    assert!(found >= 10, "only {found} of {} scripts fail", plan.scripts);
+}
+
+const NOTHING: Change = Change::Discard { offset: 0, len: 0 };
+
+/// How many scripts have states that are not sound when the log of each was changed.
+fn found_out(plan: &Plan, change: impl Fn(&mut Recording)) -> usize {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    let fails = |seed: &u64| {
+        runtime.block_on(async {
+            let script = Script::random(*seed, plan.images);
+            let mut recording = record(&script).await.unwrap();
+            change(&mut recording);
+            let random = fastrand::Rng::with_seed(*seed);
+            let mut oracle = Oracle::new(plan.samples, None, random);
+            oracle.try_states(&recording, plan.effort).await.is_err()
+        })
+    };
+    let seeds = plan.seed..plan.seed + plan.scripts;
+    seeds.filter(fails).count()
 }

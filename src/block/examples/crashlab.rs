@@ -14,13 +14,15 @@ use block::crashlab::compare::{CLUSTER_SIZES, Comparison, OPERATIONS, Program, R
 use block::crashlab::lab::{Failure, Outcome, Plan, run};
 use block::crashlab::oracle::Samples;
 use block::crashlab::qemu::Qemu;
+use block::crashlab::script::Images;
 use block::crashlab::states::Effort;
 
 const USAGE: &str = "\
 crashlab compare [--seed N] [--per-epoch N]
   the table of unsafe states: snapshot operations of QEMU and of qblockd, side by side
-crashlab [--seed N] [--minutes M] [--scripts N] [--per-epoch N] [--second N] [--qemu N]
+crashlab [--seed N] [--images KIND] [--minutes M] [--scripts N] [--per-epoch N] [--second N] [--qemu N]
   --seed N       first script; the others follow (a random one)
+  --images KIND  any, extended-l2, bitmaps, v2, large (any: all but large)
   --minutes M    ends behind this time (1)
   --scripts N    ends behind this many scripts (no end)
   --per-epoch N  at most this many states between two flushes (all)
@@ -69,6 +71,7 @@ fn main() -> ExitCode {
 fn parse(mut args: impl Iterator<Item = String>) -> Result<Plan, String> {
     let mut plan = Plan {
         seed: fastrand::u64(..1_000_000_000),
+        images: Images::Any,
         scripts: u64::MAX,
         time: Duration::from_secs(60),
         effort: Effort::default(),
@@ -82,6 +85,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Plan, String> {
         match name.as_str() {
             "--seed" => plan.seed = number(&value)?,
             "--minutes" => plan.time = Duration::from_secs_f64(number::<f64>(&value)? * 60.0),
+            "--images" => plan.images = images(&value)?,
             "--scripts" => plan.scripts = number(&value)?,
             "--per-epoch" => plan.effort.per_epoch = number(&value)?,
             "--second" => plan.samples.second = number(&value)?,
@@ -94,6 +98,17 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Plan, String> {
         plan.samples.qemu = 0;
     }
     Ok(plan)
+}
+
+fn images(text: &str) -> Result<Images, String> {
+    Ok(match text {
+        "any" => Images::Any,
+        "extended-l2" => Images::ExtendedL2,
+        "bitmaps" => Images::Bitmaps,
+        "v2" => Images::V2,
+        "large" => Images::Large,
+        _ => return Err(format!("there are no images of kind {text}")),
+    })
 }
 
 fn number<T: FromStr>(text: &str) -> Result<T, String> {

@@ -3,10 +3,12 @@
 //! It reads the bytes of a whole image, shows what each layer holds, counts the references to every cluster, and names what
 //! is dangerous: that which lets a later guest write change or lose something that it does not write to.
 
+mod bitmaps;
 mod layer;
 
 use super::content::Content;
 
+pub use bitmaps::{Bitmap, bitmaps_differ, with_bitmaps};
 pub use layer::Layer;
 
 /// Why an image cannot be read, or what is wrong with it.
@@ -27,6 +29,8 @@ pub struct Audit<'a> {
     active: (u64, u64),
     table: (u64, u64),
     snapshots: Vec<Snapshot>,
+    directory: (u64, u64),
+    bitmaps: Vec<Bitmap>,
 }
 
 /// A snapshot as its table entry has it.
@@ -142,8 +146,13 @@ impl<'a> Audit<'a> {
             active: (be64(bytes, 40)?, u64::from(be32(bytes, 36)?)),
             table: (be64(bytes, 64)?, 0),
             snapshots: Vec::new(),
+            directory: (0, 0),
+            bitmaps: Vec::new(),
         };
         audit.read_snapshots(be32(bytes, 60)?)?;
+        if v3 {
+            audit.read_bitmaps()?;
+        }
         Ok(audit)
     }
 
@@ -238,6 +247,13 @@ impl<'a> Audit<'a> {
         area(at, clusters * cluster, "refcount table");
         for block in self.refcount_blocks()?.into_iter().filter(|at| *at != 0) {
             area(block, cluster, "refcount block");
+        }
+        area(self.directory.0, self.directory.1, "bitmap directory");
+        for bitmap in &self.bitmaps {
+            area(bitmap.table.0, bitmap.table.1 * 8, "bitmap table");
+            for at in bitmap.clusters() {
+                area(at, cluster, "bits of a bitmap");
+            }
         }
         Ok(())
     }

@@ -61,12 +61,14 @@ impl Qemu {
         let path = self.path("state.qcow2");
         std::fs::write(&path, bytes).map_err(|error| error.to_string())?;
         let file = path.to_string_lossy().into_owned();
-        // Nothing to repair, repaired, or leaks that are left.
-        run(
-            "qemu-img",
-            &["check", "-q", "-f", "qcow2", "-r", "all", &file],
-            &[0],
-        )?;
+        match case.bitmaps {
+            false => {
+                let repair = ["check", "-q", "-f", "qcow2", "-r", "all", &file];
+                run("qemu-img", &repair, &[0])?;
+            }
+            // It would lose the snapshots of an image with bitmaps (10.0.2 does). An open repairs what is dirty.
+            true => drop(qemu_io(&file, &["flush".to_owned()])?),
+        }
         self.compare(&file, world)?;
         let mut world = world.clone();
         let mut commands = Vec::new();
@@ -90,8 +92,9 @@ impl Qemu {
         }
         self.compare(&file, &world)
             .map_err(|problem| format!("after writes: {problem}"))?;
-        // Counters behind the end of the file have become leaks where it has grown.
-        run("qemu-img", &["check", "-q", "-f", "qcow2", &file], &[0, 3]).map(|_| ())
+        // Counters behind the end of the file have become leaks where it has grown. What was not dirty was not repaired with bitmaps.
+        let good: &[i32] = if case.bitmaps { &[0, 2, 3] } else { &[0, 3] };
+        run("qemu-img", &["check", "-q", "-f", "qcow2", &file], good).map(|_| ())
     }
 
     /// Compares all layers as qemu-img and as the auditor read them.

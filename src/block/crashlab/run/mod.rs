@@ -5,7 +5,7 @@ mod together;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::audit::Audit;
+use super::audit::{Audit, with_bitmaps};
 use super::content::{Content, SECTOR, Versions, stamp};
 use super::script::{Case, End, Op, Step};
 use crate::driver::{
@@ -211,6 +211,16 @@ impl Runner {
         })
     }
 
+    /// The image is closed, gets bitmaps by another program, if it has room for them, and is opened again.
+    pub async fn get_bitmaps(&mut self) -> Result<(), Problem> {
+        self.close().await?;
+        if let Some(bytes) = with_bitmaps(&self.disk.content())? {
+            self.disk = Memory::with_content(&bytes);
+        }
+        self.driver = open(&self.disk, &self.case).await.map_err(text)?;
+        Ok(())
+    }
+
     /// The next stamp that nothing has been written with.
     pub fn next_stamp(&self) -> u32 {
         self.next_stamp
@@ -326,6 +336,10 @@ impl Runner {
         let at = at & !(cluster - 1);
         let (at, len) = self.cut(at, cluster);
         let bytes = self.stamp(at, len);
+        if cluster >= 64 << 10 {
+            // It leaves the thread for real time. Nothing else is to go on meanwhile, so that a seed gives the same run again.
+            tokio::time::sleep(Duration::from_secs(60)).await;
+        }
         let written = self.driver.write_compressed(at, bytes.clone().into()).await;
         written.map_err(text)?;
         self.active().write(at, &bytes);

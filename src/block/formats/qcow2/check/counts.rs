@@ -13,6 +13,9 @@ const CHUNK: u64 = 1 << 16;
 /// Counts at this value continue in `Counts::large`.
 const SATURATED: u16 = u16::MAX;
 
+/// Single clusters of a chunk that wait to be counted together: a chunk fits the processor's cache, the whole does not.
+const TOGETHER: usize = 4096;
+
 /// The chunk of each part of a range, and the part.
 fn parts(clusters: Range<u64>) -> impl DoubleEndedIterator<Item = (usize, Range<u64>)> {
     let chunks = clusters.start / CHUNK..clusters.end.div_ceil(CHUNK);
@@ -26,10 +29,14 @@ fn parts(clusters: Range<u64>) -> impl DoubleEndedIterator<Item = (usize, Range<
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     chunks: Vec<Option<Box<[u16]>>>,
+    /// References that wait, per chunk: times and place, 16 bits each.
+    waiting: Vec<Vec<u32>>,
     /// Counts that do not fit 16 bits. They need 65535 snapshots, or an image made to annoy.
     large: HashMap<u64, u64>,
     /// The greatest count that the image's refcounts can say.
     max: u64,
+    /// The first cluster with more references than that.
+    overflown: Option<u64>,
     budget: u64,
 }
 
@@ -38,8 +45,10 @@ impl Counts {
     pub(super) fn new(max: u64) -> Self {
         Counts {
             chunks: Vec::new(),
+            waiting: Vec::new(),
             large: HashMap::new(),
             max,
+            overflown: None,
             budget: QCOW2_MAX_CHECK_BYTES,
         }
     }
@@ -59,16 +68,6 @@ impl Counts {
     /// Adds `times` to each cluster of the range; answers how many references did not fit the refcount width.
     pub(super) fn add(&mut self, clusters: Range<u64>, times: u64) -> Result<u64> {
         let limit = u64::from(SATURATED).min(self.max.saturating_add(1));
-        // A cluster alone, as in images whose clusters lie in no order.
-        if clusters.end == clusters.start + 1
-            && let Some(Some(slots)) = self.chunks.get_mut((clusters.start / CHUNK) as usize)
-        {
-            let slot = &mut slots[(clusters.start % CHUNK) as usize];
-            if u64::from(*slot).saturating_add(times) < limit {
-                *slot += times as u16;
-                return Ok(0);
-            }
-        }
         let mut lost = 0_u64;
         for (chunk, part) in parts(clusters) {
             let slots = self.ensure(chunk)?;
@@ -85,6 +84,75 @@ impl Counts {
             }
         }
         Ok(lost)
+    }
+
+    /// Adds `times` to a cluster alone, at the latest in `count_waiting`; answers as `add`, for any that waited.
+    pub(super) fn add_soon(&mut self, cluster: u64, times: u64) -> Result<u64> {
+        let chunk = (cluster / CHUNK) as usize;
+        let (Some(Some(_)), Ok(short)) = (self.chunks.get(chunk), u16::try_from(times)) else {
+            return self.add(cluster..cluster + 1, times);
+        };
+        if self.waiting.len() <= chunk {
+            self.spend((chunk + 1 - self.waiting.len()) as u64 * 24)?;
+            self.waiting.resize_with(chunk + 1, Vec::new);
+        }
+        if self.waiting[chunk].capacity() == 0 {
+            self.spend(TOGETHER as u64 * 4)?;
+            self.waiting[chunk].reserve_exact(TOGETHER);
+        }
+        let waiting = &mut self.waiting[chunk];
+        waiting.push(u32::from(short) << 16 | (cluster % CHUNK) as u32);
+        match waiting.len() < TOGETHER {
+            true => Ok(0),
+            false => self.count_chunk(chunk),
+        }
+    }
+
+    /// Counts what waits; answers as `add`.
+    pub(super) fn count_waiting(&mut self) -> Result<u64> {
+        let mut lost = 0_u64;
+        for chunk in 0..self.waiting.len() {
+            lost = lost.saturating_add(self.count_chunk(chunk)?);
+        }
+        self.waiting = Vec::new();
+        Ok(lost)
+    }
+
+    fn count_chunk(&mut self, chunk: usize) -> Result<u64> {
+        let limit = u64::from(SATURATED).min(self.max.saturating_add(1));
+        let mut waiting = std::mem::take(&mut self.waiting[chunk]);
+        let mut lost = 0_u64;
+        for reference in waiting.drain(..) {
+            let (times, place) = (u64::from(reference >> 16), (reference & 0xffff) as usize);
+            if let Some(Some(slots)) = self.chunks.get_mut(chunk)
+                && u64::from(slots[place]) + times < limit
+            {
+                slots[place] += times as u16;
+            } else {
+                let cluster = chunk as u64 * CHUNK + place as u64;
+                lost = lost.saturating_add(self.add_one(cluster, times)?);
+            }
+        }
+        self.waiting[chunk] = waiting;
+        Ok(lost)
+    }
+
+    /// The first cluster that had more references than fit.
+    pub(super) fn overflown(&self) -> Option<u64> {
+        self.overflown
+    }
+
+    /// The clusters that are referenced once.
+    pub(super) fn ones(&self) -> Result<Bitmap> {
+        let mut ones = Bitmap::default();
+        for (chunk, slots) in self.chunks.iter().enumerate() {
+            for (place, count) in slots.iter().flat_map(|slots| slots.iter().enumerate()) {
+                if *count == 1 {
+                    ones.set(chunk as u64 * CHUNK + place as u64)?;
+                }
+            }
+        }
+        Ok(ones)
     }
 
     /// The counts of the range as a refcount block has them: zeroes where nothing is written.
@@ -173,6 +241,9 @@ impl Counts {
             }
         } else {
             *slot = new as u16;
+        }
+        if new - old < times {
+            self.overflown.get_or_insert(cluster);
         }
         Ok(times - (new - old))
     }
@@ -287,6 +358,31 @@ mod tests {
         assert_eq!(counts.get(4), 70_000);
         assert_eq!(counts.next_counted(0..100), Some(3));
         assert!(counts.next_counted(5..1 << 20).is_none());
+    }
+
+    #[test]
+    fn clusters_that_are_counted_together_count_as_each_alone() {
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (mut together, mut alone) = (Counts::new(3), Counts::new(3));
+        let mut lost = [0, 0];
+        for _ in 0..4 * TOGETHER {
+            let (cluster, times) = (random.u64(0..3 * CHUNK) / 13 * 13, random.u64(1..3));
+            lost[0] += together.add_soon(cluster, times).unwrap();
+            lost[1] += alone.add(cluster..cluster + 1, times).unwrap();
+        }
+        for times in [0x1_0000, 0xffff] {
+            lost[0] += together.add_soon(5, times).unwrap();
+            lost[1] += alone.add(5..6, times).unwrap();
+        }
+        lost[0] += together.count_waiting().unwrap();
+        assert_eq!(lost[0], lost[1]);
+        let ones = alone.ones().unwrap();
+        for cluster in 0..3 * CHUNK {
+            assert_eq!(together.get(cluster), alone.get(cluster), "{cluster}");
+            assert_eq!(ones.get(cluster), alone.get(cluster) == 1, "{cluster}");
+        }
     }
 
     #[test]

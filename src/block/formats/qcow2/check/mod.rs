@@ -245,18 +245,22 @@ impl<'a> Scan<'a> {
 
     /// Adds `times` references to clusters of the file.
     fn add(&mut self, clusters: Range<u64>, times: u64) -> Result<()> {
-        let start = clusters.start;
         let lost = self.counts.add(clusters, times)?;
+        self.note_overflow(lost);
+        Ok(())
+    }
+
+    /// Notes references that did not fit.
+    fn note_overflow(&mut self, lost: u64) {
         if lost > 0 {
             let bits = self.g.refcount_bits();
+            let cluster = self.counts.overflown().unwrap_or_default();
             self.corrupt(lost, || {
                 format!(
-                    "ERROR refcount overflow: more references than {bits} bits count in cluster {start} or \
-                     behind it"
+                    "ERROR refcount overflow: more references than {bits} bits count, first in cluster {cluster}"
                 )
             });
         }
-        Ok(())
     }
 
     /// Notes corruptions that no new refcounts cure.

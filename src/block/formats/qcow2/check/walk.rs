@@ -205,7 +205,10 @@ impl Scan<'_> {
         map_clusters(file, &offsets, cluster_size, work, |nth, table| {
             self.count_table(uses[nth], table)
         })
-        .await
+        .await?;
+        let lost = self.counts.count_waiting()?;
+        self.note_overflow(lost);
+        Ok(())
     }
 
     /// Leaves out tables that lie in holes of the file: they say nothing.
@@ -263,7 +266,13 @@ impl Scan<'_> {
                     )
                 });
             }
-            self.add(run, used.total)?;
+            if run.end == run.start + 1 {
+                // Single ones come in no order, and there are many of them.
+                let lost = self.counts.add_soon(run.start, used.total)?;
+                self.note_overflow(lost);
+            } else {
+                self.add(run, used.total)?;
+            }
         }
         if let Some(progress) = &self.progress {
             progress.advance();

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::Mender;
 use crate::driver::WriteFlags;
 use crate::error::Result;
-use crate::formats::qcow2::check::counts::{Bitmap, Counts};
+use crate::formats::qcow2::check::counts::Bitmap;
 use crate::formats::qcow2::check::report::Repair;
 use crate::formats::qcow2::entry::{L1Entry, l2_entries};
 use crate::formats::qcow2::geometry::{ENTRY_SIZE, Geometry};
@@ -18,7 +18,8 @@ use crate::units::HostOffset;
 #[derive(Clone)]
 struct Judge {
     g: Geometry,
-    counts: Arc<Counts>,
+    /// Clusters that are used once.
+    ones: Arc<Bitmap>,
     low: Arc<Bitmap>,
     what: Repair,
     /// Guest data lie in an external data file, where each cluster has one user.
@@ -37,7 +38,7 @@ impl Judge {
     /// The flag that an entry is to have, and whether that is the right one.
     fn judge(&self, host: HostOffset, copied: bool) -> (bool, bool) {
         let cluster = self.g.host_cluster(host).0;
-        let right = self.counts.get(cluster) == 1;
+        let right = self.ones.get(cluster);
         match self.what {
             Repair::All => (right, true),
             // A leak that is given back leaves a count of 1 to entries without the flag; other flags are not its matter.
@@ -86,7 +87,7 @@ impl Mender<'_> {
     pub(super) async fn correct_flags(&mut self) -> Result<()> {
         let judge = Judge {
             g: self.g,
-            counts: self.counts.clone(),
+            ones: Arc::new(self.counts.ones()?),
             low: self.low.clone(),
             what: self.what,
             data_outside: self.header.has_data_file(),

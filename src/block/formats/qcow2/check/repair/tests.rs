@@ -455,7 +455,7 @@ fn counts_beyond_the_refcount_width_are_named() {
     disk.start_log();
     let error = repaired(&disk, Repair::All).unwrap_err();
     let wanted = format!(
-        "more references than 1 bits count in cluster {} or",
+        "more references than 1 bits count, first in cluster {}",
         (first & OFFSET) / 4096
     );
     assert!(error.message().contains(&wanted), "{error}");

@@ -2,6 +2,7 @@
 //!
 //! Nothing is opened here. The steps keep their order, and each its text, which begins the message if it fails.
 
+mod amend;
 mod chardev;
 mod check;
 mod drive;
@@ -19,10 +20,11 @@ use qapi::rt::{Object, Value};
 
 use crate::listen::Address;
 
+pub use amend::AmendCommand;
 pub use chardev::{Chardev, Monitor};
 pub use check::{CheckCommand, Output};
 pub use drive::{DriveFormat, DriveOptions};
-pub use usage::{USAGE, version};
+pub use usage::{AMEND_OPTIONS, USAGE, version};
 
 /// What the command line asks for.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +37,10 @@ pub enum Invocation {
     Run(Config),
     /// Check an image, and end.
     Check(CheckCommand),
+    /// Print what can be amended.
+    AmendHelp,
+    /// Amend an image, and end.
+    Amend(AmendCommand),
 }
 
 /// A daemon to be.
@@ -123,6 +129,9 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
             lexopt::Arg::Value(word) if is_first && word == "check" => {
                 let command = check::parse(parser)?;
                 return Ok(command.map_or(Invocation::Help, Invocation::Check));
+            }
+            lexopt::Arg::Value(word) if is_first && word == "amend" => {
+                return amend::parse(parser);
             }
             lexopt::Arg::Value(word) => {
                 let word = word.to_string_lossy();

@@ -1,4 +1,4 @@
-//! The program: reads the command line and becomes a daemon, or checks an image.
+//! The program: reads the command line and becomes a daemon, or checks or amends an image.
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -11,6 +11,8 @@ fn main() -> ExitCode {
         Ok(Invocation::Version) => print(&format!("{}\n", config::version())),
         Ok(Invocation::Run(config)) => qblockd::daemon::run(config),
         Ok(Invocation::Check(command)) => qblockd::check::run(&command),
+        Ok(Invocation::AmendHelp) => print(config::AMEND_OPTIONS),
+        Ok(Invocation::Amend(command)) => qblockd::amend::run(&command),
         Err(error) => {
             // Standard error may be closed; the exit code says it too.
             let _ = writeln!(io::stderr(), "qblockd: {error}");

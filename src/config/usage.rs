@@ -4,6 +4,7 @@
 pub const USAGE: &str = "\
 Usage: qblockd [options]
        qblockd check [options] <image>
+       qblockd amend [options] -o <option>=<value>[,...] <image>
 A storage daemon that speaks QMP: serves disk images over NBD, takes and deletes snapshots while they are in use.
 
   -h, --help             display this help and exit
@@ -47,7 +48,26 @@ cannot be found out, 2 if there are errors, and 3 if there are leaks only:
   --output=human|json    print sentences, or one JSON object as qemu-img does (--format is the same)
   -q, --quiet            print errors only
 
+amend changes what a qcow2 image that is not in use says about itself, as qemu-img amend does; -o help lists the options:
+
+  -o <option>=<value>[,...]
+                         what to change. All of it but size= happens at once or not at all
+  --data-file=<file>     the file with the guest's data, for an image that keeps them apart
+
 Options are followed in their order. Log lines go to stderr; RUST_LOG=debug shows more of them.
+";
+
+/// What `qblockd amend` can change.
+pub const AMEND_OPTIONS: &str = "\
+Amend options for 'qcow2':
+  backing_file=<str>     - File name of a base image, which is neither opened nor compared (as in qemu-img rebase -u);
+                           empty for none
+  backing_fmt=<str>      - Image format of the base image
+  compat=<str>           - Compatibility level (v3 [1.1])
+  data_file_raw=<bool (on/off)> - The external data file must stay valid as a raw image (off)
+  lazy_refcounts=<bool (on/off)> - Postpone refcount updates
+  refcount_bits=<num>    - Width of a reference count entry in bits (the one it has)
+  size=<size>            - Virtual disk size
 ";
 
 /// The version, in one line.

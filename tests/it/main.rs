@@ -2,6 +2,7 @@
 // A panic is how a test fails, in its helpers too.
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
+mod amend;
 mod check;
 mod clients;
 mod consistency;

@@ -365,14 +365,16 @@ fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
 
 fn guest_op(random: &mut fastrand::Rng, case: &Case) -> Op {
     let (at, len) = range(random, case);
+    // Large clusters are compressed on other threads, so that a seed would not give the same run again.
+    let compresses = case.cluster_bits < 16;
     match random.u8(..20) {
-        0..=8 => Op::Write {
+        9..=10 if compresses => Op::Compress {
+            at: at & !(case.cluster_size() - 1),
+        },
+        0..=10 => Op::Write {
             at,
             len,
             fua: random.u8(..8) == 0,
-        },
-        9..=10 => Op::Compress {
-            at: at & !(case.cluster_size() - 1),
         },
         11..=13 => Op::Zero {
             at,

@@ -336,10 +336,6 @@ impl Runner {
         let at = at & !(cluster - 1);
         let (at, len) = self.cut(at, cluster);
         let bytes = self.stamp(at, len);
-        if cluster >= 64 << 10 {
-            // It leaves the thread for real time. Nothing else is to go on meanwhile, so that a seed gives the same run again.
-            tokio::time::sleep(Duration::from_secs(60)).await;
-        }
         let written = self.driver.write_compressed(at, bytes.clone().into()).await;
         written.map_err(text)?;
         self.active().write(at, &bytes);

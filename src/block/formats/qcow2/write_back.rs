@@ -30,6 +30,9 @@ use crate::error::Result;
 use crate::io::Data;
 use crate::units::HostOffset;
 
+/// Refcount blocks that are written in one go.
+const BLOCKS: usize = 16;
+
 /// Which changes are durable, and who writes back.
 #[derive(Debug, Default)]
 pub(crate) struct Commits {
@@ -103,10 +106,14 @@ impl Image {
     }
 
     async fn write_taken(&self, taken: &Taken) -> Result<()> {
-        {
+        let blocks = {
             let mut alloc = self.alloc.lock().await;
             alloc.reclaim().await?;
-            alloc.write_back().await?;
+            alloc.begin_write_back().await?
+        };
+        for piece in blocks.chunks(BLOCKS) {
+            // Requests that allocate go on in between. What they count is made durable by the next write-back, as what they point to.
+            self.alloc.lock().await.write_blocks(piece).await?;
         }
         if taken.tables.is_empty() && taken.l1.is_empty() {
             return self.flush_files().await;

@@ -2,6 +2,12 @@
 
 use super::block::Counters;
 use super::*;
+use crate::driver::BoxFuture;
+use crate::formats::qcow2::parallel::run_all;
+
+/// Bytes between two dirty parts of a block from which on they are written apart. A gap below has no block of the host's file system
+/// for itself, so joining them takes no more space.
+const GAP: usize = 4096;
 
 impl Allocator {
     /// Whether the refcount table has a block for this part of the image.
@@ -71,29 +77,46 @@ impl Allocator {
 
     /// Writes all dirty counters to the file; durable after the file's next flush. On error what was not written stays dirty.
     pub(crate) async fn write_back(&mut self) -> Result<()> {
+        let blocks = self.begin_write_back().await?;
+        self.write_blocks(&blocks).await
+    }
+
+    /// The blocks that `write_blocks` is to be called with, a few at a time, so that all counters as they are now are in the file.
+    /// Writes entries of the refcount table that have to come first.
+    pub(crate) async fn begin_write_back(&mut self) -> Result<Vec<usize>> {
         while let Some(&region) = self.unwritten_entries.first() {
             self.write_table_entry(region).await?;
         }
-        while let Some(&region) = self.dirty.first() {
-            self.write_block(region).await?;
+        Ok(self.dirty.iter().copied().collect())
+    }
+
+    /// Writes what is dirty of these blocks; durable after the file's next flush. On error all of them stay dirty.
+    pub(crate) async fn write_blocks(&mut self, regions: &[usize]) -> Result<()> {
+        let size = self.g.cluster_size() as usize;
+        let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
+        for block in regions.iter().filter_map(|region| self.blocks.get(region)) {
+            for range in joined(dirty_ranges(block.dirty, size)) {
+                let data = Data::from(block.counters.as_bytes()[range.clone()].to_vec());
+                let at = block.host + range.start as u64;
+                writes.push(Box::pin(self.metadata.write(
+                    Owner::RefcountBlock,
+                    at,
+                    data,
+                )));
+            }
+        }
+        run_all(writes).await?;
+        for region in regions {
+            if let Some(block) = self.blocks.get_mut(region) {
+                block.dirty = 0;
+            }
+            self.dirty.remove(region);
         }
         Ok(())
     }
 
-    /// Writes what is dirty of one block.
     pub(super) async fn write_block(&mut self, region: usize) -> Result<()> {
-        let size = self.g.cluster_size() as usize;
-        if let Some(block) = self.blocks.get_mut(&region) {
-            for range in dirty_ranges(block.dirty, size) {
-                let bytes = block.counters.as_bytes()[range.clone()].to_vec();
-                let at = block.host + range.start as u64;
-                let data = Data::from(bytes);
-                self.metadata.write(Owner::RefcountBlock, at, data).await?;
-            }
-            block.dirty = 0;
-        }
-        self.dirty.remove(&region);
-        Ok(())
+        self.write_blocks(&[region]).await
     }
 
     async fn write_table_entry(&mut self, region: usize) -> Result<()> {
@@ -174,4 +197,16 @@ impl Allocator {
             .await?;
         self.file.flush().await
     }
+}
+
+/// The ranges, which ascend, joined over small gaps.
+pub(super) fn joined(mut ranges: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    ranges.dedup_by(|next, kept| {
+        let near = next.start - kept.end < GAP;
+        if near {
+            kept.end = next.end;
+        }
+        near
+    });
+    ranges
 }

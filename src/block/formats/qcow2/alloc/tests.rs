@@ -1,7 +1,12 @@
 //! The allocator alone, on a disk in memory.
 
+use super::blocks::joined;
 use super::grow::{Growth, plan};
 use super::*;
+use crate::formats::qcow2::create::{CreateOptions, create};
+use crate::formats::qcow2::testing::block_on;
+use crate::formats::qcow2::{OpenOptions, Qcow2};
+use crate::protocols::memory::Memory;
 
 #[test]
 fn a_grown_table_counts_its_own_area_at_every_geometry() {
@@ -39,4 +44,64 @@ fn dirty_bits_cover_the_bytes_that_changed() {
         let last = slice_mask(size - 8..size, size);
         assert_eq!(dirty_ranges(last, size)[0], size - slice..size);
     }
+}
+
+#[test]
+fn small_gaps_are_written_with_what_is_around_them() {
+    let ranges = vec![0..1024, 2048..3072, 7168..8192, 11264..12288];
+    assert_eq!(joined(ranges), [0..3072, 7168..12288]);
+    assert_eq!(joined(vec![0..1024, 5120..6144]).len(), 2);
+    assert!(joined(Vec::new()).is_empty());
+}
+
+/// What was counted of `runs`, one cluster after the other.
+async fn counts(alloc: &mut Allocator, runs: &[Run]) -> Vec<u64> {
+    let mut counts = Vec::new();
+    for index in runs.iter().flat_map(|run| run.start.0..run.end()) {
+        counts.push(alloc.count(ClusterIndex(index)).await.unwrap());
+    }
+    counts
+}
+
+#[test]
+fn references_of_many_blocks_are_added_and_taken_as_one() {
+    block_on(async {
+        let disk = Memory::new(0);
+        let mut options = CreateOptions::new(4 << 20);
+        (options.cluster_size, options.refcount_bits) = (512, 4);
+        create(&disk.child(), &options).await.unwrap();
+        let opening = Qcow2::open(disk.child(), OpenOptions::default()).await;
+        let image = opening.unwrap().finish(None).await.unwrap();
+        let mut alloc = image.image.alloc.lock().await;
+        // Three blocks count these.
+        let mut reserved = alloc.allocate(3000).await.unwrap();
+        let start = reserved.run().start;
+        let runs: Vec<Run> = (0..3000)
+            .filter(|nth| nth % 3 < 2 && nth % 7 != 0)
+            .map(|nth| Run {
+                start: start + nth,
+                count: 1,
+            })
+            .collect();
+        let twice = [&runs[..], &runs[runs.len() - 1..]].concat();
+        assert_eq!(alloc.raise(&twice, 6).await.unwrap(), 0);
+        let mut expected = vec![7; runs.len()];
+        *expected.last_mut().unwrap() = 13;
+        assert_eq!(counts(&mut alloc, &runs).await, expected);
+        // The last one is too narrow for it.
+        let error = alloc.raise(&runs, 3).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfRange);
+        assert_eq!(counts(&mut alloc, &runs).await, expected);
+        let lowered = alloc.lower(&runs, 7).await.unwrap();
+        assert_eq!(lowered.uncounted, 0);
+        let clusters = lowered.last.iter().map(|run| run.count).sum::<u64>();
+        assert_eq!(clusters, runs.len() as u64 - 1);
+        *expected.last_mut().unwrap() = 6;
+        expected[..runs.len() - 1].fill(1);
+        assert_eq!(counts(&mut alloc, &runs).await, expected);
+        let all: Vec<_> = runs.iter().map(|run| run.start).collect();
+        let singles = alloc.singles(&all).await.unwrap();
+        assert_eq!(singles.iter().filter(|single| !**single).count(), 1);
+        reserved.publish(3000);
+    });
 }

@@ -69,6 +69,8 @@ impl Image {
         let table = self.l2.get(host).await?;
         let reached = self.reached(&table);
         let active = self.active_table(slot).await?;
+        // Requests that allocate go on in between.
+        while !self.alloc.lock().await.load_ahead(&reached).await? {}
         let mut alloc = self.alloc.lock().await;
         let owed = self.settling.owed(cluster);
         if owed > 0 {
@@ -100,8 +102,8 @@ impl Image {
         }
     }
 
-    /// The cluster of a table and all host clusters below it, each as often as there are references. Entries that nobody
-    /// can use refer to nothing.
+    /// The cluster of a table and all host clusters below it, ascending, each as often as there are references. Entries that
+    /// nobody can use refer to nothing.
     fn reached(&self, table: &L2Table) -> Vec<Run> {
         let mut runs = vec![self.cluster_run(table.host())];
         for entry in table.iter() {
@@ -115,7 +117,12 @@ impl Image {
                 push_run(&mut runs, self.cluster_run(host));
             }
         }
-        runs
+        if !runs.is_sorted_by_key(|run| run.start) {
+            runs.sort_unstable_by_key(|run| run.start);
+        }
+        let mut joined = Vec::with_capacity(runs.len());
+        runs.into_iter().for_each(|run| push_run(&mut joined, run));
+        joined
     }
 
     /// The active table of an L1 index; none where nobody can use it.
@@ -193,24 +200,25 @@ impl Image {
         if self.settling.postpone_flags(own) {
             return Ok(None);
         }
-        let mut clusters = vec![own];
         let mut entries = Vec::new();
         for (index, entry) in table.iter().enumerate() {
             if let Some(host) = self.flagged_cluster(entry) {
-                clusters.push(self.g.host_cluster(host));
-                entries.push((index, entry));
+                entries.push((self.g.host_cluster(host), index, entry));
             }
         }
-        let singles = {
+        entries.sort_unstable_by_key(|(cluster, ..)| *cluster);
+        let clusters: Vec<_> = entries.iter().map(|(cluster, ..)| *cluster).collect();
+        let (l1, singles) = {
             let mut alloc = self.alloc.lock().await;
-            alloc.singles(&clusters).await?
+            let singles = alloc.singles(&clusters).await?;
+            (alloc.count(own).await? == 1, singles)
         };
-        let changes = entries.into_iter().zip(&singles[1..]);
+        let changes = entries.into_iter().zip(singles);
         Ok(Some(Flags {
-            l1: singles[0],
+            l1,
             entries: changes
-                .filter(|((_, entry), single)| entry.is_copied() != **single)
-                .map(|(entry, _)| entry)
+                .filter(|((.., entry), single)| entry.is_copied() != *single)
+                .map(|((_, index, entry), _)| (index, entry))
                 .collect(),
         }))
     }

@@ -1,13 +1,14 @@
 //! Changes of the format of an open image: what `qemu-img amend` does for images that nobody uses.
 //!
 //! Each amendment is one durable switch of the header (`header_cell`): after an error, and at a crash, the image is what it was.
-//! What would need more than the header is refused.
+//! What would need more than the header, and a completed snapshot table for version 3, is refused.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::header::{Autoclear, Compatible, Header, Version};
 use super::image::Image;
-use super::snapshot::table::{SnapshotTable, TableEntry};
+use super::snapshot::CompleteTable;
 use crate::driver::{AmendOptions, BackingFile, Compat};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::QCOW2_MAX_BACKING_NAME;
@@ -20,45 +21,47 @@ const MAX_FORMAT_NAME: usize = 15;
 
 impl Image {
     /// Makes the changes (see `Driver::amend`). Cancellation: run to the end by the caller.
-    pub(super) async fn amend(&self, options: &AmendOptions) -> Result<()> {
+    pub(super) async fn amend(self: &Arc<Self>, options: &AmendOptions) -> Result<()> {
         // Alone: requests see one version from their beginning to their end.
         let _alone = self.gate.close().await;
         self.check_range(0, 0)?;
         self.prepare_metadata_change().await?;
         let old = self.header.get();
         validate(&old, options)?;
-        if options.compat == Some(Compat::V1_1) && old.version == Version::V2 {
-            self.check_snapshots_are_complete(&old).await?;
-        }
+        let upgrades = options.compat == Some(Compat::V1_1) && old.version == Version::V2;
+        let mut snapshots = match upgrades {
+            true => self.complete_snapshots().await?,
+            false => None,
+        };
         let before = self
             .may_have_backing
             .fetch_or(names_backing(options), Ordering::AcqRel);
-        let amended = match moves(options) {
-            true => self.header.rewrite(|header| apply(header, options)).await,
-            false => self.header.update(|header| apply(header, options)).await,
+        let table = snapshots.as_ref().map(|table| table.offset(self));
+        let change = |header: &mut Header| {
+            apply(header, options);
+            header.snapshots_offset = table.unwrap_or(header.snapshots_offset);
         };
-        if amended.is_err() {
+        let amended = match moves(options) {
+            true => self.header.rewrite(change).await,
+            false => self.header.update(change).await,
+        };
+        if let Err(error) = amended {
             self.may_have_backing.store(before, Ordering::Release);
+            if self.header.check().is_err() {
+                // It may be the new one.
+                snapshots.iter_mut().for_each(CompleteTable::keep);
+            }
+            return Err(error);
         }
-        amended?;
+        if let Some(table) = snapshots {
+            self.adopt_snapshots(table);
+        }
         let v3 = self.header.get().version == Version::V3;
         self.has_zero_flag.store(v3, Ordering::Release);
         if options.data_file_raw == Some(false) {
             self.data.is_raw_no_more();
         }
         Ok(())
-    }
-
-    /// Version 3 requires of each snapshot what programs before 2012 did not write.
-    async fn check_snapshots_are_complete(&self, header: &Header) -> Result<()> {
-        let (at, count) = (header.snapshots_offset.0, header.nb_snapshots);
-        let table = SnapshotTable::read(&self.file, at, count).await?;
-        match table.entries().iter().any(TableEntry::is_incomplete) {
-            true => Err(unsupported(
-                "The image has snapshots that do not say the size of their disk; use qemu-img amend",
-            )),
-            false => Ok(()),
-        }
     }
 }
 

@@ -8,7 +8,7 @@ use super::super::check::check;
 use super::super::testing::{Scratch, assert_qemu_clean, block_on, qemu_img, qemu_io};
 use super::super::{OpenOptions, Qcow2};
 use super::*;
-use crate::driver::{Driver, Requests, ZeroFlags};
+use crate::driver::{Driver, Preallocation, Requests, ZeroFlags};
 use crate::protocols::memory::{Fault, Memory, OpKind};
 
 const SIZE: u64 = 1 << 20;
@@ -60,6 +60,30 @@ fn image(scratch: &Scratch, options: &str) -> Arc<Memory> {
         "create", "-q", "-u", "-f", "qcow2", "-o", options, path, "1M",
     ]);
     qemu_io(path, &["write -q -P 5 64k 100k"]);
+    scratch.load("image.qcow2")
+}
+
+/// The same with two snapshots, of which the first is as programs before 2012 made them: without extra data.
+fn with_old_snapshot(scratch: &Scratch) -> Arc<Memory> {
+    image(scratch, "compat=0.10");
+    let path = scratch.path("image.qcow2");
+    for name in ["first", "second"] {
+        qemu_img(&["snapshot", "-c", name, path.to_str().unwrap()]);
+    }
+    let mut bytes = std::fs::read(&path).unwrap();
+    let field = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let at = field(64);
+    let extra = field(at + 32) as u32 as usize;
+    assert!(extra >= 16);
+    // Id, name and the second entry move up.
+    let end = bytes.len();
+    bytes[at + 36..at + 40].fill(0);
+    let id = at + 40;
+    let len = "1first".len();
+    bytes.copy_within(id + extra..id + extra + len, id);
+    let second = |extra: usize| (id + extra + len).next_multiple_of(8);
+    bytes.copy_within(second(extra)..(at + 4096).min(end), second(0));
+    std::fs::write(&path, &bytes).unwrap();
     scratch.load("image.qcow2")
 }
 
@@ -160,6 +184,32 @@ fn an_amended_image_is_as_qemu_img_would_make_it() {
             }
         }
     }
+}
+
+#[test]
+fn old_snapshots_get_what_version_3_requires() {
+    let scratch = Scratch::new();
+    let disk = with_old_snapshot(&scratch);
+    let ours = amended(&disk, upgrade());
+    block_on(async {
+        let image = open(&ours.fork()).await.unwrap();
+        let snapshots = image.snapshots().unwrap().list();
+        let told: Vec<_> = snapshots.iter().map(|s| (&*s.name, s.disk_size)).collect();
+        assert_eq!(told, [("first", SIZE), ("second", SIZE)]);
+        // It does not depend on the disk's size any more.
+        image.resize(2 * SIZE, Preallocation::Off).await.unwrap();
+        assert_eq!(image.snapshots().unwrap().list()[0].disk_size, SIZE);
+    });
+    let copy = scratch.path("image.qcow2");
+    let copy = copy.to_str().unwrap();
+    let saved = scratch.save("ours.qcow2", &ours);
+    qemu_img(&["amend", "-f", "qcow2", "-o", "compat=1.1", copy]);
+    assert_eq!(info(saved.to_str().unwrap()), info(copy));
+    assert_qemu_clean(&saved);
+    for name in ["first", "second"] {
+        qemu_img(&["snapshot", "-a", name, saved.to_str().unwrap()]);
+    }
+    assert_qemu_clean(&saved);
 }
 
 #[test]
@@ -276,13 +326,14 @@ fn what_cannot_be_amended_is_refused_and_nothing_changes() {
 fn an_amendment_that_is_cut_short_has_happened_or_not() {
     let scratch = Scratch::new();
     let with_long = backing(&long_name(), Some("raw"));
-    for (created, options) in [
-        ("compat=1.1", with_long.clone()),
-        ("compat=0.10", upgrade()),
-        ("backing_file=old.raw,backing_fmt=raw", with_long),
-        ("backing_file=old.raw,backing_fmt=raw", no_backing()),
+    let with_backing = "backing_file=old.raw,backing_fmt=raw";
+    for (fresh, options) in [
+        (image(&scratch, "compat=1.1"), with_long.clone()),
+        (image(&scratch, "compat=0.10"), upgrade()),
+        (with_old_snapshot(&scratch), upgrade()),
+        (image(&scratch, with_backing), with_long),
+        (image(&scratch, with_backing), no_backing()),
     ] {
-        let fresh = image(&scratch, created);
         let read_info = |disk: &Arc<Memory>| {
             block_on(async {
                 let image = open(disk).await.unwrap();
@@ -317,29 +368,34 @@ fn an_amendment_that_is_cut_short_has_happened_or_not() {
 #[test]
 fn an_amendment_that_fails_changes_nothing() {
     let scratch = Scratch::new();
-    let fresh = image(&scratch, "backing_file=old.raw,backing_fmt=raw");
-    let options = backing(&long_name(), Some("raw"));
-    for kind in [OpKind::Read, OpKind::Write, OpKind::Flush] {
-        for fault in [Fault::Io, Fault::NoSpace, Fault::Torn(512)] {
-            let mut failed = 0;
-            loop {
+    let named = image(&scratch, "backing_file=old.raw,backing_fmt=raw");
+    let long = backing(&long_name(), Some("raw"));
+    for (fresh, options) in [(named, long), (with_old_snapshot(&scratch), upgrade())] {
+        let kinds = [OpKind::Read, OpKind::Write, OpKind::Flush];
+        for (kind, fault) in kinds.into_iter().flat_map(|kind| {
+            [Fault::Io, Fault::NoSpace, Fault::Torn(512)].map(|fault| (kind, fault))
+        }) {
+            let (mut failed, mut in_a_row) = (0, 0);
+            // One that finds no space somewhere may find it elsewhere.
+            for nth in 0.. {
                 let disk = fresh.fork();
                 let ok = block_on(async {
                     let image = open(&disk).await.unwrap();
                     let before = image.info();
-                    disk.fail_once(kind, failed, fault);
+                    disk.fail_once(kind, nth, fault);
                     let result = image.amend(options.clone()).await;
                     disk.clear_faults();
                     let told = image.info();
-                    assert_eq!(told == before, result.is_err(), "{kind:?} {failed}");
+                    assert_eq!(told == before, result.is_err(), "{kind:?} {nth}");
                     let again = open(&disk).await.unwrap();
-                    assert_eq!(again.info(), told, "{kind:?} {failed}");
+                    assert_eq!(again.info(), told, "{kind:?} {nth}");
                     result.is_ok()
                 });
-                if ok {
+                in_a_row = if ok { in_a_row + 1 } else { 0 };
+                failed += u64::from(!ok);
+                if in_a_row == 3 {
                     break;
                 }
-                failed += 1;
             }
             assert!(failed >= 1, "{kind:?}");
         }

@@ -242,9 +242,6 @@ impl Staged {
     }
 
     /// Writes the table to free clusters; nothing points to it yet.
-    ///
-    /// On a full disk a free cluster may be a hole, which cannot be written, and another may not: after a creation there is the
-    /// one that the table before was in. So several are tried: taking back a snapshot must not need space.
     async fn write_table(&mut self) -> Result<()> {
         if self.old.version == Version::V3 {
             self.table.complete(self.size());
@@ -254,26 +251,8 @@ impl Staged {
             self.new_table = None;
             return Ok(());
         }
-        let clusters = self.image.g.clusters_for(bytes.len() as u64);
-        // Kept until the end, so that each try gets another place.
-        let mut holes = Vec::new();
-        loop {
-            let owner = Owner::SnapshotTable;
-            let area = {
-                let mut alloc = self.image.alloc.lock().await;
-                alloc.allocate_metadata(clusters, owner).await?
-            };
-            match self.image.write_area(owner, &area, bytes.clone()).await {
-                Err(error) if error.kind() == ErrorKind::NoSpace && holes.len() < MAX_HOLES => {
-                    holes.push(area);
-                }
-                result => {
-                    result?;
-                    self.new_table = Some(area);
-                    return Ok(());
-                }
-            }
-        }
+        self.new_table = Some(self.image.write_snapshot_table(bytes).await?);
+        Ok(())
     }
 
     /// Whether no counter can become too narrow when what the change takes is counted behind it.
@@ -491,6 +470,29 @@ impl Drop for Staged {
 }
 
 impl Image {
+    /// Writes a snapshot table to free clusters.
+    ///
+    /// On a full disk a free cluster may be a hole, which cannot be written, and another may not: after a creation there is the
+    /// one that the table before was in. So several are tried: taking back a snapshot must not need space.
+    pub(super) async fn write_snapshot_table(&self, bytes: Vec<u8>) -> Result<Reserved> {
+        let clusters = self.g.clusters_for(bytes.len() as u64);
+        // Kept until the end, so that each try gets another place.
+        let mut holes = Vec::new();
+        loop {
+            let owner = Owner::SnapshotTable;
+            let area = {
+                let mut alloc = self.alloc.lock().await;
+                alloc.allocate_metadata(clusters, owner).await?
+            };
+            match self.write_area(owner, &area, bytes.clone()).await {
+                Err(error) if error.kind() == ErrorKind::NoSpace && holes.len() < MAX_HOLES => {
+                    holes.push(area);
+                }
+                result => return result.map(|()| area),
+            }
+        }
+    }
+
     /// Writes `bytes` to the start of an area, zeroes behind them up to the end of the host's block. No more: a cluster that
     /// a table was in then has space for a table of that length, also when the host's disk is full. Taking back a
     /// snapshot relies on it.

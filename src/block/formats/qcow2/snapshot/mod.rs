@@ -12,10 +12,12 @@
 //! * `table`: the snapshot table; `list`: the one in use, and who reads which snapshot
 //! * `change`: operations in steps; `steps`: what each of them does
 //! * `settling`: what is still to be done; `settle`: doing it; `settler`: when
+//! * `complete`: the table of an image that becomes one of version 3
 //! * `view`: a snapshot as a disk of its own
 //! * `driver`: the contract around them
 
 mod change;
+mod complete;
 mod driver;
 mod list;
 mod settle;
@@ -25,6 +27,7 @@ mod steps;
 pub(super) mod table;
 mod view;
 
+pub(super) use complete::CompleteTable;
 pub(super) use list::SnapshotList;
 pub(super) use settler::Settler;
 pub(super) use settling::Settling;

@@ -159,7 +159,15 @@ impl Image {
     pub(super) async fn unmap(&self, start: u64, end: u64, how: Unmap) -> Result<Vec<(u64, u64)>> {
         let mut left = Vec::new();
         let mut at = start;
+        // Where nothing is mapped there is nothing to drop, so that the size of an empty disk costs no time.
+        let skips = how == Unmap::Forget || !self.may_have_backing();
         while at < end {
+            if skips {
+                at = self.next_table(at);
+                if at >= end {
+                    break;
+                }
+            }
             let len = self.within_table(at, end - at);
             let first = self.cluster_at(at);
             let last = self.cluster_at(at + len - 1);
@@ -173,6 +181,18 @@ impl Image {
         Ok(left)
     }
 
+    /// The first guest offset from `at` on that has an L2 table; if there is none, one behind every disk.
+    fn next_table(&self, at: u64) -> u64 {
+        let l1 = self.l1();
+        let first = self.g.l1_index(self.cluster_at(at));
+        let mut slots = first..l1.len().max(first);
+        match slots.find(|slot| l1.get(*slot).0 != 0) {
+            Some(slot) if slot == first => at,
+            Some(slot) => slot as u64 * self.g.l2_span(),
+            None => u64::MAX,
+        }
+    }
+
     async fn unmap_in_table(
         &self,
         range: Range<u64>,
@@ -184,7 +204,6 @@ impl Image {
         let l1_index = self.g.l1_index(first);
         let present = self.table(l1_index).await?.map(|(table, _)| table);
         if present.is_none() && (how == Unmap::Forget || !self.may_have_backing()) {
-            // Nothing to look at, so that the size of an empty disk costs no time.
             return Ok(());
         }
         // A table is made or copied only when one of its entries really changes.

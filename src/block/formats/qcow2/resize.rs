@@ -156,7 +156,14 @@ impl Image {
                 .await
         };
         if let Err(error) = switched.await {
-            self.take_back_l1(&staged).await;
+            match self.header.check() {
+                Ok(()) => self.take_back_l1(&staged).await,
+                // The header may point to the new table: all that either state needs stays counted.
+                Err(_) => {
+                    staged.area.publish(staged.area.run().count);
+                    self.set_l1(staged.old.clone());
+                }
+            }
             return Err(error);
         }
         staged.area.publish(staged.area.run().count);

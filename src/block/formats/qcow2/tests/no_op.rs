@@ -3,6 +3,8 @@
 //! After the error the disk, the snapshots and the header are what they were; the image closes without a leak; and the same
 //! operation, tried again, succeeds. An operation that answers well although a request has failed is done in full.
 
+mod afterwards;
+
 use super::*;
 use crate::crashlab::audit::{Audit, Verdict};
 use crate::crashlab::content::{Versions, stamp};
@@ -30,12 +32,15 @@ enum Operation {
     Discard,
     Zero,
     Compress,
+    /// Of what is written to memory only.
+    Flush,
+    Close,
 }
 
 use Operation::*;
 
-const OPERATIONS: [Operation; 10] = [
-    Create, Delete, Revert, Steps, Grow, Shrink, Write, Discard, Zero, Compress,
+const OPERATIONS: [Operation; 12] = [
+    Create, Delete, Revert, Steps, Grow, Shrink, Write, Discard, Zero, Compress, Flush, Close,
 ];
 
 impl Operation {
@@ -72,12 +77,19 @@ impl Operation {
             Grow => image.resize(40 * image.size(), Preallocation::Off).await,
             Shrink => image.resize(image.size() / 4, Preallocation::Off).await,
             Write => write(image, at, stamp(at, len, 99)).await,
-            Discard => image.discard(at, len).await,
+            Discard => {
+                image.discard(at, len).await?;
+                // Where the L2 table is a snapshot's too.
+                let tail = image.size() - 3 * cluster;
+                image.discard(tail, 2 * cluster).await
+            }
             Zero => image.write_zeroes(at, len, unmap()).await,
             Compress => {
                 let bytes = stamp(cluster, cluster, 99);
                 image.write_compressed(cluster, bytes.into()).await
             }
+            Flush => image.flush().await,
+            Close => image.close().await,
         }
     }
 }
@@ -228,14 +240,18 @@ impl Case {
 }
 
 /// How storage fails.
-const FAULTS: [(OpKind, Fault); 8] = [
+const FAULTS: [(OpKind, Fault); 12] = [
     (OpKind::Write, Fault::Io),
     (OpKind::Write, Fault::NoSpace),
     (OpKind::Write, Fault::Torn(512)),
     (OpKind::Flush, Fault::Io),
+    (OpKind::Flush, Fault::NoSpace),
     (OpKind::Read, Fault::Io),
     (OpKind::Discard, Fault::Io),
+    (OpKind::Discard, Fault::Torn(512)),
+    (OpKind::WriteZeroes, Fault::Io),
     (OpKind::WriteZeroes, Fault::NoSpace),
+    (OpKind::Resize, Fault::Io),
     (OpKind::Resize, Fault::NoSpace),
 ];
 
@@ -262,13 +278,20 @@ async fn try_all(options: &CreateOptions) -> u64 {
         }
         let case = Case::new(operation, &base).await;
         for (kind, fault) in FAULTS {
+            let (mut met, mut failed_here) = (0, 0);
             for skip in 0.. {
                 let (reached, fails) = case.try_fault(kind, skip, fault).await;
                 if !reached {
                     break;
                 }
-                failed += u64::from(fails);
+                met += 1;
+                failed_here += u64::from(fails);
+                if fails && operation != Close {
+                    case.goes_on(kind, skip, fault).await;
+                }
             }
+            println!("{operation:?}: {kind:?} {fault:?}: {met} met, {failed_here} made it fail");
+            failed += failed_here;
         }
     }
     failed

@@ -294,6 +294,11 @@ pub struct NewSnapshot {
 
 /// Internal snapshots of a node.
 pub trait Snapshots: Send + Sync {
+    /// Whether this image can have snapshots: `Unsupported`, with the reason, for one of a kind that cannot.
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// All of them, in the order of the image's table. From memory, no I/O.
     fn list(&self) -> Vec<SnapshotInfo>;
 

@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use block::driver::{BoxFuture, NewSnapshot, SnapshotInfo, SnapshotSelector};
+use block::driver::{BoxFuture, NewSnapshot, SnapshotInfo, SnapshotSelector, Snapshots};
 use block::error::{Error, ErrorKind};
 use qapi::rt::QmpError;
 
@@ -52,15 +52,15 @@ impl SnapshotAction {
         if node.behaviour().read_only {
             return Err(self.read_only());
         }
-        if node.driver().snapshots().is_none() {
+        let Some(snapshots) = node.driver().snapshots() else {
             return Err(QmpError::generic(format!(
                 "Block format '{}' used by device '{device}' does not support internal snapshots",
                 node.driver().info().driver
             )));
-        }
+        };
         match name {
             "" => Err(QmpError::generic("Name is empty")),
-            _ => Ok(()),
+            _ => check_image(snapshots),
         }
     }
 
@@ -74,6 +74,7 @@ impl SnapshotAction {
                 "Failed to get a snapshot list: Operation not supported",
             ));
         };
+        check_image(snapshots)?;
         if !node.behaviour().read_only {
             return Ok(());
         }
@@ -160,6 +161,12 @@ impl SnapshotAction {
         self.about = Some(done.map_err(|error| self.error(&error))?);
         Ok(())
     }
+}
+
+/// Whether an image of a driver with snapshots is one that can have them.
+fn check_image(snapshots: &dyn Snapshots) -> Result<(), QmpError> {
+    let checked = snapshots.check();
+    checked.map_err(|error| QmpError::generic(error.to_string()))
 }
 
 fn new_snapshot(name: &str) -> NewSnapshot {

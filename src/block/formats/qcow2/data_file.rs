@@ -15,7 +15,6 @@
 //! A *raw* data file can be read as an image by itself (autoclear bit 1). What the guest zeroes or discards in it is zeroed
 //! or discarded in the file, and the entries stay as they are.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::alloc::{Reserved, Run};
@@ -24,10 +23,7 @@ use super::geometry::{Geometry, GuestCluster};
 use super::header::{Autoclear, Header};
 use super::image::Image;
 use super::subclusters::{State, Subclusters, mask};
-use crate::driver::{
-    BlockStatus, BoxFuture, Child, Driver, NewSnapshot, Preallocation, SnapshotChange,
-    SnapshotInfo, SnapshotSelector, Snapshots, ZeroFlags,
-};
+use crate::driver::{BlockStatus, Child, Preallocation, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::HostBytes;
 use crate::units::{ClusterIndex, HostOffset};
@@ -102,6 +98,17 @@ impl DataFile {
     /// It need not be readable as a raw image any more. Nobody is inside the gate.
     pub(super) fn is_raw_no_more(&self) {
         self.is_raw.store(false, Ordering::Release);
+    }
+
+    /// Nothing counts the clusters of an external data file, so an image with one cannot have snapshots. With QEMU's text.
+    pub(super) fn check_snapshots(&self) -> Result<()> {
+        match self.is_external() {
+            true => Err(Error::new(
+                ErrorKind::Unsupported,
+                "Failed to get a snapshot list: Operation not supported",
+            )),
+            false => Ok(()),
+        }
     }
 
     /// What an entry of a guest cluster says.
@@ -268,39 +275,6 @@ impl Image {
             at += len;
         }
         Ok(())
-    }
-}
-
-/// The snapshots of an image with an external data file: none, and none can be made, because nothing counts its clusters.
-pub(super) struct NoSnapshots;
-
-impl NoSnapshots {
-    /// With QEMU's text.
-    fn refused<T: Send + 'static>() -> BoxFuture<'static, Result<T>> {
-        let text = "Failed to get a snapshot list: Operation not supported";
-        Box::pin(async move { Err(Error::new(ErrorKind::Unsupported, text)) })
-    }
-}
-
-impl Snapshots for NoSnapshots {
-    fn list(&self) -> Vec<SnapshotInfo> {
-        Vec::new()
-    }
-
-    fn create(&self, _new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
-        Self::refused()
-    }
-
-    fn delete(&self, _which: SnapshotSelector) -> BoxFuture<'_, Result<SnapshotInfo>> {
-        Self::refused()
-    }
-
-    fn change(&self) -> BoxFuture<'_, Result<Box<dyn SnapshotChange>>> {
-        Self::refused()
-    }
-
-    fn view(&self, _which: SnapshotSelector) -> BoxFuture<'_, Result<Arc<dyn Driver>>> {
-        Self::refused()
     }
 }
 

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::Qcow2;
-use super::data_file::NoSnapshots;
 use super::header::{Compatible, Incompatible, Version};
 use super::image::Image;
 use crate::driver::{
@@ -215,10 +214,7 @@ impl Driver for Qcow2 {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
-        match self.image.data.is_external() {
-            true => Some(&NoSnapshots),
-            false => Some(self),
-        }
+        Some(self)
     }
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {

@@ -9,7 +9,14 @@ use crate::error::Result;
 use crate::formats::qcow2::Qcow2;
 
 impl Snapshots for Qcow2 {
+    fn check(&self) -> Result<()> {
+        self.image.data.check_snapshots()
+    }
+
     fn list(&self) -> Vec<SnapshotInfo> {
+        if self.check().is_err() {
+            return Vec::new();
+        }
         let size = self.image.size();
         let table = self.image.snapshots.get();
         table
@@ -21,12 +28,17 @@ impl Snapshots for Qcow2 {
 
     fn change(&self) -> BoxFuture<'_, Result<Box<dyn SnapshotChange>>> {
         Box::pin(self.run(|image| async move {
+            image.data.check_snapshots()?;
             let change: Box<dyn SnapshotChange> = Box::new(Change::begin(image).await?);
             Ok(change)
         }))
     }
 
     fn view(&self, which: SnapshotSelector) -> BoxFuture<'_, Result<Arc<dyn Driver>>> {
-        Box::pin(view(self.image.clone(), which))
+        let image = self.image.clone();
+        Box::pin(async move {
+            image.data.check_snapshots()?;
+            view(image, which).await
+        })
     }
 }

@@ -13,7 +13,7 @@ use super::oracle::{Known, Recording, observe_state};
 use super::qemu::daemon::Daemon;
 use super::qemu::{Qemu, qemu_io, run, write_log};
 use super::run::{Kind, Moment, Problem, Runner, Snapshot, World};
-use super::script::{Case, End, Op, Step};
+use super::script::{Case, DataPlace, End, Op, Step};
 use super::states::{Effort, State, epochs, whole_sectors};
 use crate::formats::qcow2::create::Compat;
 use crate::protocols::memory::Memory;
@@ -157,6 +157,7 @@ impl Comparison {
             discard: true,
             extended_l2: false,
             bitmaps: false,
+            data: DataPlace::Own,
         };
         let image = self.qemu.path("base.qcow2");
         let file = image.to_string_lossy().into_owned();

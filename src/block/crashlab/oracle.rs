@@ -96,7 +96,7 @@ pub(super) struct Known {
 impl Known {
     fn of(recording: &Recording) -> Result<Known, Problem> {
         let bytes = recording.base.content();
-        let audit = Audit::new(&bytes)?;
+        let audit = Audit::of(&bytes, recording.base.second())?;
         Ok(Known {
             base: (audit.bitmaps().to_vec(), audit.active()?),
             ..Known::default()
@@ -124,7 +124,12 @@ pub(super) fn observe_state(
     known: &mut Known,
     state: &State,
 ) -> Result<World, Problem> {
-    observe(bytes, known.candidates(recording, state)).map(|(world, _)| world)
+    observe(
+        bytes,
+        state.disk.second(),
+        known.candidates(recording, state),
+    )
+    .map(|(world, _)| world)
 }
 
 impl Oracle {
@@ -171,7 +176,8 @@ impl Oracle {
         let bytes = state.disk.content();
         self.figures.states += 1;
         self.figures.second += u64::from(depth < 2);
-        let result = match observe(&bytes, known.candidates(recording, state)) {
+        let second = state.disk.second();
+        let result = match observe(&bytes, second, known.candidates(recording, state)) {
             Ok((_, observed)) if !observed.verdict.dangers.is_empty() => {
                 Err(observed.verdict.dangers.join("\n  "))
             }
@@ -231,7 +237,7 @@ impl Oracle {
         if self.is_sampled(self.samples.qemu)
             && let Some(qemu) = &mut self.qemu
         {
-            qemu.verify(bytes, &world, case, &mut self.random)
+            qemu.verify((bytes, state.disk.second()), &world, case, &mut self.random)
                 .map_err(|problem| format!("QEMU: {problem}"))?;
             self.figures.by_qemu += 1;
         }
@@ -379,10 +385,15 @@ fn worlds(change: &Moment) -> Vec<(&World, bool)> {
 }
 
 /// Finds which candidate a state is, and what exactly it holds.
-fn observe(bytes: &[u8], candidates: &[Candidate]) -> Result<(World, Observed), Problem> {
-    let audit = Audit::new(bytes)?;
+fn observe(
+    bytes: &[u8],
+    data: Option<&Arc<Memory>>,
+    candidates: &[Candidate],
+) -> Result<(World, Observed), Problem> {
+    let audit = Audit::of(bytes, data)?;
     let verdict = audit.verdict()?;
     let world = World::of(&audit)?;
+    audit.check_raw(&world.active)?;
     let mut problems = Vec::new();
     for candidate in candidates {
         let problem = snapshots_differ(&candidate.snapshots, &world.snapshots)
@@ -412,7 +423,7 @@ async fn recovered(
         };
     }
     let bytes = disk.content();
-    let audit = Audit::new(&bytes)?;
+    let audit = Audit::of(&bytes, disk.second())?;
     let verdict = audit.verdict()?;
     if audit.is_dirty() || verdict != Verdict::default() {
         return Err(format!("repaired, dirty {}: {verdict:?}", audit.is_dirty()));
@@ -454,8 +465,9 @@ fn agree(report: &CheckReport, verdict: &Verdict) -> Result<(), Problem> {
 /// A closed image: exactly what it must hold, nothing dangerous, and no leaks but those from before.
 async fn settled(disk: &Arc<Memory>, world: &World, leaks: u64) -> Result<(), Problem> {
     let bytes = disk.content();
-    let audit = Audit::new(&bytes)?;
+    let audit = Audit::of(&bytes, disk.second())?;
     let verdict = audit.verdict()?;
+    audit.check_raw(&world.active)?;
     if audit.is_dirty()
         || !verdict.dangers.is_empty()
         || verdict.leaks + verdict.leaks_beyond > leaks

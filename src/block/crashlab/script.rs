@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use crate::driver::Preallocation;
-use crate::formats::qcow2::create::{Compat, CreateOptions};
+use crate::formats::qcow2::create::{Compat, CreateOptions, DataFileOptions};
 
 /// The image that a script runs on.
 #[derive(Debug, Clone)]
@@ -31,7 +31,23 @@ pub struct Case {
     pub extended_l2: bool,
     /// Another program has left persistent bitmaps.
     pub bitmaps: bool,
+    /// Where the guest's data lie.
+    pub data: DataPlace,
 }
+
+/// Where guest data lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataPlace {
+    /// In the image's own file.
+    Own,
+    /// In an external data file.
+    External,
+    /// In one that can be read as a raw image.
+    Raw,
+}
+
+/// How images name their data file.
+pub const DATA_FILE: &str = "data.raw";
 
 /// Which images scripts run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,6 +62,8 @@ pub enum Images {
     Bitmaps,
     /// Version 2.
     V2,
+    /// With an external data file.
+    DataFile,
 }
 
 impl Case {
@@ -56,6 +74,10 @@ impl Case {
         options.refcount_bits = self.refcount_bits;
         options.compat = self.compat;
         options.extended_l2 = self.extended_l2;
+        options.data_file = self.has_data_file().then(|| DataFileOptions {
+            name: Some(DATA_FILE.to_owned()),
+            raw: self.data == DataPlace::Raw,
+        });
         options.preallocation = Preallocation::Off;
         options
     }
@@ -63,6 +85,11 @@ impl Case {
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// Whether guest data lie in a file of their own.
+    pub fn has_data_file(&self) -> bool {
+        self.data != DataPlace::Own
     }
 
     /// What an L2 table maps.
@@ -84,7 +111,8 @@ impl Case {
         // Two or three L2 tables; now and then an L1 table of several sectors.
         let spans = match random.u8(..6) {
             0 => 1,
-            1 => random.u64(65..=130),
+            // All tables of a raw data file are there from the start.
+            1 if case.data != DataPlace::Raw => random.u64(65..=130),
             _ => random.u64(1..=3),
         };
         let tail = 512 * random.u64(1..=window / 512);
@@ -113,9 +141,17 @@ impl Case {
         };
         let v2 = one_of(random, Images::V2, 8);
         let extended_l2 = !v2 && one_of(random, Images::ExtendedL2, 10);
-        let bitmaps = !v2 && one_of(random, Images::Bitmaps, 6);
+        let has_data_file = !v2 && one_of(random, Images::DataFile, 8);
+        let data = match has_data_file {
+            true => *pick(random, &[DataPlace::External, DataPlace::Raw]),
+            false => DataPlace::Own,
+        };
+        let extended_l2 = extended_l2 || images == Images::DataFile && random.u8(..3) == 0;
+        let bitmaps = !v2 && !has_data_file && one_of(random, Images::Bitmaps, 6);
         let cluster_bits = match images {
             Images::Large => 21,
+            _ if extended_l2 && has_data_file => 14,
+            _ if has_data_file => *pick(random, &[9, 9, 9, 10, 12]),
             _ if extended_l2 => *pick(random, &[14, 14, 16]),
             _ => *pick(random, &[9, 9, 9, 9, 9, 9, 10, 12, 12, 12, 16]),
         };
@@ -134,6 +170,7 @@ impl Case {
             discard: false,
             extended_l2,
             bitmaps,
+            data,
         }
     }
 }
@@ -365,8 +402,9 @@ fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
 
 fn guest_op(random: &mut fastrand::Rng, case: &Case) -> Op {
     let (at, len) = range(random, case);
-    // Large clusters are compressed on other threads, so that a seed would not give the same run again.
-    let compresses = case.cluster_bits < 16;
+    // Large clusters are compressed on other threads, so that a seed would not give the same run again; and data files hold no
+    // streams.
+    let compresses = case.cluster_bits < 16 && !case.has_data_file();
     match random.u8(..20) {
         9..=10 if compresses => Op::Compress {
             at: at & !(case.cluster_size() - 1),

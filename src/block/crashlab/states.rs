@@ -7,6 +7,8 @@
 //! ```
 //!
 //! What a killed process leaves is among them: a prefix of an epoch, nothing torn.
+//!
+//! An image with an external data file is two disks with one log. A flush makes durable what its own disk got.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -93,18 +95,25 @@ pub struct State {
     pub what: String,
 }
 
-/// The log with writes of whole sectors. A page cache, or a disk's own cache, writes a sector with all that it holds: what earlier
-/// requests put into it never gets lost alone.
+/// The log with writes of whole sectors, and of zeroes to whole sectors. A page cache, or a disk's own cache, writes a sector with
+/// all that it holds: what earlier requests put into it never gets lost alone.
 pub fn whole_sectors(base: &Memory, log: &[Record]) -> Result<Vec<Record>> {
     let live = base.fork();
     let widened = log.iter().map(|record| {
+        let live = live.numbered(record.disk);
         live.apply(&record.change)?;
         let mut record = record.clone();
-        if let Change::Write { offset, data, .. } = &mut record.change {
-            let end = (*offset + data.len()).next_multiple_of(SECTOR);
-            let start = *offset / SECTOR * SECTOR;
-            *data = live.peek(start, end.min(live.size()) - start);
-            *offset = start;
+        let (offset, len) = range_of(&record.change);
+        let is_whole = offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
+        let is_inside = len > 0 && offset < live.size();
+        if is_inside && (!is_whole || matches!(record.change, Change::Write { .. })) {
+            let start = offset / SECTOR * SECTOR;
+            let end = (offset + len).next_multiple_of(SECTOR).min(live.size());
+            record.change = Change::Write {
+                offset: start,
+                data: live.peek(start, end - start),
+                fua: false,
+            };
         }
         Ok(record)
     });
@@ -141,12 +150,15 @@ pub fn epochs<'a>(base: &Memory, log: &'a [Record]) -> Result<Vec<Epoch<'a>>> {
                 volatile: volatile_now,
             });
         }
-        // A flush covers what had completed when it was issued.
-        let issued = flush.map_or(0, |flush| flush.issued);
-        volatile.retain(|at| log[*at].completed > issued);
+        // A flush covers what had completed on its disk when it was issued.
+        volatile.retain(|at| {
+            flush.is_none_or(|flush| {
+                log[*at].disk != flush.disk || log[*at].completed > flush.issued
+            })
+        });
         let durable_to = volatile.first().copied().unwrap_or(end);
         for record in &log[from..durable_to.max(from)] {
-            disk.apply(&record.change)?;
+            disk.numbered(record.disk).apply(&record.change)?;
         }
         from = durable_to.max(from);
     }
@@ -225,11 +237,12 @@ impl Epoch<'_> {
 
     /// The disk that a choice leaves.
     pub fn state(&self, choice: &Choice) -> Result<State> {
-        let disk = self.disk.fork();
+        let all = self.disk.fork();
         let mut reached = self.from;
         let mut nth = 0;
         for at in self.from..self.log.len() {
-            let change = &self.log[at].change;
+            let Record { change, disk, .. } = &self.log[at];
+            let disk = all.numbered(*disk);
             if self.volatile.get(nth) != Some(&at) {
                 if at >= self.end && nth >= self.volatile.len() {
                     break;
@@ -242,7 +255,7 @@ impl Epoch<'_> {
             }
             if choice.keep[nth] {
                 match choice.torn {
-                    Some((torn, tear)) if torn == nth => apply_torn(&disk, change, tear)?,
+                    Some((torn, tear)) if torn == nth => apply_torn(disk, change, tear)?,
                     _ => disk.apply(change)?,
                 }
                 reached = at + 1;
@@ -250,7 +263,7 @@ impl Epoch<'_> {
             nth += 1;
         }
         Ok(State {
-            disk,
+            disk: all,
             completed: self.end,
             reached,
             what: self.describe(choice),

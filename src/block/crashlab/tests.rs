@@ -117,6 +117,35 @@ fn an_engine_that_flushes_too_seldom_is_found_out() {
     assert!(found >= 10, "only {found} of {} scripts fail", plan.scripts);
 }
 
+#[test]
+fn what_a_crash_leaves_of_an_image_and_its_data_file_is_sound() {
+    let mut plan = Plan {
+        images: Images::DataFile,
+        ..plan(6001, 30)
+    };
+    if Qemu::find().is_some() {
+        plan.samples.qemu = 100;
+    }
+    assert_sound(&plan, &run(&plan, |_| {}));
+}
+
+/// One that writes tables before the data are durable in their file.
+#[test]
+fn an_engine_that_does_not_flush_the_data_file_is_found_out() {
+    let plan = Plan {
+        images: Images::DataFile,
+        ..plan(7001, 30)
+    };
+    let found = found_out(&plan, |recording| {
+        for record in &mut recording.log {
+            if record.disk == 1 && matches!(record.change, Change::Flush) {
+                record.change = NOTHING;
+            }
+        }
+    });
+    assert!(found >= 10, "only {found} of {} scripts fail", plan.scripts);
+}
+
 /// One that does not mark bitmaps as in use.
 #[test]
 fn an_engine_that_forgets_bitmaps_is_found_out() {

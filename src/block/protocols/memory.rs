@@ -21,7 +21,7 @@ use crate::driver::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 
-use state::{Answer, Held, Request, Rule, State};
+use state::{Answer, Held, Request, Rule, SharedTape, State};
 
 /// The unit of allocation in bytes.
 pub const PAGE: u64 = 4096;
@@ -96,6 +96,8 @@ pub enum Change {
 /// A line of the log. `issued` and `completed` count events of the disk: a smaller number came earlier.
 #[derive(Debug, Clone)]
 pub struct Record {
+    /// Which of two disks with one log: 0 for the first one.
+    pub disk: usize,
     /// When the request came in.
     pub issued: u64,
     /// When it was applied. Requests still held have no record yet, and those that failed never get one
@@ -109,6 +111,8 @@ pub struct Record {
 #[derive(Debug, Default)]
 pub struct Memory {
     state: Mutex<State>,
+    /// The disk beside this one, whose changes are in the same log.
+    second: Option<Arc<Memory>>,
     /// Told whenever a request is put into `State::held`.
     held: Notify,
 }
@@ -119,6 +123,18 @@ impl Memory {
         let memory = Memory::default();
         memory.state().size = size;
         Arc::new(memory)
+    }
+
+    /// Two empty disks, one beside the other, whose requests have one order and one log: that of the first, which is answered.
+    pub fn pair() -> Arc<Self> {
+        let tape = SharedTape::default();
+        let second = Memory::default().copy(&tape, 1, None);
+        Memory::default().copy(&tape, 0, Some(second))
+    }
+
+    /// The disk beside this one.
+    pub fn second(&self) -> Option<&Arc<Memory>> {
+        self.second.as_ref()
     }
 
     /// A disk that starts with these bytes.
@@ -134,19 +150,28 @@ impl Memory {
         memory
     }
 
-    /// A disk of its own with the same bytes, without faults, holds or log. Pages are shared until written,
-    /// so this is cheap: the way to keep the state before a crash.
+    /// A disk of its own with the same bytes, without faults, holds or log, beside a fork of the second one. Pages are
+    /// shared until written, so this is cheap: the way to keep the state before a crash.
     pub fn fork(&self) -> Arc<Self> {
+        let tape = SharedTape::default();
+        let second = self.second.as_ref();
+        self.copy(&tape, 0, second.map(|second| second.copy(&tape, 1, None)))
+    }
+
+    fn copy(&self, tape: &SharedTape, number: usize, second: Option<Arc<Self>>) -> Arc<Self> {
         let state = self.state();
         let copy = State {
             pages: state.pages.clone(),
             size: state.size,
             limits: state.limits,
             space_limit: state.space_limit,
+            number,
+            tape: tape.clone(),
             ..State::default()
         };
         Arc::new(Memory {
             state: Mutex::new(copy),
+            second,
             held: Notify::new(),
         })
     }
@@ -170,10 +195,11 @@ impl Memory {
         content
     }
 
-    /// A number that differs, as good as always, for disks of different size or content.
+    /// A number that differs, as good as always, for disks of different size or content. The second disk counts too.
     pub fn digest(&self) -> u64 {
+        let second = self.second.as_ref().map_or(0, |second| second.digest());
         let state = self.state();
-        let mut digest = state.size;
+        let mut digest = state.size ^ second.rotate_left(17);
         for (index, page) in &state.pages {
             let mut sum = *index;
             let mut any = 0;
@@ -281,22 +307,34 @@ impl Memory {
 
     /// Starts a new log.
     pub fn start_log(&self) {
-        self.state().log = Some(Vec::new());
+        self.state().tape().log = Some(Vec::new());
     }
 
     /// The log since `start_log`, in order of completion.
     pub fn log(&self) -> Vec<Record> {
-        self.state().log.clone().unwrap_or_default()
+        self.state().tape().log.clone().unwrap_or_default()
     }
 
     /// How many records the log has.
     pub fn log_len(&self) -> usize {
-        self.state().log.as_ref().map_or(0, Vec::len)
+        self.state().tape().log.as_ref().map_or(0, Vec::len)
     }
 
     /// Applies a change of a log to this disk: how a crash state is built on a [`Memory::fork`].
     pub fn apply(&self, change: &Change) -> Result<()> {
         self.state().apply(change)
+    }
+
+    /// This disk, or the one beside it, by the number that records have.
+    ///
+    /// # Panics
+    /// When there is none with this number.
+    pub fn numbered(&self, disk: usize) -> &Memory {
+        match (disk, self.second()) {
+            (0, _) => self,
+            (1, Some(second)) => second,
+            _ => panic!("there is no disk number {disk}"),
+        }
     }
 
     fn add_rule(&self, kind: OpKind, skip: u64, fault: Fault, once: bool) {

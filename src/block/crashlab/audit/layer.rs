@@ -2,8 +2,9 @@
 
 use flate2::{Decompress, FlushDecompress};
 
-use super::{COPIED, OFFSET, Problem, words};
+use super::{COPIED, DATA_FILE, OFFSET, Problem, words};
 use crate::crashlab::content::{Content, SECTOR, Sector};
+use crate::protocols::memory::Memory;
 
 const COMPRESSED: u64 = 1 << 62;
 const EXTENDED_L2: u64 = 1 << 4;
@@ -15,6 +16,8 @@ pub struct Layer<'a> {
     bytes: &'a [u8],
     cluster_bits: u32,
     extended: bool,
+    outside: bool,
+    data: Option<&'a Memory>,
     l1: Vec<u64>,
 }
 
@@ -35,6 +38,7 @@ pub(super) struct Entry {
     word: u64,
     bitmap: u64,
     cluster_bits: u32,
+    outside: bool,
 }
 
 impl Entry {
@@ -48,14 +52,20 @@ impl Entry {
         Some((at, (at / SECTOR + more + 1) * SECTOR - at))
     }
 
-    /// The host clusters that it refers to, and whether as a compressed stream.
+    /// Where its data lie, if it has a place for them. In an external data file offset 0 is one, with the flag COPIED.
+    fn place(&self) -> Option<u64> {
+        match self.word & OFFSET {
+            0 if !(self.outside && self.copied) => None,
+            at => Some(at),
+        }
+    }
+
+    /// The host clusters that it refers to, and whether as a compressed stream. Those of an external data file are not counted.
     pub(super) fn clusters(&self, cluster: u64) -> impl Iterator<Item = (u64, bool)> + use<> {
-        let (range, stream) = match self.stream() {
-            Some((at, len)) => (at / cluster..(at + len).div_ceil(cluster), true),
-            None => match self.word & OFFSET {
-                0 => (0..0, false),
-                at => (at / cluster..at / cluster + 1, false),
-            },
+        let (range, stream) = match (self.stream(), self.place()) {
+            (Some((at, len)), _) => (at / cluster..(at + len).div_ceil(cluster), true),
+            (None, Some(at)) if !self.outside => (at / cluster..at / cluster + 1, false),
+            _ => (0..0, false),
         };
         range.map(move |number| (number, stream))
     }
@@ -81,8 +91,15 @@ impl<'a> Layer<'a> {
             bytes,
             cluster_bits,
             extended: incompatible & EXTENDED_L2 != 0,
+            outside: incompatible & DATA_FILE != 0,
+            data: None,
             l1,
         })
+    }
+
+    /// The layer of an image with this external data file.
+    pub(super) fn with_data(self, data: Option<&'a Memory>) -> Layer<'a> {
+        Layer { data, ..self }
     }
 
     pub(super) fn tables(&self) -> impl Iterator<Item = Table> {
@@ -117,6 +134,7 @@ impl<'a> Layer<'a> {
                 word,
                 bitmap,
                 cluster_bits: self.cluster_bits,
+                outside: self.outside,
             };
             self.validate(&entry)?;
             entries.push(entry);
@@ -128,12 +146,20 @@ impl<'a> Layer<'a> {
         let cluster = 1_u64 << self.cluster_bits;
         let zero_flag = u64::from(!self.extended);
         let bad = match entry.stream() {
-            Some((at, _)) => at >= self.bytes.len() as u64 || entry.copied || entry.bitmap != 0,
+            Some((at, _)) => {
+                self.outside || at >= self.bytes.len() as u64 || entry.copied || entry.bitmap != 0
+            }
             None => {
-                let at = entry.word & OFFSET;
+                let (data, zero) = (entry.bitmap & 0xffff_ffff, entry.bitmap >> 32);
+                let place = entry.place();
+                let wrong_place = |at: u64| match self.outside {
+                    true => at != entry.guest * cluster,
+                    false => !at.is_multiple_of(cluster) || at >= self.bytes.len() as u64,
+                };
                 entry.word & !(OFFSET | COPIED | zero_flag) != 0
-                    || !at.is_multiple_of(cluster)
-                    || at >= self.bytes.len() as u64
+                    || data & zero != 0
+                    || data != 0 && place.is_none()
+                    || place.is_some_and(wrong_place)
             }
         };
         match bad {
@@ -167,7 +193,9 @@ impl<'a> Layer<'a> {
             put(content, first, &inflated);
             return Ok(());
         }
-        let at = entry.word & OFFSET;
+        let Some(at) = entry.place() else {
+            return Ok(());
+        };
         let reads_data = |sector: u64| match self.extended {
             true => {
                 let nth = sector * SECTOR / (cluster / SUBCLUSTERS);
@@ -179,10 +207,18 @@ impl<'a> Layer<'a> {
             let from = (at + sector * SECTOR) as usize;
             // A file may end in the middle of its last cluster, which reads as zeroes from there on.
             let end = (from + SECTOR as usize).min(self.bytes.len());
-            if at == 0 || from >= end || !reads_data(sector) {
+            if !reads_data(sector) {
                 continue;
             }
-            put(content, first + sector, &self.bytes[from..end]);
+            if self.outside {
+                let data = self.data.ok_or("the data file is missing")?;
+                let bytes = data.peek(at + sector * SECTOR, SECTOR);
+                if !bytes.is_known_zero() {
+                    put(content, first + sector, &bytes.to_bytes());
+                }
+            } else if from < end {
+                put(content, first + sector, &self.bytes[from..end]);
+            }
         }
         Ok(())
     }

@@ -6,7 +6,10 @@
 mod bitmaps;
 mod layer;
 
+use std::sync::Arc;
+
 use super::content::Content;
+use crate::protocols::memory::Memory;
 
 pub use bitmaps::{Bitmap, bitmaps_differ, with_bitmaps};
 pub use layer::Layer;
@@ -14,6 +17,7 @@ pub use layer::Layer;
 /// Why an image cannot be read, or what is wrong with it.
 pub type Problem = String;
 
+const DATA_FILE: u64 = 1 << 2;
 const COPIED: u64 = 1 << 63;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
@@ -21,6 +25,7 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 #[derive(Debug)]
 pub struct Audit<'a> {
     bytes: &'a [u8],
+    data: Option<&'a Memory>,
     cluster_bits: u32,
     size: u64,
     refcount_bits: u32,
@@ -126,6 +131,11 @@ impl Stored {
 impl<'a> Audit<'a> {
     /// Understands the header and the snapshot table.
     pub fn new(bytes: &'a [u8]) -> Result<Audit<'a>, Problem> {
+        Audit::of(bytes, None)
+    }
+
+    /// The same of an image whose guest data may lie in an external data file.
+    pub fn of(bytes: &'a [u8], data: Option<&'a Arc<Memory>>) -> Result<Audit<'a>, Problem> {
         if bytes.get(..4) != Some(b"QFI\xfb") {
             return Err("no qcow2 magic".to_owned());
         }
@@ -138,6 +148,7 @@ impl<'a> Audit<'a> {
         let order = if v3 { be32(bytes, 96)? } else { 4 };
         let mut audit = Audit {
             bytes,
+            data: data.map(|data| &**data),
             cluster_bits,
             size: be64(bytes, 24)?,
             refcount_bits: 1 << order.min(6),
@@ -185,6 +196,11 @@ impl<'a> Audit<'a> {
         self.incompatible & 1 != 0
     }
 
+    /// Whether guest data lie in a file of their own.
+    pub fn has_data_file(&self) -> bool {
+        self.incompatible & DATA_FILE != 0
+    }
+
     /// Bytes of the disk.
     pub fn size(&self) -> u64 {
         self.size
@@ -210,13 +226,34 @@ impl<'a> Audit<'a> {
         self.layer(self.active)?.content(self.size)
     }
 
+    /// Whether a data file that is to be readable as a raw image shows what the disk shows.
+    pub fn check_raw(&self, active: &Content) -> Result<(), Problem> {
+        const PIECE: u64 = 64 << 10;
+        let is_raw = self.has_data_file() && be64(self.bytes, 88)? & 2 != 0;
+        let (true, Some(data)) = (is_raw, self.data) else {
+            return Ok(());
+        };
+        let mut raw = Content::new(self.size);
+        for at in (0..self.size).step_by(PIECE as usize) {
+            let piece = data.peek(at, PIECE.min(self.size - at));
+            if !piece.is_known_zero() {
+                raw.write(at, &piece.to_bytes());
+            }
+        }
+        match active.difference(&raw) {
+            Some(problem) => Err(format!("the raw data file: {problem}")),
+            None => Ok(()),
+        }
+    }
+
     /// What a snapshot holds.
     pub fn content(&self, snapshot: &Snapshot) -> Result<Content, Problem> {
         self.layer(snapshot.l1)?.content(snapshot.size)
     }
 
     fn layer(&self, l1: (u64, u64)) -> Result<Layer<'a>, Problem> {
-        Layer::new(self.bytes, self.cluster_bits, self.incompatible, l1)
+        let layer = Layer::new(self.bytes, self.cluster_bits, self.incompatible, l1)?;
+        Ok(layer.with_data(self.data))
     }
 
     /// Counts all references and holds them against the refcounts and flags.

@@ -5,12 +5,15 @@ pub mod write_log;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::audit::Audit;
 use super::content::{Content, stamp};
 use super::run::{Problem, World};
-use super::script::Case;
+use super::script::{Case, DATA_FILE};
+use crate::driver::Requests;
+use crate::protocols::memory::Memory;
 
 /// Folders of one process are told apart by a number.
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -50,21 +53,29 @@ impl Qemu {
         self.dir.join(name)
     }
 
+    /// Runs a tool where it finds the data file of an image: names of those count from where it runs.
+    fn run(&self, tool: &str, args: &[&str], good: &[i32]) -> Result<Output, Problem> {
+        run_in(&self.dir, tool, args, good)
+    }
+
     /// Repairs a copy of an image, reads all its layers, writes to it and reads again.
     pub fn verify(
         &mut self,
-        bytes: &[u8],
+        (bytes, data): (&[u8], Option<&Arc<Memory>>),
         world: &World,
         case: &Case,
         random: &mut fastrand::Rng,
     ) -> Result<(), Problem> {
         let path = self.path("state.qcow2");
         std::fs::write(&path, bytes).map_err(|error| error.to_string())?;
+        if let Some(data) = data {
+            save_sparse(data, &self.path(DATA_FILE)).map_err(|error| error.to_string())?;
+        }
         let file = path.to_string_lossy().into_owned();
         match case.bitmaps {
             false => {
                 let repair = ["check", "-q", "-f", "qcow2", "-r", "all", &file];
-                run("qemu-img", &repair, &[0])?;
+                self.run("qemu-img", &repair, &[0])?;
             }
             // It would lose the snapshots of an image with bitmaps (10.0.2 does). An open repairs what is dirty.
             true => drop(qemu_io(&file, &["flush".to_owned()])?),
@@ -94,14 +105,22 @@ impl Qemu {
             .map_err(|problem| format!("after writes: {problem}"))?;
         // Counters behind the end of the file have become leaks where it has grown. What was not dirty was not repaired with bitmaps.
         let good: &[i32] = if case.bitmaps { &[0, 2, 3] } else { &[0, 3] };
-        run("qemu-img", &["check", "-q", "-f", "qcow2", &file], good).map(|_| ())
+        let check = ["check", "-q", "-f", "qcow2", &file];
+        self.run("qemu-img", &check, good).map(|_| ())
     }
 
     /// Compares all layers as qemu-img and as the auditor read them.
     pub fn compare(&self, file: &str, world: &World) -> Result<(), Problem> {
         let bytes = std::fs::read(file).map_err(|error| error.to_string())?;
-        let audit = Audit::new(&bytes)?;
-        let difference = world.active.difference(&audit.active()?);
+        let data = match Audit::new(&bytes)?.has_data_file() {
+            true => Some(std::fs::read(self.path(DATA_FILE)).map_err(|error| error.to_string())?),
+            false => None,
+        };
+        let data = data.map(|data| Memory::with_content(&data));
+        let audit = Audit::of(&bytes, data.as_ref())?;
+        let active = audit.active()?;
+        audit.check_raw(&active)?;
+        let difference = world.active.difference(&active);
         difference.map_or(Ok(()), Err)?;
         let size = world.active.size();
         self.compare_layer(file, None, &world.active, size)?;
@@ -133,7 +152,7 @@ impl Qemu {
             args.extend(["-l", selector]);
         }
         args.extend([file, &raw]);
-        run("qemu-img", &args, &[0])?;
+        self.run("qemu-img", &args, &[0])?;
         // qemu-img gives every snapshot the size of the active layer.
         let mut wanted = wanted.clone();
         wanted.resize(wanted.size().min(active_size));
@@ -144,6 +163,22 @@ impl Qemu {
             None => Ok(()),
         }
     }
+}
+
+/// Writes a disk to a file, with holes where it is zero.
+fn save_sparse(disk: &Memory, path: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::FileExt;
+    const PIECE: u64 = 64 << 10;
+    let file = std::fs::File::create(path)?;
+    let size = disk.size();
+    file.set_len(size)?;
+    for at in (0..size).step_by(PIECE as usize) {
+        let piece = disk.peek(at, PIECE.min(size - at));
+        if !piece.is_known_zero() {
+            file.write_all_at(&piece.to_bytes(), at)?;
+        }
+    }
+    Ok(())
 }
 
 /// The content of a raw file, cut or filled up to `size`.
@@ -173,7 +208,8 @@ pub fn qemu_io(file: &str, commands: &[String]) -> Result<String, Problem> {
         args.extend(["-c", command.as_str()]);
     }
     args.push(file);
-    let output = run("qemu-io", &args, &[0])?;
+    let dir = Path::new(file).parent().unwrap_or(Path::new("."));
+    let output = run_in(dir, "qemu-io", &args, &[0])?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     match text.contains("failed") {
         true => Err(text),
@@ -183,8 +219,13 @@ pub fn qemu_io(file: &str, commands: &[String]) -> Result<String, Problem> {
 
 /// Runs a tool; other exit codes than `good` are problems.
 pub fn run(tool: &str, args: &[&str], good: &[i32]) -> Result<Output, Problem> {
+    run_in(Path::new("."), tool, args, good)
+}
+
+fn run_in(dir: &Path, tool: &str, args: &[&str], good: &[i32]) -> Result<Output, Problem> {
     let output = Command::new(tool)
         .args(args)
+        .current_dir(dir)
         .output()
         .map_err(|error| format!("{tool}: {error}"))?;
     match output

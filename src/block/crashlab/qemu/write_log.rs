@@ -78,6 +78,7 @@ pub fn records(log: &[u8]) -> Result<Vec<Record>, Problem> {
 fn push(records: &mut Vec<Record>, change: Change) {
     let clock = 2 * records.len() as u64;
     records.push(Record {
+        disk: 0,
         issued: clock + 1,
         completed: clock + 2,
         change,

@@ -13,7 +13,7 @@ use crate::driver::{
     WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind};
-use crate::formats::qcow2::create::create;
+use crate::formats::qcow2::create::{create, create_with_data_file};
 use crate::formats::qcow2::{OpenOptions, Qcow2};
 use crate::protocols::memory::Memory;
 
@@ -116,7 +116,7 @@ pub enum Kind {
 
 /// An image in use, and the model of it.
 pub struct Runner {
-    /// Where the image lies.
+    /// Where the image lies. An external data file is the disk beside it.
     pub disk: Arc<Memory>,
     driver: Arc<Qcow2>,
     case: Case,
@@ -169,16 +169,23 @@ pub async fn open(disk: &Arc<Memory>, case: &Case) -> Result<Arc<Qcow2>, Error> 
         options.l2_cache_bytes = 0;
         options.refcount_cache_bytes = 0;
     }
-    Qcow2::open(disk.child(), options).await?.finish(None).await
+    let data = disk.second().map(|data| data.child());
+    let opening = Qcow2::open(disk.child(), options).await?;
+    opening.with_data_file(data).finish(None).await
 }
 
 impl Runner {
     /// A new image.
     pub async fn create(case: &Case) -> Result<Runner, Problem> {
-        let disk = Memory::new(0);
-        create(&disk.child(), &case.options())
-            .await
-            .map_err(|error| format!("create: {error}"))?;
+        let (disk, options) = match case.has_data_file() {
+            true => (Memory::pair(), case.options()),
+            false => (Memory::new(0), case.options()),
+        };
+        let created = match disk.second() {
+            Some(data) => create_with_data_file(&disk.child(), &data.child(), &options).await,
+            None => create(&disk.child(), &options).await,
+        };
+        created.map_err(|error| format!("create: {error}"))?;
         if disk.size() < case.file_size {
             disk.resize(case.file_size, Preallocation::Off)
                 .await

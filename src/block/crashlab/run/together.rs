@@ -131,21 +131,28 @@ impl Runner {
         };
         let sent = join_all(requests.iter().map(|request| request.send(&self.driver)));
         let mut all = Box::pin(join(sent, taken));
-        HELD.iter().for_each(|kind| self.disk.hold(*kind));
+        let disks = || [&self.disk].into_iter().chain(self.disk.second());
+        for disk in disks() {
+            HELD.iter().for_each(|kind| disk.hold(*kind));
+        }
         let (answers, taken) = loop {
             // One look each time: who is ready depends on what is let go.
             let looked = poll_fn(|cx| Poll::Ready(all.as_mut().poll(cx))).await;
             if let Poll::Ready(answers) = looked {
                 break answers;
             }
-            match self.disk.held() {
+            let held: Vec<_> = disks()
+                .flat_map(|disk| (0..disk.held()).map(move |nth| (disk, nth)))
+                .collect();
+            match held.len() {
                 0 => tokio::task::yield_now().await,
-                held => {
-                    self.disk.release_one(random.usize(..held));
+                count => {
+                    let (disk, nth) = held[random.usize(..count)];
+                    disk.release_one(nth);
                 }
             }
         };
-        self.disk.release_all();
+        disks().for_each(|disk| disk.release_all());
         answers.into_iter().collect::<Result<Vec<()>>>()?;
         Ok(taken)
     }

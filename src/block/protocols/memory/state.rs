@@ -1,7 +1,7 @@
 //! What the disk holds, and how requests are executed on it one by one.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::BytesMut;
 use tokio::sync::oneshot;
@@ -20,9 +20,27 @@ pub(super) struct State {
     pub(super) faults: Vec<Rule>,
     pub(super) holding: Vec<OpKind>,
     pub(super) held: VecDeque<Held>,
-    pub(super) clock: u64,
-    pub(super) log: Option<Vec<Record>>,
+    /// Which of the disks with this tape.
+    pub(super) number: usize,
+    pub(super) tape: SharedTape,
     pub(super) counts: [u64; 7],
+}
+
+/// Locked under the lock of a state.
+pub(super) type SharedTape = Arc<Mutex<Tape>>;
+
+/// The order of what happens, on one disk or on two.
+#[derive(Debug, Default)]
+pub(super) struct Tape {
+    clock: u64,
+    pub(super) log: Option<Vec<Record>>,
+}
+
+impl Tape {
+    fn tick(&mut self) -> u64 {
+        self.clock += 1;
+        self.clock
+    }
 }
 
 #[derive(Debug)]
@@ -68,17 +86,20 @@ impl Default for State {
             faults: Vec::new(),
             holding: Vec::new(),
             held: VecDeque::new(),
-            clock: 0,
-            log: None,
+            number: 0,
+            tape: SharedTape::default(),
             counts: [0; 7],
         }
     }
 }
 
 impl State {
-    pub(super) fn tick(&mut self) -> u64 {
-        self.clock += 1;
-        self.clock
+    pub(super) fn tape(&self) -> MutexGuard<'_, Tape> {
+        self.tape.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn tick(&self) -> u64 {
+        self.tape().tick()
     }
 
     /// Executes a request and answers it, whether or not somebody still listens.
@@ -154,10 +175,12 @@ impl State {
         None
     }
 
-    fn record(&mut self, issued: u64, change: Change) {
-        let completed = self.tick();
-        if let Some(log) = &mut self.log {
+    fn record(&self, issued: u64, change: Change) {
+        let mut tape = self.tape();
+        let completed = tape.tick();
+        if let Some(log) = &mut tape.log {
             log.push(Record {
+                disk: self.number,
                 issued,
                 completed,
                 change,

@@ -123,7 +123,8 @@ impl Image {
             self.zero_range(from, to - from, flags).await?;
         }
         if self.data.is_raw() {
-            let start = within(old.next_multiple_of(self.g.cluster_size()));
+            // From the cluster of the old end on: those of its subclusters that a shrink has forgotten are data again.
+            let start = within(old - self.g.in_cluster(old));
             let end = within(self.size());
             self.allocate_in_place(start, end).await?;
         }

@@ -368,6 +368,32 @@ fn a_raw_data_file_is_mapped_all_over_after_growth_and_shows_nothing_old() {
 }
 
 #[test]
+fn subclusters_of_a_raw_data_file_are_data_again_when_the_disk_has_been_shorter() {
+    block_on(async {
+        let mut made = options(MIB, true);
+        made.extended_l2 = true;
+        let pair = Pair::make(&made).await;
+        let image = pair.open().await;
+        let size = MIB - CLUSTER / 2;
+        image.resize(size, Preallocation::Off).await.unwrap();
+        image.resize(MIB, Preallocation::Off).await.unwrap();
+        let status = image.block_status(size, CLUSTER / 2).await.unwrap();
+        assert_eq!(status.host_offset, Some(size));
+        image.close().await.unwrap();
+        // What another program writes to the file shows.
+        let bytes = Data::from(vec![7; 10]);
+        pair.data
+            .write(MIB - 100, bytes, WriteFlags::default())
+            .await
+            .unwrap();
+        let mut expected = vec![0; MIB as usize];
+        expected[MIB as usize - 100..][..10].fill(7);
+        let image = pair.open().await;
+        pair.verify(image, &expected).await;
+    });
+}
+
+#[test]
 fn growth_that_fails_leaves_disk_and_data_file_as_they_were() {
     block_on(async {
         for raw in [false, true] {

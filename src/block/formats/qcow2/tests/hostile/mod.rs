@@ -126,7 +126,18 @@ fn images_of_qemu() -> Vec<Arc<Memory>> {
         qemu_io(path, &["write -P 3 10k 9k", "write -c 64k 16k"]);
         images.push(scratch.load(name));
     }
+    images.push(image_without_data(&scratch));
     images
+}
+
+/// An image whose guest data lie in another file.
+fn image_without_data(scratch: &Scratch) -> Arc<Memory> {
+    let (path, data) = (scratch.path("outside.qcow2"), scratch.path("outside.raw"));
+    let (path, data) = (path.to_str().unwrap(), data.to_str().unwrap());
+    let options = format!("cluster_size=4k,data_file={data}");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, path, "300k"]);
+    qemu_io(path, &["write -P 1 0 20k", "write -z 8k 4k"]);
+    scratch.load("outside.qcow2")
 }
 
 const CLUSTER: usize = 4096;

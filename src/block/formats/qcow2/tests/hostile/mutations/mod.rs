@@ -44,8 +44,13 @@ async fn use_image(disk: &Arc<Memory>, random: &mut fastrand::Rng) -> Vec<Corrup
         ..OpenOptions::default()
     };
     let backing = random.bool().then(|| Memory::new(200_000).child());
+    let data_file = Memory::new(300 << 10);
+    data_file.set_space_limit(Some(SPACE));
+    let features = before.child().read(79, 1).await.unwrap().to_bytes();
+    let is_outside = features.first().is_some_and(|bits| bits & 4 != 0);
+    let data_file = is_outside.then(|| data_file.child());
     let opened = match Qcow2::open(disk.child(), options).await {
-        Ok(opening) => opening.finish(backing).await,
+        Ok(opening) => opening.with_data_file(data_file).finish(backing).await,
         Err(error) => Err(error),
     };
     let image = match opened {
@@ -53,7 +58,6 @@ async fn use_image(disk: &Arc<Memory>, random: &mut fastrand::Rng) -> Vec<Corrup
         Err(error) => {
             assert!(!error.message().is_empty());
             // Only the repair of a dirty image changes anything before the image is open.
-            let features = before.child().read(79, 1).await.unwrap().to_bytes();
             if features[0] & 1 == 0 {
                 assert_eq!(disk.size(), before.size());
                 if disk.size() < 64 << 20 {

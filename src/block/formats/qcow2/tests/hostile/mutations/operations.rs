@@ -1,7 +1,7 @@
 //! What is done with a damaged image.
 
 use super::*;
-use crate::driver::SnapshotChange;
+use crate::driver::{AmendOptions, Driver, SnapshotChange};
 
 /// One random operation; its answer does not matter.
 pub(super) async fn operate(image: &Qcow2, random: &mut fastrand::Rng) {
@@ -19,7 +19,7 @@ pub(super) async fn operate(image: &Qcow2, random: &mut fastrand::Rng) {
         fua: random.u8(..8) == 0,
         no_fallback: random.u8(..8) == 0,
     };
-    match random.u8(..28) {
+    match random.u8(..29) {
         0..5 => {
             let bytes = Data::from(vec![random.u8(..); len as usize]);
             let fua = random.u8(..8) == 0;
@@ -47,10 +47,10 @@ pub(super) async fn operate(image: &Qcow2, random: &mut fastrand::Rng) {
             let long = size.saturating_sub(offset).min(1 << 40);
             let _ = image.block_status(offset, long.max(1)).await;
         }
-        17..19 => drop(Snapshots::create(image, new(random)).await),
+        17..19 => drop(snapshots(image).create(new(random)).await),
         19..21 => {
             if let Some(which) = one_of(image, random) {
-                let _ = Snapshots::delete(image, which).await;
+                let _ = snapshots(image).delete(which).await;
             }
         }
         21 => {
@@ -64,6 +64,7 @@ pub(super) async fn operate(image: &Qcow2, random: &mut fastrand::Rng) {
         22 => drop(image.info()),
         23..26 => change_snapshots(image, random).await,
         26 => view(image, random).await,
+        27 => drop(image.amend(amendment(random)).await),
         _ => {
             let (a, b) = (random.u64(..300_000), random.u64(..300_000));
             let bytes = Data::from(vec![1; 5000]);
@@ -76,13 +77,36 @@ pub(super) async fn operate(image: &Qcow2, random: &mut fastrand::Rng) {
     }
 }
 
+/// A change of what the header says.
+fn amendment(random: &mut fastrand::Rng) -> AmendOptions {
+    let backing = |random: &mut fastrand::Rng| match random.u8(..3) {
+        0 => BackingFile::default(),
+        bits => BackingFile {
+            name: Some("a/".repeat(1 << random.u8(..=9)) + "b"),
+            format: (bits == 1).then(|| "raw".to_owned()),
+        },
+    };
+    AmendOptions {
+        compat: [None, Some(Compat::V0_10), Some(Compat::V1_1)][random.usize(..3)],
+        lazy_refcounts: random.bool().then(|| random.bool()),
+        data_file_raw: (random.u8(..4) == 0).then(|| random.bool()),
+        refcount_bits: (random.u8(..4) == 0).then_some(16),
+        backing: random.bool().then(|| backing(random)),
+    }
+}
+
+/// As commands reach them: images with an external data file have none.
+fn snapshots(image: &Qcow2) -> &dyn Snapshots {
+    image.snapshots().unwrap()
+}
+
 fn new(random: &mut fastrand::Rng) -> NewSnapshot {
     named(&format!("new{}", random.u8(..4)))
 }
 
 /// A snapshot that there is.
 fn one_of(image: &Qcow2, random: &mut fastrand::Rng) -> Option<SnapshotSelector> {
-    let list = image.list();
+    let list = snapshots(image).list();
     if list.is_empty() {
         return None;
     }
@@ -95,7 +119,7 @@ fn one_of(image: &Qcow2, random: &mut fastrand::Rng) -> Option<SnapshotSelector>
 
 /// A change of a few steps that is given up, made, or made and taken back.
 async fn change_snapshots(image: &Qcow2, random: &mut fastrand::Rng) {
-    let Ok(mut change) = image.change().await else {
+    let Ok(mut change) = snapshots(image).change().await else {
         return;
     };
     for _ in 0..random.u8(1..4) {
@@ -129,7 +153,7 @@ async fn view(image: &Qcow2, random: &mut fastrand::Rng) {
     let Some(which) = one_of(image, random) else {
         return;
     };
-    let Ok(view) = image.view(which.clone()).await else {
+    let Ok(view) = snapshots(image).view(which.clone()).await else {
         return;
     };
     for _ in 0..4 {
@@ -146,7 +170,7 @@ async fn view(image: &Qcow2, random: &mut fastrand::Rng) {
     let written = view.write(0, bytes, WriteFlags::default()).await;
     assert!(written.is_err(), "a snapshot was written to");
     if random.bool() {
-        let deleted = Snapshots::delete(image, which).await;
+        let deleted = snapshots(image).delete(which).await;
         assert!(deleted.is_err(), "a snapshot was deleted under its reader");
     }
     drop(view.close().await);

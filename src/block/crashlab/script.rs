@@ -197,6 +197,15 @@ pub enum End {
     Drop,
 }
 
+/// A change of the format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Amendment {
+    /// To version 3.
+    Upgrade,
+    /// Whether refcounts may be updated late; refused in version 2.
+    LazyRefcounts(bool),
+}
+
 /// An operation of a script.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Op {
@@ -251,6 +260,8 @@ pub enum Op {
         /// Of the order.
         seed: u64,
     },
+    /// The format of the open image is changed.
+    Amend(Amendment),
     /// Nothing happens for some milliseconds: time for work in the background.
     Idle(u64),
 }
@@ -372,6 +383,9 @@ fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
         Theme::Resize => (45, 20, 30),
         Theme::Mixed => (60, 30, 4),
     };
+    if case.compat == Compat::V0_10 && random.u8(..12) == 0 {
+        return Op::Amend(Amendment::Upgrade);
+    }
     let dice = random.u8(..100);
     if dice < guest {
         return guest_op(random, case);
@@ -394,9 +408,10 @@ fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
     if dice < guest + snapshots + resize {
         return Op::Resize(new_size(random, case));
     }
-    match random.bool() {
-        true => Op::Reopen,
-        false => Op::Idle(*pick(random, &[1, 20, 500, 5000])),
+    match random.u8(..5) {
+        0..=1 => Op::Reopen,
+        2..=3 => Op::Idle(*pick(random, &[1, 20, 500, 5000])),
+        _ => Op::Amend(Amendment::LazyRefcounts(random.bool())),
     }
 }
 

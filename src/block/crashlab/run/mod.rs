@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use super::audit::{Audit, with_bitmaps};
 use super::content::{Content, SECTOR, Versions, stamp};
-use super::script::{Case, End, Op, Step};
+use super::script::{Amendment, Case, End, Op, Step};
 use crate::driver::{
-    Driver, NewSnapshot, Preallocation, Requests, SnapshotInfo, SnapshotSelector, Snapshots,
-    WriteFlags, ZeroFlags,
+    self, AmendOptions, Driver, NewSnapshot, Preallocation, Requests, SnapshotInfo,
+    SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind};
 use crate::formats::qcow2::create::{create, create_with_data_file};
@@ -320,6 +320,7 @@ impl Runner {
                 snapshot,
                 seed,
             } => self.together(ops, *snapshot, *seed).await,
+            Op::Amend(amendment) => self.amend(*amendment).await,
             Op::Idle(millis) => {
                 tokio::time::sleep(Duration::from_millis(*millis)).await;
                 Ok(Done::sectors(false))
@@ -496,6 +497,20 @@ impl Runner {
             true if same => Ok(Done::nothing()),
             true => Ok(Done::structure()),
             false => Err(format!("the size is {}", self.driver.size())),
+        }
+    }
+
+    /// The format changes and nothing that the image holds. What version 2 has no place for is refused.
+    async fn amend(&mut self, amendment: Amendment) -> Result<Done, Problem> {
+        let mut options = AmendOptions::default();
+        match amendment {
+            Amendment::Upgrade => options.compat = Some(driver::Compat::V1_1),
+            Amendment::LazyRefcounts(on) => options.lazy_refcounts = Some(on),
+        }
+        match self.driver.amend(options).await {
+            Ok(()) => Ok(Done::sectors(false)),
+            Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(Done::nothing()),
+            Err(error) => Err(error.to_string()),
         }
     }
 

@@ -258,3 +258,43 @@ fn checks_that_cannot_be_made_end_with_1() {
     }
     drop(daemon);
 }
+
+/// qemu-img deletes the snapshots of an image with bitmaps when it may repair, also where nothing is wrong: 10.0.2 does.
+#[test]
+fn a_repair_keeps_snapshots_and_bitmaps_of_the_same_image() {
+    let Some(()) = need(&["qemu-img", "qemu-io"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    sample(folder, "cluster_size=64k");
+    tool(folder, "qemu-img bitmap --add a.qcow2 changes");
+    let wanted = contents(folder, "a.qcow2");
+    let info = |image: &str| -> (usize, Value) {
+        let text = tool(folder, &format!("qemu-img info --output=json {image}"));
+        let info: Value = serde_json::from_str(&text).unwrap();
+        let snapshots = info["snapshots"].as_array().map_or(0, Vec::len);
+        let bitmaps = info["format-specific"]["data"]["bitmaps"].clone();
+        (snapshots, bitmaps)
+    };
+    let before = info("a.qcow2");
+    assert_eq!(
+        (before.0, before.1[0]["name"].as_str()),
+        (2, Some("changes"))
+    );
+    for (name, damage, _) in &DAMAGES[..3] {
+        tool(folder, &format!("cp a.qcow2 {name}.qcow2"));
+        let image = format!("{name}.qcow2");
+        damage(&Image::open(folder, &image));
+        let repaired = check(OURS, folder, &["--repair", &image]);
+        assert!(repaired.status.success(), "{}", text(&repaired.stderr));
+        assert_eq!(info(&image), before, "{name}");
+        assert!(contents(folder, &image) == wanted, "{name}");
+    }
+    let theirs = check("qemu-img", folder, &["-q", "-r", "all", "a.qcow2"]);
+    println!(
+        "qemu-img: exit code {:?}, {} snapshots left",
+        theirs.status.code(),
+        info("a.qcow2").0
+    );
+}

@@ -100,8 +100,12 @@ pub(crate) fn run_to_end(program: Program, folder: &Path, arguments: &[&str]) ->
     child.wait_with_output().unwrap()
 }
 
+/// The peer writes it when all of its options have been followed.
+const PEER_PIDFILE: &str = "peer.pid";
+
 /// A running daemon with a QMP monitor on `qmp.sock` of its folder.
 pub(crate) struct Daemon {
+    program: Program,
     child: Child,
     folder: PathBuf,
     /// Removed with the daemon, unless the folder is the caller's.
@@ -119,8 +123,12 @@ impl Daemon {
 
     /// Starts one in the caller's folder.
     pub(crate) fn start_in(program: Program, folder: &Path, arguments: &[&str]) -> Daemon {
-        let child = program
-            .command()
+        let mut command = program.command();
+        if program == Program::QemuStorageDaemon {
+            let _ = std::fs::remove_file(folder.join(PEER_PIDFILE));
+            command.args(["--pidfile", PEER_PIDFILE]);
+        }
+        let child = command
             .args([
                 "--chardev",
                 "socket,id=harness,path=qmp.sock,server=on,wait=off",
@@ -133,6 +141,7 @@ impl Daemon {
             .spawn()
             .unwrap();
         Daemon {
+            program,
             child,
             folder: folder.to_owned(),
             _own: None,
@@ -159,9 +168,30 @@ impl Daemon {
         qmp
     }
 
+    /// Whether a client may come. The peer's monitor is set up by a thread of its own; who is accepted meanwhile is greeted
+    /// twice, or never answered.
+    fn ready(&self) -> bool {
+        match self.program {
+            Program::Qblockd => true,
+            Program::QemuStorageDaemon => {
+                let is_up = self.path(PEER_PIDFILE).exists();
+                if is_up {
+                    std::thread::sleep(Duration::from_millis(30));
+                }
+                is_up
+            }
+        }
+    }
+
     /// A client that has read the greeting only.
     pub(crate) fn raw_qmp(&mut self) -> Qmp {
         let deadline = Instant::now() + PATIENCE;
+        while !self.ready() && Instant::now() < deadline {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                panic!("the daemon has ended: {status}");
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
         loop {
             match UnixStream::connect(self.path("qmp.sock")) {
                 Ok(stream) => return Qmp::new(stream),

@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::driver::Preallocation;
+use crate::formats::qcow2::create::{DataFileOptions, create_with_data_file};
 use crate::protocols::memory::{Fault, OpKind};
 
 const SIZE: u64 = 1 << 20;
@@ -80,23 +81,56 @@ fn cramped() -> CreateOptions {
     }
 }
 
-/// Runs the scenario with one fault; answers whether the fault was reached.
-async fn one_fault(options: &CreateOptions, kind: OpKind, skip: u64, fault: Fault) -> bool {
-    let disk = new_image(options).await;
-    let before = disk.count(kind);
+fn with_data_file(options: CreateOptions, raw: bool) -> CreateOptions {
+    let file = DataFileOptions { name: None, raw };
+    CreateOptions {
+        data_file: Some(file),
+        ..options
+    }
+}
+
+/// A new image; its data file, if it has one, is the second disk.
+async fn make(options: &CreateOptions) -> Arc<Memory> {
+    if options.data_file.is_none() {
+        return new_image(options).await;
+    }
+    let disk = Memory::pair();
+    let data = disk.second().unwrap().child();
+    create_with_data_file(&disk.child(), &data, options)
+        .await
+        .unwrap();
+    disk
+}
+
+async fn open_both(disk: &Arc<Memory>, options: OpenOptions) -> Arc<Qcow2> {
+    let data = disk.second().map(|data| data.child());
+    let opening = Qcow2::open(disk.child(), options).await.unwrap();
+    opening.with_data_file(data).finish(None).await.unwrap()
+}
+
+/// Runs the scenario with one fault of the disk with this number; answers whether the fault was reached.
+async fn one_fault(
+    options: &CreateOptions,
+    number: usize,
+    kind: OpKind,
+    skip: u64,
+    fault: Fault,
+) -> bool {
+    let disk = make(options).await;
+    let failing = disk.numbered(number);
+    let before = failing.count(kind);
     let small = OpenOptions {
         l2_cache_bytes: 0,
         refcount_cache_bytes: 0,
         ..OpenOptions::default()
     };
-    let opening = Qcow2::open(disk.child(), small).await.unwrap();
-    let image = opening.finish(None).await.unwrap();
-    let opened = disk.count(kind) - before;
-    disk.fail_once(kind, skip, fault);
+    let image = open_both(&disk, small).await;
+    let opened = failing.count(kind) - before;
+    failing.fail_once(kind, skip, fault);
     let mut model = vec![0; SIZE as usize];
     scenario(&image, &mut model).await;
-    let reached = disk.count(kind) - before - opened > skip;
-    disk.clear_faults();
+    let reached = failing.count(kind) - before - opened > skip;
+    failing.clear_faults();
     // The image works on: everywhere, allocated or not.
     if image.size() != SIZE {
         image.resize(SIZE, Preallocation::Off).await.unwrap();
@@ -113,8 +147,14 @@ async fn one_fault(options: &CreateOptions, kind: OpKind, skip: u64, fault: Faul
     image.close().await.unwrap();
     let report = check_report(&disk).await;
     assert!(report.is_clean(), "{kind:?} {skip} {fault:?}: {report:?}");
-    let again = open(&disk).await;
-    assert_known(&read(&again, 0, SIZE).await, &model);
+    let again = open_both(&disk, OpenOptions::default()).await;
+    let content = read(&again, 0, SIZE).await;
+    assert_known(&content, &model);
+    if again.image.data.is_raw() {
+        // A shrink that fails in its end leaves the file longer than the disk.
+        let raw = disk.second().unwrap().content();
+        assert_same(&raw[..SIZE as usize], &content);
+    }
     reached
 }
 
@@ -130,7 +170,7 @@ async fn a_fault_at_any_request_leaves_a_sound_image_without_leaks() {
     for kind in [OpKind::Write, OpKind::Flush, OpKind::Read, OpKind::Discard] {
         for fault in faults {
             let mut skip = 0;
-            while one_fault(&options(), kind, skip, fault).await {
+            while one_fault(&options(), 0, kind, skip, fault).await {
                 skip += 1;
             }
             let enough = match kind {
@@ -148,7 +188,7 @@ async fn a_fault_at_any_request_leaves_sound_subclusters() {
     for kind in [OpKind::Write, OpKind::Flush, OpKind::Read] {
         for fault in [Fault::Io, Fault::Torn(700)] {
             let mut skip = 0;
-            while one_fault(&extended(), kind, skip, fault).await {
+            while one_fault(&extended(), 0, kind, skip, fault).await {
                 skip += 1;
             }
             assert!(skip > 0, "{kind:?} was never reached");
@@ -157,9 +197,44 @@ async fn a_fault_at_any_request_leaves_sound_subclusters() {
 }
 
 #[tokio::test]
+async fn a_fault_at_any_request_to_a_data_file_or_beside_it_leaves_a_sound_image() {
+    for made in [
+        with_data_file(options(), false),
+        with_data_file(options(), true),
+        with_data_file(extended(), false),
+        with_data_file(extended(), true),
+    ] {
+        for (number, kind) in [
+            (0, OpKind::Write),
+            (0, OpKind::Flush),
+            (0, OpKind::Read),
+            (1, OpKind::Write),
+            (1, OpKind::WriteZeroes),
+            (1, OpKind::Discard),
+            (1, OpKind::Flush),
+            (1, OpKind::Read),
+            (1, OpKind::BlockStatus),
+            (1, OpKind::Resize),
+        ] {
+            for fault in [Fault::Io, Fault::Torn(700)] {
+                let mut skip = 0;
+                while one_fault(&made, number, kind, skip, fault).await {
+                    skip += 1;
+                }
+                let is_needed = matches!(kind, OpKind::Write | OpKind::Flush | OpKind::Resize);
+                assert!(
+                    skip > 0 || !is_needed,
+                    "{number} {kind:?} was never reached"
+                );
+            }
+        }
+    }
+}
+
+#[tokio::test]
 async fn refcounts_that_cannot_be_read_again_are_not_changed_twice() {
     let mut skip = 0;
-    while one_fault(&cramped(), OpKind::Read, skip, Fault::Io).await {
+    while one_fault(&cramped(), 0, OpKind::Read, skip, Fault::Io).await {
         skip += 1;
     }
     assert!(skip >= 5, "{skip} reads");

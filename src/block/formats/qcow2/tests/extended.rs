@@ -432,6 +432,70 @@ async fn preallocated_clusters_show_the_backing_and_take_writes_in_their_place()
     assert_same(&qemu_content(&scratch, &path), &model);
 }
 
+/// What lies in each subcluster of the first cluster: d(ata) or z(eroes) of the image, b(acking).
+async fn states(image: &Qcow2) -> String {
+    let mut states = String::new();
+    for at in (0..64 << 10).step_by(2048) {
+        let status = image.block_status(at, 2048).await.unwrap();
+        assert_eq!(status.len, 2048);
+        states.push(match (status.allocated, status.zero) {
+            (false, _) => 'b',
+            (true, true) => 'z',
+            (true, false) => 'd',
+        });
+    }
+    states
+}
+
+#[tokio::test]
+async fn zeroes_and_discards_go_by_the_subclusters_that_they_cover() {
+    let mut made = options(64 << 10);
+    made.backing = backing();
+    let disk = new_image(&made).await;
+    let base = vec![9; SIZE as usize];
+    let image = open_over(&disk, Some(Memory::with_content(&base).child())).await;
+    let mut model = base.clone();
+    write(&image, 0, vec![7; 32 << 10]).await.unwrap();
+    model[..32 << 10].fill(7);
+    let keep = ZeroFlags::default();
+    disk.start_log();
+    // Whole subclusters, with data and without; no byte of the file changes for them.
+    for (at, len, flags) in [(3 * 2048, 4096, unmap()), (15 * 2048, 4096, keep)] {
+        image.write_zeroes(at, len, flags).await.unwrap();
+        model[at as usize..][..len as usize].fill(0);
+    }
+    // Only one of the three that it touches is covered.
+    image.discard(8 * 2048 + 100, 4096).await.unwrap();
+    model[9 * 2048..10 * 2048].fill(0);
+    assert_eq!(written(&disk), []);
+    // The ends are data: of the backing in the last one.
+    image
+        .write_zeroes(19 * 2048 - 10, 2048 + 20, unmap())
+        .await
+        .unwrap();
+    model[19 * 2048 - 10..][..2048 + 20].fill(0);
+    let bytes: Vec<u64> = written(&disk).iter().map(|(_, len)| *len).collect();
+    assert_eq!(bytes, [2048, 2048]);
+    assert_eq!(states(&image).await, "dddzzddddzdddddzzbdzdbbbbbbbbbbb");
+    assert_same(&read(&image, 0, SIZE).await, &model);
+    // As QEMU sees it, and with all of the cluster gone.
+    image.close().await.unwrap();
+    let scratch = Scratch::new();
+    std::fs::write(scratch.path("base.raw"), &base).unwrap();
+    let path = scratch.save("image.qcow2", &disk);
+    assert_qemu_clean(&path);
+    assert_same(&qemu_content(&scratch, &path), &model);
+    let image = open_over(&disk, Some(Memory::with_content(&base).child())).await;
+    image.discard(0, 64 << 10).await.unwrap();
+    assert_eq!(states(&image).await, "z".repeat(32));
+    image.close().await.unwrap();
+    let report = check(&disk.child()).await.unwrap();
+    assert!(
+        report.is_clean() && report.allocated_clusters == 0,
+        "{report:#?}"
+    );
+}
+
 #[tokio::test]
 async fn a_cluster_without_data_is_given_back() {
     let disk = new_image(&options(64 << 10)).await;

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures qblockd beside qemu-storage-daemon in the same run and prints ratios.
 
-    cargo build --release && benches/compare.py [snapshot] [settle] [nbd] [qmp] [--sizes 64G,1T] [--rounds 3]
+    cargo build --release && benches/compare.py [snapshot] [settle] [nbd] [cow] [qmp] [--sizes 64G,1T] [--rounds 3]
 
 Both daemons get the same command line, the same kind of image and the same requests, in turn (A B A B ...), because
 machines drift. Figures are medians; the ratio says how much better qblockd is (above 1: better). Needs qemu-utils and fio.
@@ -287,6 +287,49 @@ def bench_nbd(args, directory):
         table(f"NBD, {title}", rows, "higher" if "operations per second" in title else "lower")
 
 
+def bytes_written(pid):
+    """What the process has given to write calls so far."""
+    with open(f"/proc/{pid}/io") as io:
+        return next(int(line.split()[1]) for line in io if line.startswith("wchar:"))
+
+
+def bench_cow(args, directory):
+    """Small random writes over a backing file that is full: what copy on write costs, with subclusters and without."""
+    requests = 10000
+    base = os.path.join(directory, "base.raw")
+    with open(base, "wb") as file:
+        for _ in range(1024):
+            file.write(os.urandom(4096) * 256)
+    cases = [
+        ("clusters of 64 KiB", "cluster_size=64k"),
+        ("clusters of 64 KiB, extended L2 entries", "cluster_size=64k,extended_l2=on"),
+        ("clusters of 128 KiB, extended L2 entries", "cluster_size=128k,extended_l2=on"),
+    ]
+    tables = {"seconds": [], "MiB written by the server": [], "MiB of the image": []}
+    for name, options in cases:
+        figures = {title: {program: [] for program in PROGRAMS} for title in tables}
+        for _ in range(args.rounds):
+            for program in PROGRAMS:
+                image = os.path.join(directory, "over.qcow2")
+                create(image, "1G", "-b", base, "-F", "raw", "-o", options)
+                with daemon(program, image, directory) as (_, uri, pid):
+                    before, start = bytes_written(pid), time.monotonic()
+                    subprocess.run([
+                        "fio", "--name=cow", "--ioengine=nbd", f"--uri={uri}", "--rw=randwrite", "--bs=4k", "--iodepth=16",
+                        "--size=1g", f"--io_size={requests * 4096}", "--randrepeat=1", "--end_fsync=1",
+                    ], check=True, stdout=subprocess.DEVNULL)
+                    seconds, written = time.monotonic() - start, bytes_written(pid) - before
+                allocated = os.stat(image).st_blocks * 512
+                for title, figure in zip(tables, (seconds, written / 2**20, allocated / 2**20)):
+                    figures[title][program].append(figure)
+                os.unlink(image)
+        for title, rows in tables.items():
+            rows.append((f"{requests} writes of 4 KiB, {name}", figures[title]))
+    os.unlink(base)
+    for title, rows in tables.items():
+        table(f"Copy on write over a full backing file, {title}", rows, "lower")
+
+
 def bench_qmp(args, directory):
     figures = {program: [] for program in PROGRAMS}
     for _ in range(args.rounds):
@@ -304,7 +347,7 @@ def bench_qmp(args, directory):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=["snapshot", "settle", "nbd", "qmp", []])
+    parser.add_argument("sections", nargs="*", choices=["snapshot", "settle", "nbd", "cow", "qmp", []])
     parser.add_argument("--sizes", default="1G,64G,1T")
     parser.add_argument("--alone", default="16T", help="sizes at which only qblockd is measured")
     parser.add_argument("--settle-sizes", default="1T")
@@ -312,7 +355,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5)
     args = parser.parse_args()
-    sections = args.sections or ["snapshot", "settle", "nbd", "qmp"]
+    sections = args.sections or ["snapshot", "settle", "nbd", "cow", "qmp"]
     version = subprocess.run([PROGRAMS["QSD"], "--version"], check=True, capture_output=True, text=True).stdout
     print(f"{os.cpu_count()} cores; {version.splitlines()[0]}; {args.rounds} rounds, medians")
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:

@@ -428,6 +428,7 @@ fn moment(op: &str, kind: Kind, (begun, answered): (usize, usize), world: &World
         after: world.clone(),
         passing: None,
         through: Vec::new(),
+        forced: Vec::new(),
     }
 }
 

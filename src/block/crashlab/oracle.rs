@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use super::audit::{Audit, Bitmap, Verdict, bitmaps_differ};
-use super::content::{Content, Versions};
+use super::content::{Content, SECTOR, Versions};
 use super::qemu::Qemu;
 use super::run::{Kind, Moment, Problem, Runner, Snapshot, World, open, snapshots_differ};
 use super::script::{Case, Script};
@@ -181,7 +181,10 @@ impl Oracle {
             Ok((_, observed)) if !observed.verdict.dangers.is_empty() => {
                 Err(observed.verdict.dangers.join("\n  "))
             }
-            Ok((world, observed)) => match known.check_bitmaps(&bytes, &world.active) {
+            Ok((world, observed)) => match known
+                .check_bitmaps(&bytes, &world.active)
+                .and_then(|()| has_forced(&recording.moments, state, &world.active))
+            {
                 Ok(()) => {
                     self.note(&observed);
                     let seen = (world, observed);
@@ -316,6 +319,7 @@ impl Moment {
             after: world.clone(),
             passing: None,
             through: Vec::new(),
+            forced: Vec::new(),
         }
     }
 }
@@ -337,6 +341,34 @@ fn between(moments: &[Moment], state: &State) -> (usize, usize) {
         .rposition(|moment| moment.begun < state.reached)
         .unwrap_or(0);
     (durable, begun.max(durable))
+}
+
+/// A write that was answered as durable is there, among others that were not answered yet: what was before it is gone.
+fn has_forced(moments: &[Moment], state: &State, active: &Content) -> Result<(), Problem> {
+    let (durable, begun) = between(moments, state);
+    for nth in durable + 1..=begun {
+        // What a revert brings back may be anything.
+        if moments[nth..=begun]
+            .iter()
+            .any(|m| m.kind == Kind::Everything)
+        {
+            continue;
+        }
+        let before = &moments[nth - 1].after.active;
+        let answered = moments[nth].forced.iter();
+        for write in answered.filter(|write| write.answered <= state.completed) {
+            let mut sectors = write.at / SECTOR..(write.at + write.len) / SECTOR;
+            let is_old = |number: u64| {
+                let old = before.sector(number);
+                // Zeroes come back with every discard.
+                old != &[0; SECTOR as usize] && old == active.sector(number)
+            };
+            if let Some(number) = sectors.find(|number| is_old(*number)) {
+                return Err(format!("sector {number} has lost a write that was durable"));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn candidates(moments: &[Moment], durable: usize, begun: usize) -> Vec<Candidate> {

@@ -101,6 +101,19 @@ pub struct Moment {
     pub passing: Option<World>,
     /// Other contents that the disk may have gone through: one request of several has happened.
     pub through: Vec<Arc<Content>>,
+    /// Of several requests, those that are durable before all are answered.
+    pub forced: Vec<Forced>,
+}
+
+/// A write that is durable when it is answered.
+#[derive(Debug, Clone, Copy)]
+pub struct Forced {
+    /// Guest offset.
+    pub at: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Records in the log when it was answered.
+    pub answered: usize,
 }
 
 /// What may be seen of an operation that was not answered.
@@ -133,6 +146,7 @@ struct Done {
     kind: Kind,
     passing: Option<World>,
     through: Vec<Arc<Content>>,
+    forced: Vec<Forced>,
 }
 
 impl Done {
@@ -142,6 +156,7 @@ impl Done {
             kind: Kind::Sectors,
             passing: None,
             through: Vec::new(),
+            forced: Vec::new(),
         }
     }
 
@@ -255,6 +270,7 @@ impl Runner {
             after: self.world.clone(),
             passing: done.passing,
             through: done.through,
+            forced: done.forced,
         });
         Ok(())
     }

@@ -6,7 +6,7 @@ use std::task::Poll;
 
 use futures_util::future::{join, join_all};
 
-use super::{Done, Kind, Moment, Problem, Runner, Snapshot, World, text};
+use super::{Done, Forced, Kind, Moment, Problem, Runner, Snapshot, World, text};
 use crate::crashlab::audit::Audit;
 use crate::crashlab::content::{Content, SECTOR, Versions, stamp};
 use crate::crashlab::script::Op;
@@ -77,7 +77,16 @@ impl Runner {
         let before = self.world.active.clone();
         let requests: Vec<Request> = ops.iter().map(|op| self.request(op)).collect();
         let new = takes_snapshot.then(|| self.named());
-        let taken = self.send(&requests, new, seed).await.map_err(text)?;
+        let (answered, taken) = self.send(&requests, new, seed).await.map_err(text)?;
+        let forced = requests.iter().zip(answered);
+        let forced =
+            forced.filter(|(request, _)| matches!(request.op, Op::Write { fua: true, .. }));
+        let forced = forced.map(|(request, answered)| Forced {
+            at: request.at,
+            len: request.len,
+            answered,
+        });
+        let forced: Vec<Forced> = forced.collect();
         // Each sector holds what one of the requests has left, or what was there.
         let through: Vec<Arc<Content>> = requests
             .iter()
@@ -104,6 +113,7 @@ impl Runner {
                     },
                     passing: None,
                     through: Vec::new(),
+                    forced: Vec::new(),
                 });
             }
             Some((Err(error), _)) => drop(self.refused(&error)?),
@@ -113,23 +123,29 @@ impl Runner {
         self.compare_list()?;
         Ok(Done {
             through,
+            forced,
             ..Done::sectors(false)
         })
     }
 
-    /// Has all requests under way at once, and lets the file's requests complete in an order that `seed` says.
+    /// Has all requests under way at once, and lets the file's requests complete in an order that `seed` says. Answers how many
+    /// records the log had when each was answered.
     async fn send(
         &self,
         requests: &[Request],
         snapshot: Option<NewSnapshot>,
         seed: u64,
-    ) -> Result<Option<Taken>> {
+    ) -> Result<(Vec<usize>, Option<Taken>)> {
         let mut random = fastrand::Rng::with_seed(seed);
         let taken = async {
             let taken = self.driver.create(snapshot?).await;
             Some((taken, self.disk.log_len()))
         };
-        let sent = join_all(requests.iter().map(|request| request.send(&self.driver)));
+        let send = |request: &Request| {
+            let sent = request.send(&self.driver);
+            async { sent.await.map(|()| self.disk.log_len()) }
+        };
+        let sent = join_all(requests.iter().map(send));
         let mut all = Box::pin(join(sent, taken));
         let disks = || [&self.disk].into_iter().chain(self.disk.second());
         for disk in disks() {
@@ -153,8 +169,8 @@ impl Runner {
             }
         };
         disks().for_each(|disk| disk.release_all());
-        answers.into_iter().collect::<Result<Vec<()>>>()?;
-        Ok(taken)
+        let answered = answers.into_iter().collect::<Result<_>>()?;
+        Ok((answered, taken))
     }
 
     /// The model follows: the snapshot holds what the file says, if that is possible.

@@ -26,11 +26,16 @@ impl Allocator {
 
     /// Looks for it in the next blocks; answers whether it is known now.
     pub(crate) async fn look_for_greatest(&mut self) -> Result<bool> {
+        self.look_in_next(PIECE).await
+    }
+
+    /// As `look_for_greatest`, in so many bytes of blocks that are not in memory.
+    pub(super) async fn look_in_next(&mut self, bytes: u64) -> Result<bool> {
         if self.greatest.known {
             return Ok(true);
         }
         let first = self.greatest.next;
-        let most = (PIECE >> self.g.cluster_bits()).max(1) as usize;
+        let most = (bytes >> self.g.cluster_bits()).max(1) as usize;
         // Blocks may be few and far between in the table.
         let regions = first..self.table.len();
         let mut next = self.table.len();

@@ -70,8 +70,7 @@ fn references_of_many_blocks_are_added_and_taken_as_one() {
         let mut options = CreateOptions::new(4 << 20);
         (options.cluster_size, options.refcount_bits) = (512, 4);
         create(&disk.child(), &options).await.unwrap();
-        let opening = Qcow2::open(disk.child(), OpenOptions::default()).await;
-        let image = opening.unwrap().finish(None).await.unwrap();
+        let image = open(&disk).await;
         let mut alloc = image.image.alloc.lock().await;
         // Three blocks count these.
         let mut reserved = alloc.allocate(3000).await.unwrap();
@@ -103,5 +102,62 @@ fn references_of_many_blocks_are_added_and_taken_as_one() {
         let singles = alloc.singles(&all).await.unwrap();
         assert_eq!(singles.iter().filter(|single| !**single).count(), 1);
         reserved.publish(3000);
+    });
+}
+
+/// An allocator of a new image with small blocks, where these clusters are in use: eight blocks count them.
+async fn many_blocks(disk: &Arc<Memory>) -> (Arc<Qcow2>, Run) {
+    let mut options = CreateOptions::new(4 << 20);
+    options.cluster_size = 512;
+    create(&disk.child(), &options).await.unwrap();
+    let image = open(disk).await;
+    let mut alloc = image.image.alloc.lock().await;
+    let mut reserved = alloc.allocate(2000).await.unwrap();
+    let run = reserved.run();
+    reserved.publish(2000);
+    drop(alloc);
+    (image, run)
+}
+
+async fn open(disk: &Arc<Memory>) -> Arc<Qcow2> {
+    let opening = Qcow2::open(disk.child(), OpenOptions::default()).await;
+    opening.unwrap().finish(None).await.unwrap()
+}
+
+#[test]
+fn the_greatest_count_is_found_piece_by_piece_and_kept_up() {
+    block_on(async {
+        for (grows_by, wanted) in [(2, 7), (20, 21)] {
+            let disk = Memory::new(0);
+            let (image, run) = many_blocks(&disk).await;
+            let at = |nth| Run {
+                start: run.start + nth,
+                count: 1,
+            };
+            {
+                let mut alloc = image.image.alloc.lock().await;
+                alloc.raise(&[at(1500)], 6).await.unwrap();
+                alloc.write_back().await.unwrap();
+            }
+            let image = open(&disk).await;
+            let mut alloc = image.image.alloc.lock().await;
+            let mut pieces = 1;
+            while !alloc.look_in_next(1024).await.unwrap() {
+                assert_eq!(alloc.greatest_of_all(), None);
+                if pieces == 1 {
+                    // In a block that has been looked at.
+                    alloc.raise(&[at(0)], grows_by).await.unwrap();
+                }
+                pieces += 1;
+            }
+            assert!(pieces > 3, "only {pieces} pieces");
+            assert_eq!(alloc.greatest_of_all(), Some(wanted));
+            alloc.raise(&[at(700)], 30).await.unwrap();
+            assert_eq!(alloc.greatest_of_all(), Some(31));
+            assert!(alloc.look_for_greatest().await.unwrap());
+            // It may be less again: what is known is a bound.
+            alloc.lower(&[at(700)], 30).await.unwrap();
+            assert_eq!(alloc.greatest_of_all(), Some(31));
+        }
     });
 }

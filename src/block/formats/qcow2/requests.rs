@@ -68,8 +68,10 @@ impl Image {
 
     async fn close(&self) -> Result<()> {
         let _alone = self.gate.close().await;
+        // Until it is closed: another program may use those clusters then.
+        let alone = self.stop_punching().await;
         if !self.read_only && !self.is_closed() {
-            self.settle_to_close().await;
+            self.settle_to_close(&alone).await;
             self.write_back_all().await?;
             self.mark_clean().await?;
         }

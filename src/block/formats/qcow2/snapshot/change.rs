@@ -302,7 +302,7 @@ impl Staged {
             return Ok(());
         }
         // What counters have to hold is known only when nothing is owed.
-        image.settle_all(None).await?;
+        image.settle_all(None, &image.stop_punching().await).await?;
         image
             .settling
             .apply(image.g, &takes, &self.before, &self.before);
@@ -318,7 +318,7 @@ impl Staged {
         let counted = counted.await;
         if counted.is_err() {
             self.uncount_takes();
-            if let Err(error) = image.settle_all(None).await {
+            if let Err(error) = image.settle_all(None, &image.stop_punching().await).await {
                 log::warn!("qcow2: references of a failed snapshot are still counted: {error}");
             }
             if let Err(error) = image.write_back().await {

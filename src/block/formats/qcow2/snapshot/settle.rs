@@ -27,7 +27,11 @@ use crate::formats::qcow2::l2::L2Table;
 use crate::formats::qcow2::owners::Owner;
 use crate::formats::qcow2::parallel::collect;
 use crate::io::Access;
+use crate::limits::{QCOW2_SETTLE_PUNCH, QCOW2_SETTLE_PUNCH_TIME};
 use crate::units::{ClusterIndex, HostOffset};
+
+/// Who punches freed clusters: one at a time, and nobody else behind a closed image.
+pub(in crate::formats::qcow2) type Punching<'a> = tokio::sync::MutexGuard<'a, ()>;
 
 /// L2 tables that are read ahead of settling them.
 const AHEAD: usize = 16;
@@ -271,23 +275,40 @@ impl Image {
         })
     }
 
-    /// Frees clusters whose last reference was a snapshot's.
-    async fn free_unused(&self) -> Result<()> {
-        let freed = self.settling.take_freed();
-        if self.pass_discard_snapshot {
-            for run in &freed {
-                let at = self.g.host_offset(run.start).0;
-                let len = run.count << self.g.cluster_bits();
-                // Their count is still 1, so nobody gets them before this is done.
-                if let Err(error) = self.file.discard(at, len).await {
-                    log::debug!("qcow2: freed clusters keep their space in the file: {error}");
-                }
+    /// Punches some of the clusters whose last reference was a snapshot's. Nobody reads them, and their count is still 1, so nobody
+    /// gets them: this needs not be inside the gate, and snapshot operations do not wait for a file system that is busy with it.
+    pub(super) async fn punch_freed(&self, _alone: &Punching<'_>) {
+        let (runs, bytes) = match self.pass_discard_snapshot {
+            true => QCOW2_SETTLE_PUNCH,
+            false => (usize::MAX, u64::MAX),
+        };
+        let clusters = (bytes >> self.g.cluster_bits()).max(1);
+        let freed = self.settling.start_punching(runs, clusters);
+        let started = Instant::now();
+        let mut done = 0;
+        for run in &freed {
+            if done > 0 && started.elapsed() > QCOW2_SETTLE_PUNCH_TIME {
+                break;
+            }
+            done += 1;
+            let at = self.g.host_offset(run.start).0;
+            let len = run.count << self.g.cluster_bits();
+            if self.pass_discard_snapshot
+                && let Err(error) = self.file.discard(at, len).await
+            {
+                log::debug!("qcow2: freed clusters keep their space in the file: {error}");
             }
         }
+        self.settling.end_punching(done);
+    }
+
+    /// Frees what has been punched.
+    async fn free_punched(&self) -> Result<()> {
+        let punched = self.settling.take_punched();
         let mut alloc = self.alloc.lock().await;
-        let result = self.free(&mut alloc, freed).await;
+        let result = self.free(&mut alloc, punched).await;
         result.map_err(|(rest, error)| {
-            self.settling.add_freed(rest);
+            self.settling.add_punched(rest);
             self.settling.frees_failed();
             error
         })
@@ -307,12 +328,14 @@ impl Image {
         dropped.result.map_err(|error| (dropped.rest, error))
     }
 
-    /// Does one piece of work; answers whether there was any. After an error others go first, until all is tried again.
+    /// Does one piece of work, except punching; answers whether there was any. After an error others go first, until all is tried again.
     pub(super) async fn settle_step(&self) -> Result<bool> {
         match self.settling.next() {
             None => return Ok(false),
             Some(Work::Areas) => self.free_areas().await?,
-            Some(Work::Freed) => self.free_unused().await?,
+            Some(Work::Punched) => self.free_punched().await?,
+            // The caller does this, where nobody waits for it.
+            Some(Work::Freed) => {}
             Some(Work::Table(cluster)) => {
                 let settled = self.settle_table(cluster).await;
                 settled.inspect_err(|_| self.settling.table_failed(cluster))?;
@@ -337,7 +360,11 @@ impl Image {
 
     /// Settles everything, as fast as it goes. Answers whether all of it is done by the deadline. The caller is inside the gate, or
     /// has closed it.
-    pub(super) async fn settle_all(&self, deadline: Option<Instant>) -> Result<bool> {
+    pub(super) async fn settle_all(
+        &self,
+        deadline: Option<Instant>,
+        alone: &Punching<'_>,
+    ) -> Result<bool> {
         self.settling.try_again();
         let mut result = Ok(());
         let mut ahead = Vec::new();
@@ -350,6 +377,9 @@ impl Image {
                 ahead = self.read_ahead().await;
             }
             settled += 1;
+            if self.settling.next() == Some(Work::Freed) {
+                self.punch_freed(alone).await;
+            }
             match self.settle_step().await {
                 Ok(true) => self.relieve().await,
                 Ok(false) => break,

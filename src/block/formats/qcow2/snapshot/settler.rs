@@ -8,6 +8,8 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
+use super::settle::Punching;
+use super::settling::Work;
 use crate::error::Result;
 use crate::formats::qcow2::image::Image;
 use crate::limits::{
@@ -21,6 +23,8 @@ pub(in crate::formats::qcow2) struct Settler {
     /// Told when there is something to do.
     wake: Arc<Notify>,
     task: Mutex<Option<JoinHandle<()>>>,
+    /// Held while clusters are punched.
+    punching: tokio::sync::Mutex<()>,
     /// A test keeps it from working.
     #[cfg(test)]
     held: std::sync::atomic::AtomicBool,
@@ -61,13 +65,19 @@ impl Image {
         }
     }
 
+    /// Waits until nobody punches freed clusters, and keeps others from it. Taken behind the gate, or without it: who
+    /// punches waits for no lock.
+    pub(in crate::formats::qcow2) async fn stop_punching(&self) -> Punching<'_> {
+        self.settler.punching.lock().await
+    }
+
     /// Settles what there is, within a bound. The gate is closed.
-    pub(in crate::formats::qcow2) async fn settle_to_close(&self) {
+    pub(in crate::formats::qcow2) async fn settle_to_close(&self, alone: &Punching<'_>) {
         if self.may_settle().is_err() {
             return;
         }
         let deadline = Instant::now() + QCOW2_SETTLE_ON_CLOSE;
-        match self.settle_all(Some(deadline)).await {
+        match self.settle_all(Some(deadline), alone).await {
             Ok(true) => {}
             Ok(false) => log::warn!("qcow2: {}", self.unsettled()),
             Err(error) => log::error!("qcow2: {}: {error}", self.unsettled()),
@@ -97,7 +107,7 @@ impl Image {
     #[cfg(test)]
     pub(in crate::formats::qcow2) async fn settle_now(&self) -> Result<()> {
         let _alone = self.gate.close().await;
-        self.settle_all(None).await?;
+        self.settle_all(None, &self.stop_punching().await).await?;
         self.write_back_all().await?;
         self.mark_clean().await
     }
@@ -121,16 +131,23 @@ impl Image {
 
     /// A slice of settling: up to what a guest's flush may find beside its own.
     async fn settle_slice(&self) -> Result<Slice> {
+        #[cfg(test)]
+        if self.settler.held.load(std::sync::atomic::Ordering::SeqCst) {
+            return Ok(Slice::Done);
+        }
+        if self.settling.next() == Some(Work::Freed) && self.may_settle().is_ok() {
+            let alone = self.stop_punching().await;
+            // Another program may have the file then.
+            if !self.is_closed() {
+                self.punch_freed(&alone).await;
+            }
+        }
         let _inside = self.gate.enter_unnoticed().await;
         if self.is_closed() {
             return Ok(Slice::Done);
         }
         if self.may_settle().is_err() {
             return Ok(Slice::Stuck);
-        }
-        #[cfg(test)]
-        if self.settler.held.load(std::sync::atomic::Ordering::SeqCst) {
-            return Ok(Slice::Done);
         }
         if !self.settle_step().await? {
             if !self.settling.is_empty() {

@@ -72,7 +72,9 @@ struct Owed {
 pub(super) enum Work {
     /// Clusters of replaced tables.
     Areas,
-    /// Clusters whose last reference is gone.
+    /// Clusters that have been punched, or need not be.
+    Punched,
+    /// Clusters whose last reference is gone, to be punched.
     Freed,
     /// The COPIED flags of an L1 index.
     Flags(usize),
@@ -96,6 +98,10 @@ struct State {
     areas: Vec<Run>,
     /// Clusters that nothing points to any more, still counted once.
     freed: Vec<Run>,
+    /// Those of them that are being punched.
+    punching: Vec<Run>,
+    /// Those that have been.
+    punched: Vec<Run>,
     /// Areas or freed clusters could not be freed.
     frees_failed: bool,
     /// L1 tables that have been dropped since references were last owed that are to be taken away.
@@ -232,9 +238,47 @@ impl Settling {
         std::mem::take(&mut self.state().areas)
     }
 
-    /// Takes the freed clusters. What could not be freed comes back with `add_freed`.
-    pub(super) fn take_freed(&self) -> Vec<Run> {
-        std::mem::take(&mut self.state().freed)
+    /// Some of the freed clusters, to be punched: up to so many runs, and clusters in them. One caller at a time.
+    pub(super) fn start_punching(&self, runs: usize, clusters: u64) -> Vec<Run> {
+        let mut state = self.state();
+        // What a caller has left that was dropped.
+        let left_over = std::mem::take(&mut state.punching);
+        state.freed.extend(left_over);
+        let (mut taken, mut left) = (Vec::new(), clusters);
+        while taken.len() < runs
+            && left > 0
+            && let Some(last) = state.freed.last_mut()
+        {
+            let count = last.count.min(left);
+            last.count -= count;
+            left -= count;
+            let start = last.start + last.count;
+            taken.push(Run { start, count });
+            if last.count == 0 {
+                state.freed.pop();
+            }
+        }
+        state.punching.clone_from(&taken);
+        taken
+    }
+
+    /// The first `done` runs have been punched.
+    pub(super) fn end_punching(&self, done: usize) {
+        let mut state = self.state();
+        let mut punched = std::mem::take(&mut state.punching);
+        let rest = punched.split_off(done);
+        state.freed.extend(rest);
+        state.punched.extend(punched);
+    }
+
+    /// Takes what has been punched. What could not be freed comes back with `add_punched`.
+    pub(super) fn take_punched(&self) -> Vec<Run> {
+        std::mem::take(&mut self.state().punched)
+    }
+
+    /// Clusters that could not be freed yet.
+    pub(super) fn add_punched(&self, runs: impl IntoIterator<Item = Run>) {
+        self.state().punched.extend(runs);
     }
 
     /// Takes an L1 index whose flags are looked at now. After an error it comes back with `flags_failed`.
@@ -275,7 +319,10 @@ impl Settling {
         if !state.areas.is_empty() && !state.frees_failed {
             return Some(Work::Areas);
         }
-        if !state.freed.is_empty() && !state.frees_failed {
+        if !state.punched.is_empty() && !state.frees_failed {
+            return Some(Work::Punched);
+        }
+        if !(state.freed.is_empty() && state.punching.is_empty()) {
             return Some(Work::Freed);
         }
         if let Some(slot) = state.flags.first() {
@@ -296,14 +343,14 @@ impl Settling {
             && state.flags.is_empty()
             && state.failed_flags.is_empty()
             && state.areas.is_empty()
-            && state.freed.is_empty()
+            && !state.has_freed()
     }
 
     /// Whether settling frees clusters.
     pub(in crate::formats::qcow2) fn frees(&self) -> bool {
         let state = self.state();
         let is_drop = |owed: &Owed| owed.references < 0;
-        !state.areas.is_empty() || !state.freed.is_empty() || state.owed.values().any(is_drop)
+        !state.areas.is_empty() || state.has_freed() || state.owed.values().any(is_drop)
     }
 
     /// L2 tables that owe, and L1 indices with flags to look at.
@@ -318,9 +365,13 @@ impl Settling {
 }
 
 impl State {
+    fn has_freed(&self) -> bool {
+        !(self.freed.is_empty() && self.punching.is_empty() && self.punched.is_empty())
+    }
+
     /// The tables that can be settled now, ascending. While clusters that were freed wait, no more are.
     fn waiting(&self) -> impl Iterator<Item = ClusterIndex> + '_ {
-        let frees = self.freed.is_empty();
+        let frees = !self.has_freed();
         let owed = self.owed.iter();
         owed.filter(move |(_, owed)| !owed.failed && (frees || owed.references > 0))
             .map(|(table, _)| ClusterIndex(*table))
@@ -353,4 +404,39 @@ fn is_at(g: Geometry, entry: L1Entry, cluster: u64) -> bool {
     entry
         .l2_offset()
         .is_some_and(|host| g.host_cluster(host).0 == cluster)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn freed_clusters_are_taken_in_bounded_pieces() {
+        let settling = Settling::default();
+        let run = |start, count| Run {
+            start: ClusterIndex(start),
+            count,
+        };
+        settling.add_freed([run(10, 1), run(20, 100), run(200, 1), run(300, 1)]);
+        assert_eq!(settling.next(), Some(Work::Freed));
+        let pieces = [
+            vec![run(300, 1), run(200, 1)],
+            vec![run(56, 64)],
+            vec![run(20, 36), run(10, 1)],
+            vec![],
+        ];
+        for piece in pieces {
+            assert_eq!(settling.start_punching(2, 64), piece);
+            settling.end_punching(piece.len());
+        }
+        assert_eq!(settling.take_punched().len(), 5);
+        assert!(settling.is_empty());
+        settling.add_freed([run(10, 1), run(20, 1), run(30, 1)]);
+        settling.start_punching(1, 64);
+        assert_eq!(settling.start_punching(2, 64), [run(30, 1), run(20, 1)]);
+        settling.end_punching(1);
+        assert_eq!(settling.take_punched(), [run(30, 1)]);
+        assert_eq!(settling.start_punching(9, 64), [run(20, 1), run(10, 1)]);
+        assert!(!settling.is_empty());
+    }
 }

@@ -1,5 +1,6 @@
 //! Snapshots of an image that nobody writes to: against qemu-img, and with a fault at every request.
 
+mod close;
 mod flags;
 
 use std::sync::Arc;

@@ -13,10 +13,13 @@ use crate::units::HostOffset;
 /// Bits of a standard cluster descriptor that must be 0: 1 to 8 and 56 to 61.
 const RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
-/// Those of an image: bit 0 as well where subclusters say what reads as zeroes.
+/// Bit 0 of a standard cluster descriptor: it reads as zeroes.
+const ZERO: u64 = 1;
+
+/// The reserved bits of an image: bit 0 as well where subclusters say what reads as zeroes.
 fn reserved(g: Geometry) -> u64 {
     match g.has_extended_l2() {
-        true => RESERVED | 1,
+        true => RESERVED | ZERO,
         false => RESERVED,
     }
 }
@@ -83,6 +86,8 @@ pub(super) struct Table {
     pub(super) fragmented: u64,
     pub(super) compressed: u64,
     pub(super) wrong: Vec<Finding>,
+    /// Where the next data cluster lies if it goes on from the one before.
+    expected: Option<HostOffset>,
 }
 
 /// Which of an entry's flags are of interest.
@@ -98,7 +103,6 @@ impl Table {
     /// Reads a table.
     pub(super) fn read(facts: &Facts, flags: Flags, bytes: &[u8]) -> Table {
         let mut table = Table::default();
-        let mut expected = None;
         let reserved = reserved(facts.bounds.g);
         for (index, entry) in (0..).zip(l2_entries(facts.bounds.g, bytes)) {
             if entry.is_empty() {
@@ -122,11 +126,7 @@ impl Table {
             let Some(host) = entry.host_cluster() else {
                 continue;
             };
-            table.allocated += 1;
-            if expected.is_some_and(|expected| expected != host) {
-                table.fragmented += 1;
-            }
-            expected = Some(host + facts.bounds.g.cluster_size());
+            table.allocate(facts, host);
             if !facts.bounds.g.is_aligned(host.0) {
                 table.wrong.push(wrong(Wrong::Unaligned));
             }
@@ -159,7 +159,12 @@ impl Table {
         wrong: impl Fn(Wrong) -> Finding,
     ) {
         let host = entry.host_cluster();
-        self.allocated += u64::from(host.is_some() || entry.is_copied());
+        // The cluster at the file's start has COPIED only. As qemu-img, which takes it for unallocated when its flag says zeroes.
+        let is_zero = !facts.bounds.g.has_extended_l2() && entry.descriptor() & ZERO != 0;
+        let at_start = (entry.is_copied() && !is_zero).then_some(HostOffset(0));
+        if let Some(host) = host.or(at_start) {
+            self.allocate(facts, host);
+        }
         if entry.is_compressed() {
             self.wrong.push(wrong(Wrong::StreamWithDataFile));
         } else if entry.descriptor() & reserved(facts.bounds.g) != 0 {
@@ -174,6 +179,15 @@ impl Table {
         if host.is_some() && !entry.is_copied() && flags == Flags::Meant && facts.stored.is_some() {
             self.wrong.push(wrong(Wrong::Flag));
         }
+    }
+
+    /// Counts a data cluster.
+    fn allocate(&mut self, facts: &Facts, host: HostOffset) {
+        self.allocated += 1;
+        if self.expected.is_some_and(|expected| expected != host) {
+            self.fragmented += 1;
+        }
+        self.expected = Some(host + facts.bounds.g.cluster_size());
     }
 
     /// Adds a data cluster, or the two that an unaligned one touches.

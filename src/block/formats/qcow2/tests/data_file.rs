@@ -86,12 +86,20 @@ impl Pair {
         }
     }
 
-    /// Closes the image, and compares what qemu-img reads and, where the data file is raw, what that holds.
+    /// Closes the image, and compares what qemu-img says of it and reads, and what a raw data file holds.
     async fn verify(&self, image: Arc<Qcow2>, expected: &[u8]) {
         let raw = image.image.data.is_raw();
         image.close().await.unwrap();
         let path = self.save();
-        assert_qemu_clean(&path);
+        let theirs = assert_qemu_clean(&path);
+        let ours = check(&self.disk.child()).await.unwrap();
+        for (field, number) in [
+            ("allocated-clusters", ours.allocated_clusters),
+            ("fragmented-clusters", ours.fragmented_clusters),
+        ] {
+            let theirs = theirs.get(field).and_then(serde_json::Value::as_u64);
+            assert_eq!(theirs.unwrap_or(0), number, "{field}");
+        }
         assert_same(&qemu_content(&self.scratch, &path), expected);
         if raw {
             assert_same(&self.data.content(), expected);

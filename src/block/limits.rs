@@ -96,6 +96,9 @@ pub const QCOW2_SETTLE_ON_CLOSE: Duration = Duration::from_secs(30);
 /// qcow2: the share of time, as one part of so many, that settling takes while a guest is busy.
 pub const QCOW2_SETTLE_SHARE: u32 = 10;
 
+/// qcow2: how long a guest counts as busy after its last request: one that waits for its turn on the processor is not idle.
+pub const QCOW2_SETTLE_QUIET: Duration = Duration::from_millis(20);
+
 /// qcow2: the longest pause of settling between two pieces of work while a guest is busy: it must come to an end.
 pub const QCOW2_SETTLE_PAUSE: Duration = Duration::from_millis(200);
 

@@ -13,8 +13,8 @@ use super::settling::Work;
 use crate::error::Result;
 use crate::formats::qcow2::image::Image;
 use crate::limits::{
-    QCOW2_SETTLE_ON_CLOSE, QCOW2_SETTLE_PAUSE, QCOW2_SETTLE_RETRY, QCOW2_SETTLE_SHARE,
-    QCOW2_SETTLE_UNWRITTEN,
+    QCOW2_SETTLE_ON_CLOSE, QCOW2_SETTLE_PAUSE, QCOW2_SETTLE_QUIET, QCOW2_SETTLE_RETRY,
+    QCOW2_SETTLE_SHARE, QCOW2_SETTLE_UNWRITTEN,
 };
 
 /// The task of an image. It ends with the image, or when that is closed.
@@ -167,6 +167,7 @@ impl Image {
 async fn run(image: Weak<Image>, wake: Arc<Notify>) {
     let mut retry = QCOW2_SETTLE_RETRY.0;
     let mut told = false;
+    let mut last_busy: Option<Instant> = None;
     loop {
         let pause = {
             let Some(image) = image.upgrade() else { return };
@@ -178,8 +179,12 @@ async fn run(image: Weak<Image>, wake: Arc<Notify>) {
             if image.damage.is_unmarked() {
                 image.damage.mark(&image.header).await;
             }
+            if image.gate.take_busy() {
+                last_busy = Some(Instant::now());
+            }
+            let is_busy = last_busy.is_some_and(|at| at.elapsed() < QCOW2_SETTLE_QUIET);
             match slice {
-                Ok(Slice::More) if image.gate.take_busy() => {
+                Ok(Slice::More) if is_busy => {
                     let pause = started.elapsed() * (QCOW2_SETTLE_SHARE - 1);
                     Some(pause.min(QCOW2_SETTLE_PAUSE))
                 }

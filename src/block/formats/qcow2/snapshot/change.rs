@@ -72,6 +72,14 @@ pub(super) struct StagedL1 {
     pub(super) entries: Arc<[u64]>,
 }
 
+/// References that one L2 table takes over from another, so that no counter changes.
+#[derive(Debug)]
+struct PassedOn {
+    from: ClusterIndex,
+    to: ClusterIndex,
+    references: Vec<Run>,
+}
+
 /// The change.
 #[derive(Debug)]
 pub(super) struct Staged {
@@ -94,6 +102,8 @@ pub(super) struct Staged {
     counting: Counting,
     /// References that have been counted already.
     counted: Vec<settling::Change>,
+    /// Those of them that were not, because a table that leaves passes them on.
+    passed_on: Vec<PassedOn>,
     /// L1 tables that have been written, and nothing points to.
     pub(super) new_l1s: Vec<(Reserved, Arc<[u64]>)>,
     new_table: Option<Reserved>,
@@ -147,6 +157,7 @@ impl Change {
             changes: Vec::new(),
             counting: Counting::Before,
             counted: Vec::new(),
+            passed_on: Vec::new(),
             new_l1s: Vec::new(),
             new_table: None,
             // Whatever the steps are, the header gets a new table.
@@ -231,6 +242,11 @@ impl Staged {
         self.check_phase()?;
         self.write_table().await?;
         self.changes = sum(std::mem::take(&mut self.changes));
+        if self.image.settling.has_passed_on() {
+            // Nothing else may be owed of those tables.
+            let image = &self.image;
+            image.settle_all(None, &image.stop_punching().await).await?;
+        }
         match self.may_count_behind().await {
             true => self.counting = Counting::Behind,
             false => self.count_takes().await?,
@@ -309,7 +325,7 @@ impl Staged {
         self.counted = takes.clone();
         let counted = async {
             for change in &takes {
-                image.settle_table(change.table).await?;
+                self.count_take(*change).await?;
                 image.clear_flags(change.table).await?;
                 image.relieve().await;
             }
@@ -328,7 +344,37 @@ impl Staged {
         counted
     }
 
+    /// Counts what the change takes of one L2 table. Where a counter is too narrow for the time until the table that leaves this
+    /// place is settled, that table passes on what both have.
+    async fn count_take(&mut self, take: settling::Change) -> Result<()> {
+        let image = self.image.clone();
+        let error = match image.settle_table(take.table).await {
+            Err(error) if error.kind() == ErrorKind::OutOfRange => error,
+            result => return result,
+        };
+        let mut drops = self.changes.iter();
+        let drop = drops.find(|change| change.slot == take.slot && change.more == -1);
+        let (Some(drop), 1) = (drop, take.more) else {
+            return Err(error);
+        };
+        let (from, to) = (drop.table, take.table);
+        if self.passed_on.iter().any(|passed| passed.from == from) {
+            return Err(error);
+        }
+        let references = image.common(from, to).await?;
+        image.settle_table_but(to, &references).await?;
+        self.passed_on.push(PassedOn {
+            from,
+            to,
+            references,
+        });
+        Ok(())
+    }
+
     fn uncount_takes(&mut self) {
+        for passed in self.passed_on.drain(..) {
+            self.image.settling.pass_on(passed.to, passed.references);
+        }
         let mut changes = std::mem::take(&mut self.counted);
         changes.iter_mut().for_each(|change| change.more *= -1);
         let image = &self.image;
@@ -446,6 +492,9 @@ impl Staged {
             image.set_l1(active.clone());
         }
         image.size.store(self.size(), Ordering::Release);
+        for passed in self.passed_on.drain(..) {
+            image.settling.pass_on(passed.from, passed.references);
+        }
         image
             .settling
             .apply(image.g, &changes, &self.before, &active);

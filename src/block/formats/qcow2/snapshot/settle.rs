@@ -66,12 +66,25 @@ impl Image {
 
     /// Pays what a table owes. On error it still owes all of it. Cancellation: all or nothing.
     pub(super) async fn settle_table(&self, cluster: ClusterIndex) -> Result<()> {
+        let passed_on = self.settling.passed_on(cluster);
+        self.settle_table_but(cluster, &passed_on).await
+    }
+
+    /// As `settle_table`, but leaves some references below it as they are: ascending, and the table has them all.
+    pub(super) async fn settle_table_but(
+        &self,
+        cluster: ClusterIndex,
+        passed_on: &[Run],
+    ) -> Result<()> {
         let Some(slot) = self.settling.slot(cluster) else {
             return Ok(());
         };
         let host = self.g.host_offset(cluster);
         let table = self.l2.get(host).await?;
-        let reached = self.reached(&table);
+        let reached = match passed_on {
+            [] => self.reached(&table),
+            passed_on => without(&self.reached(&table), passed_on),
+        };
         let active = self.active_table(slot).await?;
         // Requests that allocate go on in between.
         while !self.alloc.lock().await.load_ahead(&reached).await? {}
@@ -127,6 +140,13 @@ impl Image {
         let mut joined = Vec::with_capacity(runs.len());
         runs.into_iter().for_each(|run| push_run(&mut joined, run));
         joined
+    }
+
+    /// The references that two tables have in common, each as often as both have it.
+    pub(super) async fn common(&self, one: ClusterIndex, other: ClusterIndex) -> Result<Vec<Run>> {
+        let one = self.reached(&*self.l2.get(self.g.host_offset(one)).await?);
+        let other = self.reached(&*self.l2.get(self.g.host_offset(other)).await?);
+        Ok(without(&one, &without(&one, &other)))
     }
 
     /// The active table of an L1 index; none where nobody can use it.
@@ -431,6 +451,23 @@ impl Image {
 
 fn one(start: ClusterIndex) -> Run {
     Run { start, count: 1 }
+}
+
+/// The clusters of `runs` as often as there are more of them than in `others`. All ascend.
+fn without(runs: &[Run], others: &[Run]) -> Vec<Run> {
+    let clusters = |runs: &[Run]| -> Vec<u64> {
+        let clusters = runs.iter().flat_map(|run| run.start.0..run.end());
+        clusters.collect()
+    };
+    let mut others = clusters(others).into_iter().peekable();
+    let mut left = Vec::new();
+    for cluster in clusters(runs) {
+        while others.next_if(|other| *other < cluster).is_some() {}
+        if others.next_if_eq(&cluster).is_none() {
+            push_run(&mut left, self::one(ClusterIndex(cluster)));
+        }
+    }
+    left
 }
 
 fn contains(run: &Run, cluster: ClusterIndex) -> bool {

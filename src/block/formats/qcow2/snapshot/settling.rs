@@ -106,6 +106,8 @@ struct State {
     frees_failed: bool,
     /// L1 tables that have been dropped since references were last owed that are to be taken away.
     drops: u64,
+    /// By the cluster of an L2 table of which references are to be taken away: those below it that another table has taken over.
+    passed_on: BTreeMap<u64, Vec<Run>>,
 }
 
 /// What stored counts may have to take yet, or hold too much.
@@ -184,9 +186,26 @@ impl Settling {
     /// The stored counts of the table are right now; the flags above it are to be looked at.
     pub(super) fn settled(&self, table: ClusterIndex) {
         let mut state = self.state();
+        state.passed_on.remove(&table.0);
         if let Some(owed) = state.owed.remove(&table.0) {
             state.flags.insert(owed.slot);
         }
+    }
+
+    /// Of what is owed to be taken away of a table, these references stay. Nothing may be added to them before it is settled.
+    pub(super) fn pass_on(&self, table: ClusterIndex, references: Vec<Run>) {
+        self.state().passed_on.insert(table.0, references);
+    }
+
+    /// The references below a table that stay when it is settled.
+    pub(super) fn passed_on(&self, table: ClusterIndex) -> Vec<Run> {
+        let state = self.state();
+        state.passed_on.get(&table.0).cloned().unwrap_or_default()
+    }
+
+    /// Whether references stay behind tables that are not settled.
+    pub(super) fn has_passed_on(&self) -> bool {
+        !self.state().passed_on.is_empty()
     }
 
     /// What counters have to hold beside the references that there are.

@@ -109,9 +109,7 @@ impl Staged {
     }
 
     fn find(&self, which: &SnapshotSelector) -> Result<(usize, SnapshotInfo)> {
-        let index = self.table.find(which);
-        let index =
-            index.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find the snapshot"))?;
+        let index = self.table.index_of(which)?;
         Ok((index, self.table.entries()[index].info(self.size())))
     }
 

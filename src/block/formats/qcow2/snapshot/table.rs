@@ -217,6 +217,12 @@ impl SnapshotTable {
             .position(|entry| same(&which.id, &entry.id) && same(&which.name, &entry.name))
     }
 
+    /// As `find`; `NotFound` where there is none.
+    pub(crate) fn index_of(&self, which: &SnapshotSelector) -> Result<usize> {
+        let index = self.find(which);
+        index.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find the snapshot"))
+    }
+
     /// Whether an entry has this name. That another has it as its id is no matter: who selects says which he means.
     pub(crate) fn has_name(&self, wanted: &str) -> bool {
         self.entries

@@ -12,7 +12,7 @@ use crate::driver::{
     BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
     SnapshotInfo, SnapshotSelector, WriteFlags, ZeroFlags,
 };
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::formats::qcow2::header::{Header, Incompatible};
 use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::open::OpenOptions;
@@ -53,29 +53,22 @@ impl Drop for Held {
 
 /// The snapshot as a driver. It cannot be deleted until that is closed or dropped. Cancellation: safe.
 pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<Arc<dyn Driver>> {
-    let held = {
+    let (held, table, index) = {
         // No change of snapshots is under way.
         let _inside = image.gate.enter().await;
         image.check_range(0, 0)?;
         let table = image.snapshots.get();
-        let index = table.find(&which);
-        let index =
-            index.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find the snapshot"))?;
+        let index = table.index_of(&which)?;
         let info = table.entries()[index].info(image.size());
         image.snapshots.hold(&info.id);
-        Held {
+        let held = Held {
             image: image.clone(),
             info,
             released: AtomicBool::new(false),
-        }
+        };
+        (held, table, index)
     };
-    let table = image.snapshots.get();
-    let by_id = SnapshotSelector {
-        id: Some(held.info.id.clone()),
-        ..which
-    };
-    let index = table.find(&by_id);
-    let index = index.ok_or_else(|| Error::new(ErrorKind::NotFound, "Can't find the snapshot"))?;
+    // Its L1 table stays where it is while the snapshot is held.
     let entry = &table.entries()[index];
     let disk = image.snapshot_disk(entry).await?;
     let header = header_of(&image.header.get(), entry.l1_offset, &disk);
@@ -160,13 +153,7 @@ impl Driver for View {
         DriverInfo {
             snapshot: Some(self.held.info.clone()),
             // Those of the image, which changes.
-            dirty: self
-                .held
-                .image
-                .header
-                .get()
-                .incompatible
-                .has(Incompatible::DIRTY),
+            dirty: self.held.image.is_marked_dirty(),
             ..self.snapshot.info()
         }
     }

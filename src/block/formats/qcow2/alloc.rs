@@ -49,6 +49,11 @@ pub(crate) struct Run {
 }
 
 impl Run {
+    /// A cluster alone.
+    pub(crate) fn one(start: ClusterIndex) -> Self {
+        Run { start, count: 1 }
+    }
+
     /// The number behind the last cluster.
     pub(crate) fn end(self) -> u64 {
         self.start.0 + self.count

@@ -65,7 +65,7 @@ impl Allocator {
         last.dedup();
         lowered.last.clear();
         for index in last {
-            push_run(&mut lowered.last, one(ClusterIndex(index)));
+            push_run(&mut lowered.last, Run::one(ClusterIndex(index)));
         }
         for run in &lowered.last {
             self.seal(*run);
@@ -77,7 +77,7 @@ impl Allocator {
     pub(crate) async fn singles(&mut self, clusters: &[ClusterIndex]) -> Result<Vec<bool>> {
         let mut runs = Vec::new();
         for cluster in clusters {
-            push_run(&mut runs, one(*cluster));
+            push_run(&mut runs, Run::one(*cluster));
         }
         self.load(&runs).await?;
         let mut present: Option<(usize, &Block)> = None;
@@ -161,7 +161,7 @@ impl Allocator {
                     None => lowered.uncounted += 1,
                     Some(0) => {
                         block.counters.set(index, 1);
-                        push_run(&mut lowered.last, one(part.start + nth as u64));
+                        push_run(&mut lowered.last, Run::one(part.start + nth as u64));
                     }
                     Some(left) => block.counters.set(index, left),
                 }
@@ -282,8 +282,4 @@ fn too_narrow(g: Geometry) -> Error {
         ErrorKind::OutOfRange,
         format!("Refcounts of {bits} bits cannot count another snapshot"),
     )
-}
-
-fn one(start: ClusterIndex) -> Run {
-    Run { start, count: 1 }
 }

@@ -128,7 +128,7 @@ impl Image {
                 if let Ok(Mapping::Compressed(stream)) = entry.decode(self.g, true) {
                     // Streams in the same cluster count one by one, so their runs must not be joined.
                     let (first, last) = stream.clusters(self.g);
-                    runs.extend((first.0..=last.0).map(|index| one(ClusterIndex(index))));
+                    runs.extend((first.0..=last.0).map(|index| Run::one(ClusterIndex(index))));
                 }
             } else if let Some(host) = self.flagged_cluster(entry) {
                 push_run(&mut runs, self.cluster_run(host));
@@ -177,10 +177,11 @@ impl Image {
             if is_used || !(owner.is_none() || is_own_table) {
                 let message =
                     format!("Host cluster {index} is in use, but not counted; run a check");
-                self.damage.met(message, Some(self.bytes_of(one(cluster))));
+                self.damage
+                    .met(message, Some(self.bytes_of(Run::one(cluster))));
                 continue;
             }
-            push_run(&mut freed, one(cluster));
+            push_run(&mut freed, Run::one(cluster));
         }
         freed
     }
@@ -449,10 +450,6 @@ impl Image {
     }
 }
 
-fn one(start: ClusterIndex) -> Run {
-    Run { start, count: 1 }
-}
-
 /// The clusters of `runs` as often as there are more of them than in `others`. All ascend.
 fn without(runs: &[Run], others: &[Run]) -> Vec<Run> {
     let clusters = |runs: &[Run]| -> Vec<u64> {
@@ -464,7 +461,7 @@ fn without(runs: &[Run], others: &[Run]) -> Vec<Run> {
     for cluster in clusters(runs) {
         while others.next_if(|other| *other < cluster).is_some() {}
         if others.next_if_eq(&cluster).is_none() {
-            push_run(&mut left, self::one(ClusterIndex(cluster)));
+            push_run(&mut left, Run::one(ClusterIndex(cluster)));
         }
     }
     left

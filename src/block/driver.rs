@@ -292,6 +292,18 @@ pub struct NewSnapshot {
     pub vm_clock_nsec: u64,
 }
 
+impl NewSnapshot {
+    /// One of which nothing but the name matters.
+    pub fn named(name: impl Into<String>) -> Self {
+        NewSnapshot {
+            name: name.into(),
+            date_sec: 0,
+            date_nsec: 0,
+            vm_clock_nsec: 0,
+        }
+    }
+}
+
 /// Internal snapshots of a node.
 pub trait Snapshots: Send + Sync {
     /// Whether this image can have snapshots: `Unsupported`, with the reason, for one of a kind that cannot.

@@ -116,21 +116,12 @@ async fn sound_image(options: &CreateOptions) -> block::error::Result<Arc<Memory
     image
         .write_zeroes(40_000, 9000, ZeroFlags::default())
         .await?;
-    Snapshots::create(&*image, named("old")).await?;
+    Snapshots::create(&*image, NewSnapshot::named("old")).await?;
     image
         .write(3000, bytes(3, 5000), WriteFlags::default())
         .await?;
     image.close().await?;
     Ok(disk)
-}
-
-fn named(name: &str) -> NewSnapshot {
-    NewSnapshot {
-        name: name.to_owned(),
-        date_sec: 0,
-        date_nsec: 0,
-        vm_clock_nsec: 0,
-    }
 }
 
 /// Damages a place of the image. Most metadata lie in the first clusters.
@@ -228,7 +219,7 @@ async fn operation(image: &Qcow2, input: &mut Input<'_>) {
         10 => drop(image.block_status(offset, len.max(1)).await),
         11 | 12 => {
             let name = ["a", "b", "c", "old"][usize::from(input.byte() & 3)];
-            let _ = Snapshots::create(image, named(name)).await;
+            let _ = Snapshots::create(image, NewSnapshot::named(name)).await;
         }
         13 | 14 => snapshot_operation(image, input).await,
         _ => {

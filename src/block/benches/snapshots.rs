@@ -159,12 +159,7 @@ async fn file(context: &IoContext, name: &str) -> Result<Child, Failure> {
 async fn ours_once(context: &IoContext, name: &str) -> Result<[Duration; OURS.len()], Failure> {
     let opening = Qcow2::open(file(context, name).await?, OpenOptions::default()).await?;
     let image = opening.finish(None).await?;
-    let new = NewSnapshot {
-        name: "bench".to_owned(),
-        date_sec: 0,
-        date_nsec: 0,
-        vm_clock_nsec: 0,
-    };
+    let new = NewSnapshot::named("bench");
     let which = SnapshotSelector {
         id: None,
         name: Some(new.name.clone()),

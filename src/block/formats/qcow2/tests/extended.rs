@@ -361,12 +361,7 @@ async fn a_shared_cluster_is_copied_where_it_has_data() {
             .unwrap();
     }
     image.write_zeroes(2 * 2048, 2048, unmap()).await.unwrap();
-    let new = NewSnapshot {
-        name: "s".to_owned(),
-        date_sec: 0,
-        date_nsec: 0,
-        vm_clock_nsec: 0,
-    };
+    let new = NewSnapshot::named("s");
     image.create(new).await.unwrap();
     let mut model = read(&image, 0, SIZE).await;
     disk.start_log();

@@ -53,7 +53,7 @@ impl Operation {
         let cluster = image.limits().preferred as u64;
         let (at, len) = (cluster / 2, 5 * cluster);
         match self {
-            Create => image.create(named("new")).await.map(drop),
+            Create => image.create(NewSnapshot::named("new")).await.map(drop),
             Delete => image.delete(selector("one")).await.map(drop),
             Revert => {
                 let mut change = image.change().await?;
@@ -65,10 +65,10 @@ impl Operation {
             }
             Steps => {
                 let mut change = image.change().await?;
-                change.create(named("new")).await?;
+                change.create(NewSnapshot::named("new")).await?;
                 change.revert(selector("one")).await?;
                 change.delete(selector("two")).await?;
-                change.create(named("newer")).await?;
+                change.create(NewSnapshot::named("newer")).await?;
                 change.prepare().await?;
                 change.commit().await?;
                 change.finish();
@@ -94,15 +94,6 @@ impl Operation {
     }
 }
 
-fn named(name: &str) -> NewSnapshot {
-    NewSnapshot {
-        name: name.to_owned(),
-        date_sec: 0,
-        date_nsec: 0,
-        vm_clock_nsec: 0,
-    }
-}
-
 fn selector(name: &str) -> SnapshotSelector {
     SnapshotSelector {
         id: None,
@@ -119,9 +110,9 @@ async fn base(options: &CreateOptions) -> Arc<Memory> {
     for (at, len, number) in [(0, 10 * cluster, 1), (tail, 4 * cluster, 2)] {
         write(&image, at, stamp(at, len, number)).await.unwrap();
     }
-    image.create(named("one")).await.unwrap();
+    image.create(NewSnapshot::named("one")).await.unwrap();
     write(&image, 0, stamp(0, 3 * cluster, 3)).await.unwrap();
-    image.create(named("two")).await.unwrap();
+    image.create(NewSnapshot::named("two")).await.unwrap();
     write(&image, cluster, stamp(cluster, 100, 4))
         .await
         .unwrap();

@@ -50,15 +50,6 @@ async fn assert_sound(disk: &Arc<Memory>, image: Arc<Qcow2>, expected: &[u8]) {
     assert!(report.is_clean(), "{report:?}");
 }
 
-fn snapshot(name: &str) -> NewSnapshot {
-    NewSnapshot {
-        name: name.to_owned(),
-        date_sec: 0,
-        date_nsec: 0,
-        vm_clock_nsec: 0,
-    }
-}
-
 #[tokio::test]
 async fn discarded_clusters_take_the_next_write_without_a_flush() {
     for pass_discard in [true, false] {
@@ -118,7 +109,7 @@ async fn what_a_deleted_snapshot_held_takes_the_next_write() {
         let disk = new_image(&options()).await;
         let image = open_with(&disk, pass_discard).await;
         write(&image, 0, vec![1; 1 << 20]).await.unwrap();
-        image.create(snapshot("old")).await.unwrap();
+        image.create(NewSnapshot::named("old")).await.unwrap();
         write(&image, 0, vec![2; 1 << 20]).await.unwrap();
         image.flush().await.unwrap();
         disk.set_space_limit(Some(disk.allocated()));

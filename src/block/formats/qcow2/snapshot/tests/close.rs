@@ -36,12 +36,7 @@ fn closing_ends_in_time_when_settling_is_slow_and_the_next_open_repairs() {
         let opening = Qcow2::open(disk.child(), options).await.unwrap();
         let image = opening.finish(None).await.unwrap();
         image.image.hold_settler(true);
-        let new = NewSnapshot {
-            name: "s".to_owned(),
-            date_sec: 0,
-            date_nsec: 0,
-            vm_clock_nsec: 0,
-        };
+        let new = NewSnapshot::named("s");
         image.create(new).await.unwrap();
         // Reads take a second, each.
         disk.hold(OpKind::Read);
@@ -93,12 +88,7 @@ fn snapshot_operations_do_not_wait_for_punching_and_closing_does() {
     image.runtime.block_on(async {
         let held = disk.wait_held(1);
         tokio::time::timeout(HANGS_AFTER, held).await.unwrap();
-        let new = NewSnapshot {
-            name: "during".to_owned(),
-            date_sec: 0,
-            date_nsec: 0,
-            vm_clock_nsec: 0,
-        };
+        let new = NewSnapshot::named("during");
         let creating = image.image.create(new);
         let created = tokio::time::timeout(HANGS_AFTER, creating).await;
         created.unwrap().unwrap();

@@ -312,12 +312,7 @@ async fn settled_report(image: &Qcow2, events: &mut Receiver<NodeEvent>) -> Vec<
 }
 
 fn new_snapshot() -> NewSnapshot {
-    NewSnapshot {
-        name: "s".to_owned(),
-        date_sec: 0,
-        date_nsec: 0,
-        vm_clock_nsec: 0,
-    }
+    NewSnapshot::named("s")
 }
 
 #[test]

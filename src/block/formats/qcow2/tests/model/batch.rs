@@ -136,12 +136,7 @@ impl Run {
         let driver = self.driver.clone();
         let few = self.snapshots.len() < MAX_SNAPSHOTS && self.case.refcount_bits >= 8;
         if what == 0 && few {
-            let new = NewSnapshot {
-                name: format!("meanwhile {}", self.step),
-                date_sec: 0,
-                date_nsec: 0,
-                vm_clock_nsec: 0,
-            };
+            let new = NewSnapshot::named(format!("meanwhile {}", self.step));
             return async move { Meanwhile::Created(driver.create(new).await.unwrap().id) }.boxed();
         }
         if self.snapshots.is_empty() {

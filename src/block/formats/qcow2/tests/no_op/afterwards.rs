@@ -40,12 +40,12 @@ async fn go_on(image: &Qcow2, mut model: Content, what: &str) -> (Content, Conte
     }
     image.flush().await.unwrap_or_else(fails);
     image
-        .create(named("gone"))
+        .create(NewSnapshot::named("gone"))
         .await
         .map(drop)
         .unwrap_or_else(fails);
     image
-        .create(named("later"))
+        .create(NewSnapshot::named("later"))
         .await
         .map(drop)
         .unwrap_or_else(fails);
@@ -139,7 +139,7 @@ async fn fails_for_a_while(case: &Case, faults: &[(OpKind, u64, Fault)]) -> Opti
     if !reached {
         return None;
     }
-    let in_doubt = done.is_err() && image.create(named("doubt")).await.is_err();
+    let in_doubt = done.is_err() && image.create(NewSnapshot::named("doubt")).await.is_err();
     if !in_doubt {
         let closed_now = image.close().await;
         closed_now.unwrap_or_else(|error| panic!("{what}: {error}"));

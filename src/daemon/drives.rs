@@ -1,20 +1,14 @@
 //! `--drive`: an image with a name that clients call `device`, created if it is not there yet.
 
-use std::fs::{self, OpenOptions};
-use std::io;
-use std::sync::Arc;
-
-use block::driver::{Child, Driver};
-use block::error::{Error, Result};
+use block::driver::Preallocation;
+use block::error::Error;
 use block::formats::qcow2::NOT_QCOW2;
-use block::formats::qcow2::create::{CreateOptions, create};
+use block::formats::qcow2::create::CreateOptions;
 use block::graph::{Drive, OnError};
-use block::io::IoContext;
 use block::open::{
-    CacheMode, DriverOptions, FileOptions, Locking, NodeOptions, NodeRef, Opener, Qcow2Options,
-    RawOptions, open,
+    CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent, NewImage, NodeOptions,
+    NodeRef, Opener, Qcow2Options, RawOptions, create_image, open,
 };
-use block::protocols::file::{File, FileAccess};
 use qapi::rt::QmpError;
 use qapi::types::{BlockExportOptions, BlockExportOptionsBranch, BlockExportOptionsNbd};
 
@@ -48,11 +42,7 @@ impl Added {
 }
 
 /// Adds a drive. `number` counts those before it, for a name if it has none.
-pub(super) async fn add(
-    cx: &Cx,
-    options: DriveOptions,
-    number: usize,
-) -> std::result::Result<Added, QmpError> {
+pub(super) async fn add(cx: &Cx, options: DriveOptions, number: usize) -> Result<Added, QmpError> {
     let id = options
         .id
         .clone()
@@ -76,9 +66,9 @@ pub(super) async fn add(
         if let Some(size) = options.size
             && !options.read_only
         {
-            make_missing(&io, file, options.format, size)
-                .await
-                .map_err(from_engine)?;
+            let image = new_image(file, options.format, size);
+            let created = create_image(&io, &image, Existing::Keep).await;
+            created.map_err(from_engine)?.keep();
         }
         let node = node_options(&options, file);
         let made = open(&opener, &node).await;
@@ -153,51 +143,18 @@ fn node_options(options: &DriveOptions, filename: &str) -> NodeOptions {
     }
 }
 
-/// Creates an image unless there is something of that name. What cannot be finished is removed again.
-async fn make_missing(
-    io: &IoContext,
-    filename: &str,
-    format: DriveFormat,
-    size: u64,
-) -> Result<()> {
-    let failed = |error: &io::Error| Error::io(format!("Could not create '{filename}'"), error);
-    let host = match OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .open(filename)
-    {
-        Ok(host) => host,
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
-        Err(error) => return Err(failed(&error)),
-    };
-    let made = match format {
-        DriveFormat::Raw => host.set_len(size).map_err(|error| failed(&error)),
+fn new_image(filename: &str, format: DriveFormat, size: u64) -> NewImage {
+    let content = match format {
+        DriveFormat::Raw => NewContent::Raw {
+            size,
+            preallocation: Preallocation::Off,
+        },
         DriveFormat::Unsaid | DriveFormat::Qcow2 | DriveFormat::Auto => {
-            make_qcow2(io, filename, size)
-                .await
-                .map_err(|error| error.context(format!("Could not create '{filename}'")))
+            NewContent::Qcow2(Box::new(CreateOptions::new(size)))
         }
     };
-    if made.is_err()
-        && let Err(error) = fs::remove_file(filename)
-    {
-        log::warn!("Could not remove '{filename}', which is no usable image: {error}");
-    }
-    made
-}
-
-async fn make_qcow2(io: &IoContext, filename: &str, size: u64) -> Result<()> {
-    let options = FileOptions {
+    NewImage {
         filename: filename.to_owned(),
-        aio: block::open::Aio::default(),
-        locking: Locking::Auto,
-    };
-    let access = FileAccess {
-        read_only: false,
-        auto_read_only: false,
-        cache: CacheMode::default(),
-    };
-    let file = Arc::new(File::open(io, &options, access).await?);
-    create(&Child::new(file.clone()), &CreateOptions::new(size)).await?;
-    file.close().await
+        content,
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! * `options`: what a node is made of
 //! * `backing`: what the header of an image may refer to
+//! * `create`: new images
 //! * `caches`: how much metadata of a qcow2 image is kept in memory
 //! * `view`: internal snapshots as nodes
 //!
@@ -10,6 +11,7 @@
 
 mod backing;
 mod caches;
+mod create;
 mod options;
 mod view;
 
@@ -28,6 +30,7 @@ use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS};
 use crate::protocols::file::{File, FileAccess};
 use crate::protocols::null::Null;
 
+pub use create::{Created, Existing, NewContent, NewImage, create_image};
 pub use options::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,
     NodeOptions, NodeRef, NullOptions, Qcow2Cache, Qcow2Options, RawOptions, UnnamedFormat,

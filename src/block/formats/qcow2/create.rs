@@ -85,6 +85,12 @@ impl CreateOptions {
         }
     }
 
+    /// Whether [`create`] would take the options, apart from what the file has to say.
+    pub fn check(&self) -> Result<()> {
+        let layout = Layout::new(self.validate()?, self)?;
+        header(&layout, self).map(drop)
+    }
+
     /// Holds the options against the format's limits, with QEMU's texts.
     fn validate(&self) -> Result<Geometry> {
         let cluster_bits = self.cluster_size.trailing_zeros();

@@ -1,0 +1,359 @@
+//! Making new images: a file of a name, with a format in it. What was there before comes back if the image is not kept.
+//!
+//! ```text
+//!   nothing there        create the file, format it               undo: remove it
+//!   an empty file        format it                                undo: empty it
+//!   a file with content  format a new file beside it, then swap   undo: swap back, remove the new one
+//!   a device             format it                                cannot be undone
+//! ```
+//!
+//! The content that a new image replaces stays on the disk until it is certain that the image is wanted: a command that
+//! fails behind the creation has changed nothing.
+
+use std::fs::{self, File as HostFile, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+use super::{Aio, CacheMode, FileOptions, Locking};
+use crate::driver::{BackingFile, Child, Driver, Preallocation, Requests};
+use crate::error::{Error, ErrorKind, Result};
+use crate::formats::qcow2::create::{CreateOptions, create};
+use crate::io::IoContext;
+use crate::protocols::file::{File, FileAccess};
+
+/// An image to make.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewImage {
+    /// The path.
+    pub filename: String,
+    /// What is to be in the file.
+    pub content: NewContent,
+}
+
+/// What a new image holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NewContent {
+    /// A disk of zeroes, as it is.
+    Raw {
+        /// Its size in bytes.
+        size: u64,
+        /// What is allocated ahead.
+        preallocation: Preallocation,
+    },
+    /// A qcow2 image. Its data cannot be in a file of their own.
+    Qcow2(Box<CreateOptions>),
+}
+
+impl NewContent {
+    /// A disk of `size` bytes in the format that users call `format`, with defaults for all else. Texts are QEMU's.
+    pub fn of_format(format: &str, size: u64, backing: BackingFile) -> Result<NewContent> {
+        match format {
+            "qcow2" => Ok(NewContent::Qcow2(Box::new(CreateOptions {
+                backing,
+                ..CreateOptions::new(size)
+            }))),
+            "raw" if backing.name.is_some() => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "Backing file not supported for file format 'raw'",
+            )),
+            "raw" => Ok(NewContent::Raw {
+                size,
+                preallocation: Preallocation::Off,
+            }),
+            _ => Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("Unknown file format '{format}'"),
+            )),
+        }
+    }
+}
+
+/// What becomes of a file that is there already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// It stays as it is, and nothing is made.
+    Keep,
+    /// The image takes its place.
+    Replace,
+}
+
+/// An image that was made. Dropped without [`Created::keep`] it is gone, and what was there before is back.
+///
+/// Whoever has the image open closes it before.
+#[derive(Debug)]
+#[must_use]
+pub struct Created {
+    path: PathBuf,
+    /// Taken when there is nothing left to undo.
+    undo: Option<Undo>,
+}
+
+/// How to come back to what was there.
+#[derive(Debug)]
+enum Undo {
+    /// There was nothing.
+    Remove(Identity),
+    /// There was an empty file.
+    Empty(Identity),
+    /// The file that was there has this name now.
+    SwapBack { former: PathBuf, made: Identity },
+}
+
+/// Which file it is, whatever its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Identity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }
+    }
+}
+
+impl Created {
+    /// Where the image is; links have been followed.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the image was made by this call: with [`Existing::Keep`] there may have been one.
+    pub fn is_new(&self) -> bool {
+        self.undo.is_some()
+    }
+
+    /// Where the content is that the image has replaced, for whoever must find it again after a crash.
+    pub fn former(&self) -> Option<&Path> {
+        match &self.undo {
+            Some(Undo::SwapBack { former, .. }) => Some(former),
+            _ => None,
+        }
+    }
+
+    /// The image stays. Content that it has replaced is gone.
+    pub fn keep(mut self) {
+        if let Some(Undo::SwapBack { former, .. }) = self.undo.take()
+            && let Err(error) = fs::remove_file(&former)
+        {
+            log::warn!(
+                "Could not remove '{}', the former content of '{}': {error}",
+                former.display(),
+                self.path.display()
+            );
+        }
+    }
+
+    fn undo(&self, undo: Undo) -> io::Result<()> {
+        let (Undo::Remove(made) | Undo::Empty(made) | Undo::SwapBack { made, .. }) = &undo;
+        if Identity::of(&fs::metadata(&self.path)?) != *made {
+            return Err(io::Error::other("somebody has put another file there"));
+        }
+        match undo {
+            Undo::Remove(_) => fs::remove_file(&self.path),
+            Undo::Empty(_) => OpenOptions::new().write(true).open(&self.path)?.set_len(0),
+            Undo::SwapBack { former, .. } => fs::rename(former, &self.path),
+        }
+    }
+}
+
+impl Drop for Created {
+    fn drop(&mut self) {
+        if let Some(undo) = self.undo.take()
+            && let Err(error) = self.undo(undo)
+        {
+            log::warn!(
+                "'{}', which was to be taken back, stays: {error}",
+                self.path.display()
+            );
+        }
+    }
+}
+
+/// Makes an image, durably. After an error there is what was there before; only of a device nothing is left.
+///
+/// Fails with QEMU's texts when an option is wrong, before anything is touched, and when another program or node has an existing
+/// file open. Cancellation: as an error.
+pub async fn create_image(io: &IoContext, image: &NewImage, existing: Existing) -> Result<Created> {
+    let failed = |error: io::Error| creation_error(&image.filename, &error);
+    if let NewContent::Qcow2(options) = &image.content {
+        options.check()?;
+    }
+    let path = PathBuf::from(&image.filename);
+    let place = io.call(move || Place::find(path, existing)).await;
+    let created = match place.map_err(failed)? {
+        Place::Taken(path) => return Ok(Created { path, undo: None }),
+        Place::New(created) => {
+            let file = open_file(io, &created.path).await?;
+            fill(file, image).await?;
+            created
+        }
+        Place::Formattable(path, undo) => {
+            // It may be somebody's open image; then this fails, and nothing has happened.
+            let file = open_file(io, &path).await?;
+            let created = Created { path, undo };
+            fill(file, image).await?;
+            created
+        }
+        Place::Occupied(path) => {
+            let former = open_file(io, &path).await?;
+            let beside = io.call(move || Beside::make(path)).await.map_err(failed)?;
+            former.close().await?;
+            beside.fill_and_swap(io, image).await?
+        }
+    };
+    sync_folder(io, &created.path).await.map_err(failed)?;
+    Ok(created)
+}
+
+/// Where the image goes.
+enum Place {
+    /// There is something, and it stays.
+    Taken(PathBuf),
+    /// A file that was made for this.
+    New(Created),
+    /// An empty file or a device: formatted where it is.
+    Formattable(PathBuf, Option<Undo>),
+    /// A file with content.
+    Occupied(PathBuf),
+}
+
+impl Place {
+    fn find(path: PathBuf, existing: Existing) -> io::Result<Place> {
+        match HostFile::create_new(&path) {
+            Ok(file) => {
+                let undo = Some(Undo::Remove(Identity::of(&file.metadata()?)));
+                let path = fs::canonicalize(path)?;
+                return Ok(Place::New(Created { path, undo }));
+            }
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            Err(_) if existing == Existing::Keep => return Ok(Place::Taken(path)),
+            Err(_) => {}
+        }
+        let path = fs::canonicalize(path)?;
+        let metadata = fs::metadata(&path)?;
+        Ok(match metadata.is_file() {
+            true if metadata.len() > 0 => Place::Occupied(path),
+            true => Place::Formattable(path, Some(Undo::Empty(Identity::of(&metadata)))),
+            // A device, or what is no place for an image, as opening it will say.
+            false => Place::Formattable(path, None),
+        })
+    }
+}
+
+/// A new file beside the one whose place it is to take. Dropped, it is gone.
+struct Beside {
+    path: PathBuf,
+    temporary: Created,
+}
+
+impl Beside {
+    /// Makes it, with the permissions of the other.
+    fn make(path: PathBuf) -> io::Result<Beside> {
+        let permissions = fs::metadata(&path)?.permissions();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let name = format!(".{name}.qblockd-{}", std::process::id());
+        let beside = path.with_file_name(name);
+        let file = HostFile::create_new(&beside)?;
+        let made = Identity::of(&file.metadata()?);
+        let temporary = Created {
+            path: beside,
+            undo: Some(Undo::Remove(made)),
+        };
+        file.set_permissions(permissions)?;
+        Ok(Beside { path, temporary })
+    }
+
+    async fn fill_and_swap(self, io: &IoContext, image: &NewImage) -> Result<Created> {
+        let file = open_file(io, &self.temporary.path).await?;
+        fill(file, image).await?;
+        io.call(move || self.swap())
+            .await
+            .map_err(|error| creation_error(&image.filename, &error))
+    }
+
+    fn swap(self) -> io::Result<Created> {
+        let Beside {
+            path,
+            mut temporary,
+        } = self;
+        let Some(Undo::Remove(made)) = temporary.undo else {
+            unreachable!("a file beside another one is new");
+        };
+        renameat_with(CWD, &temporary.path, CWD, &path, RenameFlags::EXCHANGE)?;
+        temporary.undo = None;
+        let former = temporary.path.clone();
+        let undo = Some(Undo::SwapBack { former, made });
+        Ok(Created { path, undo })
+    }
+}
+
+/// Puts the image into an open file, and closes it.
+async fn fill(file: File, image: &NewImage) -> Result<()> {
+    let file = Arc::new(file);
+    let filled = match &image.content {
+        NewContent::Raw {
+            size,
+            preallocation,
+        } => fill_raw(&file, *size, *preallocation).await,
+        NewContent::Qcow2(options) => create(&Child::new(file.clone()), options).await,
+    };
+    let closed = file.close().await;
+    filled
+        .and(closed)
+        .map_err(|error| error.context(format!("Could not create '{}'", image.filename)))
+}
+
+async fn fill_raw(file: &File, size: u64, preallocation: Preallocation) -> Result<()> {
+    match file.limits().growable {
+        true => file.resize(size, preallocation).await,
+        false if file.size() >= size => Ok(()),
+        false => Err(Error::new(ErrorKind::NoSpace, "Device is too small")),
+    }
+}
+
+/// The file, locked.
+async fn open_file(io: &IoContext, path: &Path) -> Result<File> {
+    let options = FileOptions {
+        filename: utf8(path)?.to_owned(),
+        aio: Aio::default(),
+        locking: Locking::Auto,
+    };
+    let access = FileAccess {
+        read_only: false,
+        auto_read_only: false,
+        cache: CacheMode::default(),
+    };
+    File::open(io, &options, access).await
+}
+
+/// Makes the name durable.
+async fn sync_folder(io: &IoContext, path: &Path) -> io::Result<()> {
+    let Some(folder) = path.parent().map(Path::to_owned) else {
+        return Ok(());
+    };
+    io.call(move || HostFile::open(folder)?.sync_all()).await
+}
+
+fn utf8(path: &Path) -> Result<&str> {
+    path.to_str().ok_or_else(|| {
+        Error::new(
+            ErrorKind::InvalidInput,
+            format!("The path of '{}' is not UTF-8", path.display()),
+        )
+    })
+}
+
+fn creation_error(filename: &str, error: &io::Error) -> Error {
+    Error::io(format!("Could not create '{filename}'"), error)
+}
+
+#[cfg(test)]
+mod tests;

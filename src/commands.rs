@@ -3,7 +3,8 @@
 //! * [`control`]: sessions, versions, the end
 //! * `nodes`: adding, deleting and resizing nodes
 //! * `queries`: what there is
-//! * `snapshots`: internal snapshots and transactions
+//! * `snapshots`: internal snapshots
+//! * `transactions`: several commands as one
 //! * [`nbd`]: the NBD server and its exports
 //! * `convert`: wire types to engine types and back
 
@@ -13,6 +14,7 @@ pub mod nbd;
 mod nodes;
 mod queries;
 mod snapshots;
+mod transactions;
 
 use qapi::handlers::BlockCore;
 use qapi::rt::QmpError;

@@ -10,6 +10,7 @@
 //! * [`cx`]: what handlers are given
 //! * `control_loop`, `service`: events, and where commands come from
 //! * [`exports`]: exports as state
+//! * `lookup`: what clients mean by a device
 //! * `startup`, `drives`, `sockets`: the start
 //! * `background`, `pidfile`: what makes a process a daemon
 
@@ -19,10 +20,13 @@ mod control_loop;
 pub mod cx;
 mod drives;
 pub mod exports;
+pub(crate) mod lookup;
 mod pidfile;
 mod service;
 mod sockets;
 mod startup;
+#[cfg(test)]
+pub(crate) mod testing;
 
 use std::io::{self, Write};
 use std::process::ExitCode;

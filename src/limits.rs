@@ -121,7 +121,7 @@ pub const QMP_EVENT_WINDOWS: usize = 1024;
 /// The pause after a client could not be accepted, for instance for want of file descriptors.
 pub const QMP_ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-// Snapshots.
+// Snapshots and transactions.
 
 /// Flushes before a snapshot holds guests back. Each makes durable what was written during the one before, so the third
 /// finds little even where guests write as fast as the disk.
@@ -129,3 +129,10 @@ pub const SNAPSHOT_FLUSHES_AHEAD: usize = 3;
 
 /// A flush that ends sooner than this leaves nothing worth another one: guests may wait for what is left.
 pub const SNAPSHOT_SHORT_FLUSH: Duration = Duration::from_millis(20);
+
+/// How long a transaction waits for the requests under way on its disks, all others being held back meanwhile. A disk under load
+/// answers within a second or two; guests begin to reset disks that do not answer at 30 s.
+pub const TRANSACTION_DRAIN: Duration = Duration::from_secs(10);
+
+/// Guests that waited longer for a transaction are worth a warning.
+pub const TRANSACTION_LONG_HOLD: Duration = Duration::from_millis(50);

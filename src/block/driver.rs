@@ -378,7 +378,7 @@ fn unsupported(what: &str) -> Error {
 ///
 /// Steps see what earlier ones have done. Nothing of it is visible, in the file or to others, before `commit`. Dropped before
 /// that, nothing has happened; dropped behind it, it is finished.
-pub trait SnapshotChange: Send {
+pub trait SnapshotChange: Send + Sync {
     /// Takes a snapshot of the disk as it is at this step. Errors as [`Snapshots::create`]; the change goes on without the step.
     fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>>;
 

@@ -1,20 +1,31 @@
 //! The actions on internal snapshots: take, delete, revert.
 
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::driver::{BoxFuture, NewSnapshot, SnapshotInfo, SnapshotSelector, Snapshots};
 use block::error::{Error, ErrorKind};
+use block::graph::Node;
 use qapi::rt::QmpError;
 
-use super::changes::Changes;
-use super::{Action, Disk};
+use super::{Action, Effect, Held, Plan};
+use crate::daemon::{Control, internal_error};
 
 /// An operation on the internal snapshots of a disk.
 pub(crate) struct SnapshotAction {
-    disk: Disk,
+    /// What the client calls the disk.
+    device: String,
     operation: Operation,
+    /// What that is.
+    disk: Option<SnapshotDisk>,
     /// The snapshot that it was about, once it is prepared.
     about: Option<SnapshotInfo>,
+}
+
+struct SnapshotDisk {
+    node: Arc<Node>,
+    /// The nodes that show snapshots of it.
+    views: Vec<Arc<Node>>,
 }
 
 /// What is done.
@@ -32,30 +43,34 @@ pub(crate) enum Operation {
 }
 
 impl SnapshotAction {
-    /// Checks all that does not depend on what earlier actions do, with QEMU's sentences in QEMU's order: no guest is held back
-    /// for what cannot succeed.
-    pub(crate) fn new(disk: Disk, operation: Operation) -> Result<Self, QmpError> {
-        let action = SnapshotAction {
-            disk,
+    /// An operation on the disk that the client calls `device`.
+    pub(crate) fn new(device: String, operation: Operation) -> Self {
+        SnapshotAction {
+            device,
             operation,
+            disk: None,
             about: None,
-        };
-        match &action.operation {
-            Operation::Create { name } => action.check_create(name)?,
-            Operation::Delete(which) | Operation::Revert(which) => action.check_selector(which)?,
         }
-        Ok(action)
     }
 
-    fn check_create(&self, name: &str) -> Result<(), QmpError> {
-        let Disk { device, node, .. } = &self.disk;
+    /// Checks all that does not depend on what earlier actions do, with QEMU's sentences in QEMU's order: no guest is held back
+    /// for what cannot succeed.
+    fn check(&self, node: &Node) -> Result<(), QmpError> {
+        match &self.operation {
+            Operation::Create { name } => self.check_create(node, name),
+            Operation::Delete(which) | Operation::Revert(which) => self.check_selector(node, which),
+        }
+    }
+
+    fn check_create(&self, node: &Node, name: &str) -> Result<(), QmpError> {
         if node.behaviour().read_only {
             return Err(self.read_only());
         }
         let Some(snapshots) = node.driver().snapshots() else {
             return Err(QmpError::generic(format!(
-                "Block format '{}' used by device '{device}' does not support internal snapshots",
-                node.driver().info().driver
+                "Block format '{}' used by device '{}' does not support internal snapshots",
+                node.driver().info().driver,
+                self.device
             )));
         };
         match name {
@@ -64,8 +79,7 @@ impl SnapshotAction {
         }
     }
 
-    fn check_selector(&self, which: &SnapshotSelector) -> Result<(), QmpError> {
-        let node = &self.disk.node;
+    fn check_selector(&self, node: &Node, which: &SnapshotSelector) -> Result<(), QmpError> {
         if which.id.is_none() && which.name.is_none() {
             return Err(QmpError::generic("Name or id must be provided"));
         }
@@ -91,7 +105,7 @@ impl SnapshotAction {
                 "Failed to remove snapshot from snapshot list: Operation not permitted",
             ),
             Operation::Create { .. } | Operation::Revert(_) => {
-                QmpError::generic(format!("Device '{}' is read only", self.disk.device))
+                QmpError::generic(format!("Device '{}' is read only", self.device))
             }
         }
     }
@@ -102,7 +116,7 @@ impl SnapshotAction {
             "Snapshot with id '{}' and name '{}' does not exist on device '{}'",
             text(&which.id),
             text(&which.name),
-            self.disk.device
+            self.device
         ))
     }
 
@@ -117,12 +131,12 @@ impl SnapshotAction {
             Operation::Delete(which) => ("delete", named(which)),
             Operation::Revert(which) => ("revert to", named(which)),
         };
-        format!("Failed to {what} {which} on device '{}'", self.disk.device)
+        format!("Failed to {what} {which} on device '{}'", self.device)
     }
 
     /// The engine's error as the client sees it.
     fn error(&self, error: &Error) -> QmpError {
-        let device = &self.disk.device;
+        let device = &self.device;
         match (&self.operation, error.kind()) {
             (Operation::Create { name }, ErrorKind::AlreadyExists) => QmpError::generic(format!(
                 "Snapshot with name '{name}' already exists on device '{device}'"
@@ -144,13 +158,16 @@ impl SnapshotAction {
     /// A node that shows the snapshot.
     fn view_of(&self, which: &SnapshotSelector) -> Option<&str> {
         let shows = |info: Option<SnapshotInfo>| info.is_some_and(|info| which.matches(&info));
-        let mut views = self.disk.views.iter();
+        let mut views = self.disk.as_ref()?.views.iter();
         let view = views.find(|view| shows(view.driver().info().snapshot))?;
         Some(view.name())
     }
 
-    async fn step(&mut self, changes: &mut Changes) -> Result<(), QmpError> {
-        let done = match changes.of(&self.disk.node, &self.failure()) {
+    async fn step(&mut self, held: &mut Held) -> Result<(), QmpError> {
+        let Some(disk) = &self.disk else {
+            return Err(internal_error());
+        };
+        let done = match held.change(&disk.node, &self.failure()) {
             Err(error) => Err(error),
             Ok(change) => match &self.operation {
                 Operation::Create { name } => change.create(new_snapshot(name)).await,
@@ -183,16 +200,27 @@ fn new_snapshot(name: &str) -> NewSnapshot {
 }
 
 impl Action for SnapshotAction {
-    fn snapshots_of(&self) -> Option<&Disk> {
-        Some(&self.disk)
+    fn resolve(&mut self, control: &mut Control, plan: &mut Plan) -> Result<(), QmpError> {
+        let node = plan.device(&control.graph, &self.device)?;
+        if !plan.is_root(&control.graph, &node) {
+            return Err(QmpError::generic("Need a root block node"));
+        }
+        self.check(&node)?;
+        let views = control.graph.parents(&node);
+        let views = views.map(|(view, _)| view.clone()).collect();
+        plan.change_snapshots(&self.device, &node);
+        self.disk = Some(SnapshotDisk { node, views });
+        Ok(())
     }
 
-    fn prepare<'a>(&'a mut self, changes: &'a mut Changes) -> BoxFuture<'a, Result<(), QmpError>> {
-        Box::pin(self.step(changes))
+    fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(self.step(held))
     }
 
-    fn commit(self: Box<Self>) -> Option<SnapshotInfo> {
-        self.about
+    fn effect(&self) -> Effect {
+        Effect {
+            snapshot: self.about.clone(),
+        }
     }
 }
 

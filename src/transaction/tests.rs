@@ -1,12 +1,17 @@
 //! The order of things, with actions and disks that write down what happens to them.
 
-mod fake;
+pub(super) mod fake;
 
 use block::driver::Requests as _;
 use block::driver::SnapshotSelector;
+use block::graph::Drive;
+use block::open::NullOptions;
+use block::protocols::memory::Memory;
+use block::protocols::null::Null;
 use futures_util::FutureExt;
 
 use super::*;
+use crate::daemon::{lookup, testing};
 use fake::{Fault, Log};
 
 /// Writes down what happens to it.
@@ -16,44 +21,53 @@ struct Recorder {
     log: Log,
 }
 
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 enum Fate {
     Works,
-    Fails,
-    Panics,
+    FailsIn(&'static str),
+    PanicsIn(&'static str),
 }
 
 impl Recorder {
-    fn note(&self, what: &str) {
+    fn run(&self, what: &'static str) -> Result<(), QmpError> {
         self.log.note(format!("{what} {}", self.name));
+        match self.fate {
+            Fate::FailsIn(place) if place == what => Err(QmpError::generic("no")),
+            Fate::PanicsIn(place) if place == what => panic!("as the test wants it"),
+            _ => Ok(()),
+        }
     }
 }
 
 impl Drop for Recorder {
     fn drop(&mut self) {
-        self.note("clean");
+        let _ = self.run("drop");
     }
 }
 
 impl Action for Recorder {
-    fn prepare<'a>(&'a mut self, _: &'a mut Changes) -> BoxFuture<'a, Result<(), QmpError>> {
-        Box::pin(async {
-            self.note("prepare");
-            match self.fate {
-                Fate::Works => Ok(()),
-                Fate::Fails => Err(QmpError::generic("no")),
-                Fate::Panics => panic!("as the test wants it"),
-            }
-        })
+    fn resolve(&mut self, _: &mut Control, _: &mut Plan) -> Result<(), QmpError> {
+        self.run("resolve")
     }
 
-    fn abort(&mut self) -> BoxFuture<'_, ()> {
-        Box::pin(async { self.note("abort") })
+    fn prepare<'a>(&'a mut self, _: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(async { self.run("prepare") })
     }
 
-    fn commit(self: Box<Self>) -> Option<SnapshotInfo> {
-        self.note("commit");
-        None
+    fn stage<'a>(&'a mut self, _: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(async { self.run("stage") })
+    }
+
+    fn commit(&mut self, _: &mut Control, _: &Held) {
+        self.run("commit").unwrap();
+    }
+
+    fn finish<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, ()> {
+        Box::pin(async { self.run("finish").unwrap() })
+    }
+
+    fn abort<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, ()> {
+        Box::pin(async { self.run("abort").unwrap() })
     }
 }
 
@@ -65,17 +79,17 @@ fn recorder(name: &'static str, fate: Fate, log: &Log) -> Box<dyn Action> {
     })
 }
 
-fn create(disk: &Disk, name: &str) -> Box<dyn Action> {
+fn create(device: &str, name: &str) -> Box<dyn Action> {
     operation(
-        disk,
+        device,
         Operation::Create {
             name: name.to_owned(),
         },
     )
 }
 
-fn operation(disk: &Disk, operation: Operation) -> Box<dyn Action> {
-    Box::new(SnapshotAction::new(disk.clone(), operation).unwrap())
+fn operation(device: &str, operation: Operation) -> Box<dyn Action> {
+    Box::new(SnapshotAction::new(device.to_owned(), operation))
 }
 
 fn selected(name: &str) -> SnapshotSelector {
@@ -85,131 +99,139 @@ fn selected(name: &str) -> SnapshotSelector {
     }
 }
 
-type Answer = Result<Vec<Option<SnapshotInfo>>, String>;
-
-/// Runs a transaction of which nothing waits.
-fn run_now(actions: Vec<Box<dyn Action>>) -> Answer {
-    let result = run(actions).now_or_never().unwrap();
-    result.map_err(|error| error.desc)
-}
-
-#[test]
-fn all_are_prepared_before_any_is_committed() {
-    let log = Log::default();
+#[tokio::test]
+async fn each_phase_is_over_before_the_next_begins() {
+    let (cx, log) = (testing::running(), Log::default());
     let action = |name| recorder(name, Fate::Works, &log);
-    let result = run_now(vec![action("a"), action("b"), action("c")]);
-    assert_eq!(result, Ok(vec![None, None, None]));
+    let result = run(&cx, vec![action("a"), action("b")]).await;
+    assert_eq!(result, Ok(vec![Effect::default(); 2]));
     assert_eq!(
         log.take(),
-        "prepare a, prepare b, prepare c, commit a, clean a, commit b, clean b, commit c, clean c"
+        "resolve a, prepare a, resolve b, prepare b, stage a, stage b, commit a, commit b, finish a, finish b, \
+         drop a, drop b"
     );
 }
 
-#[test]
-fn after_a_failure_the_others_are_aborted_in_reverse() {
-    for fate in [Fate::Fails, Fate::Panics] {
-        let log = Log::default();
-        let action = |name| recorder(name, Fate::Works, &log);
-        let result = run_now(vec![action("a"), action("b"), recorder("c", fate, &log)]);
-        assert!(result.is_err());
-        assert_eq!(
-            log.take(),
-            "prepare a, prepare b, prepare c, abort b, abort a, clean a, clean b, clean c"
-        );
+#[tokio::test]
+async fn after_a_failure_what_was_begun_is_aborted_in_reverse() {
+    let cx = testing::running();
+    let prepared = "resolve a, prepare a, resolve b";
+    let aborted = "abort b, abort a, drop a, drop b";
+    for (place, expected) in [
+        ("resolve", format!("{prepared}, drop b, abort a, drop a")),
+        ("prepare", format!("{prepared}, prepare b, {aborted}")),
+        (
+            "stage",
+            format!("{prepared}, prepare b, stage a, stage b, {aborted}"),
+        ),
+    ] {
+        for fate in [Fate::FailsIn(place), Fate::PanicsIn(place)] {
+            let log = Log::default();
+            let actions = vec![recorder("a", Fate::Works, &log), recorder("b", fate, &log)];
+            assert!(run(&cx, actions).await.is_err());
+            assert_eq!(log.take(), expected, "{fate:?}");
+        }
     }
 }
 
-#[test]
-fn a_disk_is_changed_once_however_many_actions_are_about_it() {
-    let log = Log::default();
-    let (a, b) = (fake::disk("a", &[], &log), fake::disk("b", &[], &log));
-    let about = run_now(vec![
-        create(&a, "x"),
-        recorder("other", Fate::Works, &log),
-        create(&b, "x"),
-        operation(&a, Operation::Revert(selected("x"))),
-        operation(&a, Operation::Delete(selected("y"))),
-    ]);
-    let names: Vec<Option<String>> = about
+#[tokio::test]
+async fn a_disk_is_changed_once_however_many_actions_are_about_it() {
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "a", &[], &log).await;
+    fake::disk(&cx, "b", &[], &log).await;
+    let effects = run(
+        &cx,
+        vec![
+            create("a", "x"),
+            recorder("other", Fate::Works, &log),
+            create("b", "x"),
+            operation("a", Operation::Revert(selected("x"))),
+            operation("a", Operation::Delete(selected("y"))),
+        ],
+    )
+    .await;
+    let names: Vec<Option<String>> = effects
         .unwrap()
         .into_iter()
-        .map(|about| Some(about?.name))
+        .map(|effect| Some(effect.snapshot?.name))
         .collect();
     let name = |name: &str| Some(name.to_owned());
     assert_eq!(names, [name("x"), None, name("x"), name("x"), name("y")]);
     assert_eq!(
         log.take(),
-        "flush a, flush b, change a, change b, create x of a, prepare other, create x of b, revert x of a, \
-         delete y of a, prepare a, prepare b, commit a, commit b, commit other, clean other, finish a, finish b"
+        "resolve other, prepare other, flush a, flush b, change a, change b, create x of a, stage other, create x of b, \
+         revert x of a, delete y of a, prepare a, prepare b, commit a, commit b, commit other, finish a, finish b, \
+         finish other, drop other"
     );
 }
 
-/// Three disks of which the second has these faults, and actions besides.
-fn with_faults(faults: &'static [Fault]) -> (String, String) {
-    let log = Log::default();
-    let disks = [("a", &[] as &[Fault]), ("b", faults), ("c", &[])];
-    let disks = disks.map(|(name, faults)| fake::disk(name, faults, &log));
-    let mut actions: Vec<_> = disks.iter().map(|disk| create(disk, "x")).collect();
+/// Three disks of which the second has these faults, and an action besides.
+async fn with_faults(faults: &'static [Fault]) -> (String, String) {
+    let (cx, log) = (testing::running(), Log::default());
+    let mut actions = Vec::new();
+    for (name, faults) in [("a", &[] as &[Fault]), ("b", faults), ("c", &[])] {
+        fake::disk(&cx, name, faults, &log).await;
+        actions.push(create(name, "x"));
+    }
     actions.insert(1, recorder("other", Fate::Works, &log));
-    let error = run_now(actions).unwrap_err();
-    (error, log.take())
+    let error = run(&cx, actions).await.unwrap_err();
+    (error.desc, log.take())
 }
 
-#[test]
-fn a_change_that_fails_before_its_commit_leaves_nothing_to_take_back() {
-    let begin = "flush a, flush b, flush c";
-    let (end, clean) = ("abort other, drop a", "clean other");
+const BEGIN: &str = "resolve other, prepare other, flush a, flush b, flush c";
+const END: &str = "drop a, drop b, drop c, abort other, drop other";
+
+#[tokio::test]
+async fn a_change_that_fails_before_its_commit_leaves_nothing_to_take_back() {
     let failed = "Failed to create snapshot 'x' on device 'b'";
     assert_eq!(
-        with_faults(&[Fault::Change]),
+        with_faults(&[Fault::Change]).await,
         (
             format!("{failed}: change: no"),
             format!(
-                "{begin}, change a, change b fails, change c, create x of a, prepare other, {end}, drop c, {clean}"
+                "{BEGIN}, change a, change b fails, change c, create x of a, stage other, drop a, drop c, \
+                 abort other, drop other"
             )
         )
     );
+    let begin = format!("{BEGIN}, change a, change b, change c, create x of a, stage other");
     assert_eq!(
-        with_faults(&[Fault::Create]),
+        with_faults(&[Fault::Create]).await,
         (
             format!("{failed}: create x of: no"),
-            format!(
-                "{begin}, change a, change b, change c, create x of a, prepare other, create x of b fails, \
-                 {end}, drop b, drop c, {clean}"
-            )
+            format!("{begin}, create x of b fails, {END}")
         )
     );
     assert_eq!(
-        with_faults(&[Fault::Prepare]),
+        with_faults(&[Fault::Prepare]).await,
         (
             format!("{failed}: prepare: no"),
             format!(
-                "{begin}, change a, change b, change c, create x of a, prepare other, create x of b, create x of c, \
-                 prepare a, prepare b fails, prepare c, {end}, drop b, drop c, {clean}"
+                "{begin}, create x of b, create x of c, prepare a, prepare b fails, prepare c, {END}"
             )
         )
     );
 }
 
-const COMMITTED: &str = "flush a, flush b, flush c, change a, change b, change c, create x of a, prepare other, \
-                         create x of b, create x of c, prepare a, prepare b, prepare c, commit a";
-const END: &str = "abort other, drop a, drop b, drop c, clean other";
-
-#[test]
-fn a_commit_that_fails_takes_the_others_back() {
+#[tokio::test]
+async fn a_commit_that_fails_takes_the_others_back() {
+    let committed = format!(
+        "{BEGIN}, change a, change b, change c, create x of a, stage other, create x of b, create x of c, \
+         prepare a, prepare b, prepare c, commit a"
+    );
     let failed = "Failed to create snapshot 'x' on device 'b'";
     assert_eq!(
-        with_faults(&[Fault::Commit]),
+        with_faults(&[Fault::Commit]).await,
         (
             format!("{failed}: commit: no"),
-            format!("{COMMITTED}, commit b fails, commit c, roll back a, roll back c, {END}")
+            format!("{committed}, commit b fails, commit c, roll back a, roll back c, {END}")
         )
     );
-    let (error, log) = with_faults(&[Fault::CommitPanics]);
+    let (error, log) = with_faults(&[Fault::CommitPanics]).await;
     assert!(error.starts_with("Internal error"), "{error}");
     assert_eq!(
         log,
-        format!("{COMMITTED}, commit c, roll back a, roll back c, {END}")
+        format!("{committed}, commit c, roll back a, roll back c, {END}")
     );
 }
 
@@ -230,18 +252,16 @@ impl log::Log for Lines {
     fn flush(&self) {}
 }
 
-#[test]
-fn what_cannot_be_taken_back_is_named_to_the_client_and_in_the_log() {
+#[tokio::test]
+async fn what_cannot_be_taken_back_is_named_to_the_client_and_in_the_log() {
     log::set_logger(&LINES).unwrap();
     log::set_max_level(log::LevelFilter::Error);
-    let log = Log::default();
-    let disks = [
-        fake::disk("a", &[Fault::RollBack], &log),
-        fake::disk("b", &[Fault::Commit], &log),
-    ];
-    let actions = disks.iter().map(|disk| create(disk, "x")).collect();
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "a", &[Fault::RollBack], &log).await;
+    fake::disk(&cx, "b", &[Fault::Commit], &log).await;
+    let actions = vec![create("a", "x"), create("b", "x")];
     assert_eq!(
-        run_now(actions).unwrap_err(),
+        run(&cx, actions).await.unwrap_err().desc,
         "Failed to create snapshot 'x' on device 'b': commit: no; and what was done to 'a' could not be taken back, \
          see the daemon's log"
     );
@@ -251,29 +271,138 @@ fn what_cannot_be_taken_back_is_named_to_the_client_and_in_the_log() {
     }
 }
 
-#[tokio::test]
-async fn requests_wait_until_the_end_and_go_on_after_a_failure() {
-    /// Sends a request to a disk that is held.
-    struct Asks(Disk);
+/// Sends a request to a disk, which waits until guests go on.
+struct Asks {
+    node: Arc<Node>,
+}
 
-    impl Action for Asks {
-        fn prepare<'a>(&'a mut self, _: &'a mut Changes) -> BoxFuture<'a, Result<(), QmpError>> {
-            Box::pin(async {
-                let read = self.0.node.read(0, 1).now_or_never();
-                assert!(read.is_none(), "{read:?}");
-                Err(QmpError::generic("held"))
-            })
-        }
-
-        fn commit(self: Box<Self>) -> Option<SnapshotInfo> {
-            None
-        }
+impl Action for Asks {
+    fn resolve(&mut self, _: &mut Control, plan: &mut Plan) -> Result<(), QmpError> {
+        plan.hold(&self.node);
+        Ok(())
     }
 
-    let log = Log::default();
-    let disk = fake::disk("a", &[], &log);
-    let asks = Box::new(Asks(disk.clone()));
-    let error = run(vec![create(&disk, "x"), asks]).await.unwrap_err();
-    assert_eq!(error.desc, "held");
-    disk.node.read(0, 1).await.unwrap();
+    fn prepare<'a>(&'a mut self, _: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(async {
+            self.node.read(0, 1).await.unwrap();
+            Ok(())
+        })
+    }
+
+    fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(async {
+            assert!(held.quiesced(&self.node).is_some());
+            let read = self.node.read(0, 1).now_or_never();
+            assert!(read.is_none(), "{read:?}");
+            Err(QmpError::generic("held"))
+        })
+    }
+
+    fn abort<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, ()> {
+        Box::pin(async {
+            self.node.read(0, 1).await.unwrap();
+        })
+    }
+}
+
+#[tokio::test]
+async fn requests_wait_from_stage_to_commit_only_and_go_on_after_a_failure() {
+    let cx = testing::running();
+    let node = fake::insert(&cx, "a", Memory::new(512)).await;
+    let error = run(&cx, vec![Box::new(Asks { node: node.clone() })]).await;
+    assert_eq!(error.unwrap_err().desc, "held");
+    node.read(0, 1).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_hangs_makes_the_transaction_fail_and_the_others_go_on() {
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "a", &[], &log).await;
+    let options = NullOptions {
+        size: 512,
+        read_zeroes: true,
+        latency_ns: 3_600_000_000_000,
+    };
+    let hangs = fake::insert(&cx, "hangs", Arc::new(Null::new(&options))).await;
+    let mut read = hangs.read(0, 512);
+    assert!((&mut read).now_or_never().is_none());
+    let asks = Box::new(Asks {
+        node: hangs.clone(),
+    });
+    let result = run(&cx, vec![create("a", "x"), asks]).await;
+    assert_eq!(
+        result.unwrap_err().desc,
+        "Device 'hangs' has not finished its requests within 10 s"
+    );
+    let a = cx.commit(|control| lookup::node(&control.graph, "a")).await;
+    a.unwrap().read(0, 1).await.unwrap();
+}
+
+/// Puts a node on what a device means, as a snapshot into a new layer does.
+struct Covers {
+    device: &'static str,
+    above: Arc<Node>,
+    below: Option<Arc<Node>>,
+}
+
+impl Action for Covers {
+    fn resolve(&mut self, control: &mut Control, plan: &mut Plan) -> Result<(), QmpError> {
+        self.below = Some(plan.device(&control.graph, self.device)?);
+        Ok(())
+    }
+
+    fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(async {
+            with.plan.lead(self.below.as_ref().unwrap(), &self.above);
+            Ok(())
+        })
+    }
+}
+
+#[tokio::test]
+async fn a_drive_is_what_the_actions_before_have_made_of_it_and_a_node_stays_itself() {
+    let (cx, log) = (testing::running(), Log::default());
+    for name in ["bottom", "middle", "top"] {
+        fake::disk(&cx, name, &[], &log).await;
+    }
+    let node = |name: &'static str| {
+        let found = cx.commit(move |control| lookup::node(&control.graph, name));
+        found.map(Result::unwrap)
+    };
+    let bottom = node("bottom").await;
+    let added = cx.commit(move |control| {
+        let drive = Drive::new("drive", Some(bottom));
+        control.graph.add_drive(drive).map_err(lookup::from_engine)
+    });
+    added.await.unwrap();
+    let cover = |above| -> Box<dyn Action> {
+        Box::new(Covers {
+            device: "drive",
+            above,
+            below: None,
+        })
+    };
+    let taken = run(
+        &cx,
+        vec![
+            create("drive", "1"),
+            cover(node("middle").await),
+            create("drive", "2"),
+            cover(node("top").await),
+            create("drive", "3"),
+        ],
+    )
+    .await;
+    taken.unwrap();
+    let log_of = log.take();
+    for taken in [
+        "create 1 of bottom",
+        "create 2 of middle",
+        "create 3 of top",
+    ] {
+        assert!(log_of.contains(taken), "{log_of}");
+    }
+    let covered = vec![cover(node("middle").await), create("bottom", "1")];
+    let error = run(&cx, covered).await.unwrap_err();
+    assert_eq!(error.desc, "Need a root block node");
 }

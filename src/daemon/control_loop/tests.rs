@@ -4,41 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use block::graph::Graph;
 use qapi::rt::Object;
 
 use super::*;
-use crate::daemon::exports::Exports;
-use crate::daemon::service::DaemonService;
-use crate::limits;
-use crate::monitor::{Events, RATE_LIMITS, Request, Server, Service, Session};
-
-/// A loop that has not begun, and the service in front of it.
-fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
-    let (queue, commands) = mpsc::channel(limits::QMP_CLIENTS);
-    let (handle, commits) = mpsc::channel(limits::COMMITS);
-    let (closed, exports) = mpsc::unbounded_channel();
-    let (sink, nodes) = block::events::channel();
-    let handle = ControlHandle(handle);
-    let events = Events::new(RATE_LIMITS);
-    let service = Arc::new(DaemonService::new(queue, handle.clone()));
-    let monitors = Server::new(service.clone(), events.clone());
-    let inputs = Inputs {
-        commands,
-        commits,
-        exports,
-        nodes,
-        signals: Signals::take().unwrap(),
-    };
-    let cx = Cx::new(handle.clone(), Session::new(&[]));
-    let control = Control::new(
-        Graph::reporting(sink),
-        Exports::new(closed),
-        monitors,
-        events,
-    );
-    (ControlLoop::new(control, inputs, handle), service, cx)
-}
+use crate::daemon::testing::parts;
+use crate::monitor::{Request, Service, Session};
 
 fn request(name: &str) -> Request {
     Request {

@@ -7,11 +7,12 @@ use block::driver::{
     Requests, SnapshotChange, SnapshotInfo, SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
 };
 use block::error::{Error, ErrorKind, Result};
-use block::graph::{Behaviour, Node, NodeName};
+use block::graph::{Behaviour, Node, NodeName, Opened};
 use block::io::Data;
 use block::protocols::memory::Memory;
 
-use crate::transaction::Disk;
+use crate::daemon::Cx;
+use crate::daemon::lookup::from_engine;
 
 /// What has happened, in order, to all disks and actions of a test.
 #[derive(Debug, Clone, Default)]
@@ -46,21 +47,27 @@ struct Fake {
     memory: Arc<Memory>,
 }
 
-/// A disk of this name.
-pub(crate) fn disk(name: &'static str, faults: &'static [Fault], log: &Log) -> Disk {
+/// Makes a disk of this name, and puts it into the graph.
+pub(crate) async fn disk(cx: &Cx, name: &'static str, faults: &'static [Fault], log: &Log) {
     let driver = Fake {
         name,
         faults,
         log: log.clone(),
         memory: Memory::new(512),
     };
-    let node_name = NodeName::given(name).unwrap();
-    let behaviour = Behaviour::default();
-    Disk {
-        device: name.to_owned(),
-        node: Node::new(node_name, Arc::new(driver), behaviour, Vec::new()),
-        views: Vec::new(),
-    }
+    insert(cx, name, Arc::new(driver)).await;
+}
+
+/// Puts a driver into the graph as a node of this name.
+pub(crate) async fn insert(cx: &Cx, name: &str, driver: Arc<dyn Driver>) -> Arc<Node> {
+    let name = NodeName::given(name).unwrap();
+    let node = Node::new(name, driver, Behaviour::default(), Vec::new());
+    let opened = Opened {
+        nodes: vec![node.clone()],
+    };
+    let inserted = cx.commit(|control| control.graph.insert(opened).map_err(from_engine));
+    inserted.await.unwrap();
+    node
 }
 
 impl Fake {

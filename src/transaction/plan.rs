@@ -1,0 +1,99 @@
+//! What a transaction will leave, as far as its actions have said: later actions are about that.
+
+use std::sync::Arc;
+
+use block::graph::{Drive, Graph, Link, Node};
+use qapi::rt::QmpError;
+
+use super::Disk;
+use crate::daemon::lookup;
+
+/// What the actions so far will do to the graph, and which disks have to be held still for it.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    /// (below, above): who uses `below` will use `above`.
+    led: Vec<(Arc<Node>, Arc<Node>)>,
+    pub(super) disks: Vec<Disk>,
+}
+
+impl Plan {
+    /// What `device` will mean: a drive's root, or a node. If it is neither, the class says so.
+    pub(crate) fn device(&self, graph: &Graph, device: &str) -> Result<Arc<Node>, QmpError> {
+        let node = lookup::device(graph, device)?;
+        Ok(self.if_drive(graph.drive(device), node))
+    }
+
+    #[allow(dead_code, reason = "graph changes need it")]
+    /// As [`Plan::device`], where the node may be named apart. A node that is named by its own name stays what it is.
+    pub(crate) fn device_or_node(
+        &self,
+        graph: &Graph,
+        device: Option<&str>,
+        node_name: Option<&str>,
+    ) -> Result<Arc<Node>, QmpError> {
+        let node = lookup::device_or_node(graph, device, node_name)?;
+        Ok(self.if_drive(device.and_then(|id| graph.drive(id)), node))
+    }
+
+    fn if_drive(&self, drive: Option<&Drive>, node: Arc<Node>) -> Arc<Node> {
+        match drive {
+            Some(_) => self.behind(node),
+            None => node,
+        }
+    }
+
+    /// What those who use `node` now will use.
+    pub(crate) fn behind(&self, mut node: Arc<Node>) -> Arc<Node> {
+        for (below, above) in &self.led {
+            if Arc::ptr_eq(below, &node) {
+                node = above.clone();
+            }
+        }
+        node
+    }
+
+    #[allow(dead_code, reason = "graph changes need it")]
+    /// Says that the commit leads those who use `below` to `above`, which is in the graph by now. Both are held still.
+    pub(crate) fn lead(&mut self, below: &Arc<Node>, above: &Arc<Node>) {
+        self.hold(below);
+        self.hold(above);
+        self.led.push((below.clone(), above.clone()));
+    }
+
+    /// Whether nothing will stand on a node but what shows its snapshots, which do not change.
+    pub(crate) fn is_root(&self, graph: &Graph, node: &Arc<Node>) -> bool {
+        let covered = self.led.iter().any(|(below, _)| Arc::ptr_eq(below, node));
+        !covered
+            && graph
+                .parents(node)
+                .all(|(_, link)| link.role == Link::IMAGE)
+    }
+
+    #[allow(dead_code, reason = "graph changes need it")]
+    /// Holds a node still while the transaction is staged and committed.
+    pub(crate) fn hold(&mut self, node: &Arc<Node>) {
+        self.disk(node.name(), node);
+    }
+
+    /// As [`Plan::hold`], and its internal snapshots are changed: all actions on them share one change. `device` is what the
+    /// client calls it.
+    pub(crate) fn change_snapshots(&mut self, device: &str, node: &Arc<Node>) {
+        self.disk(device, node).changes = true;
+    }
+
+    fn disk(&mut self, device: &str, node: &Arc<Node>) -> &mut Disk {
+        let is_same = |disk: &Disk| Arc::ptr_eq(&disk.node, node);
+        let place = match self.disks.iter().position(is_same) {
+            Some(place) => place,
+            None => {
+                self.disks.push(Disk {
+                    device: device.to_owned(),
+                    node: node.clone(),
+                    changes: false,
+                });
+                self.disks.len() - 1
+            }
+        };
+        &mut self.disks[place]
+    }
+}

@@ -9,6 +9,7 @@
 //! * [`formats`]: image formats between the guest's disk and the bytes below
 //! * [`protocols`]: bytes from outside: files, and a disk in memory for tests
 //! * [`io`]: payloads and the engines that move bytes; the only place with `unsafe`
+//! * [`rate`]: how fast something may be
 //! * [`units`], [`limits`]: offsets as types, and every bound with its reason
 
 #[cfg(any(test, feature = "crashlab"))]
@@ -22,4 +23,5 @@ pub mod io;
 pub mod limits;
 pub mod open;
 pub mod protocols;
+pub mod rate;
 pub mod units;

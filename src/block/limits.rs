@@ -21,6 +21,10 @@ pub const MAX_WAITING_EVENTS: usize = 1024;
 /// what a single request can make the process allocate. Callers split what is longer.
 pub const MAX_REQUEST: u64 = 64 << 20;
 
+/// How much of its time a limited transfer may use ahead. QEMU's slice: short enough to look even, long enough for large
+/// requests.
+pub const RATE_SLICE: Duration = Duration::from_millis(100);
+
 /// The largest disk, in bytes: file offsets are signed, and rounding up to any cluster size must not overflow.
 pub const MAX_DISK_SIZE: u64 = i64::MAX as u64 & !((64 << 20) - 1);
 

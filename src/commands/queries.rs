@@ -23,9 +23,8 @@ fn drive_list(graph: &Graph) -> Vec<BlockInfo> {
         removable: false,
         locked: false,
         inserted: drive
-            .root
-            .as_deref()
-            .map(|root| convert::device_info(root, Depth::WholeChain)),
+            .node()
+            .map(|root| convert::device_info(&root, Depth::WholeChain)),
     };
     graph.drives().iter().map(info).collect()
 }

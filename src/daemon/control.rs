@@ -89,7 +89,7 @@ impl Control {
         let NodeEvent { node, what } = event;
         // Clients of 2013 know images as drives. The member is there for a node that is none, too.
         let drive = self.graph.drives().iter().find(|drive| {
-            let root = drive.root.as_ref();
+            let root = drive.node();
             root.is_some_and(|root| root.name() == node)
         });
         let device = drive.map(|drive| drive.id.clone()).unwrap_or_default();

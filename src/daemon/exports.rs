@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::driver::Requests;
 use block::error::{Error, ErrorKind, Result};
-use block::graph::{Access, Graph, Node, User};
+use block::graph::{Access, Edge, Graph, Node, User};
 use tokio::sync::mpsc;
 
 use crate::exports::nbd::{NbdExportOptions, NbdServer};
@@ -15,8 +15,8 @@ use crate::limits;
 /// The NBD server, if there is one, and what is exported.
 pub struct Exports {
     server: Option<NbdServer>,
-    /// What is exported, until the event says that it is gone.
-    nodes: HashMap<String, Arc<Node>>,
+    /// How what is exported is reached, until the event says that it is gone.
+    edges: HashMap<String, Edge>,
     events: mpsc::UnboundedSender<ExportEvent>,
 }
 
@@ -24,7 +24,7 @@ impl Exports {
     pub(super) fn new(events: mpsc::UnboundedSender<ExportEvent>) -> Self {
         Exports {
             server: None,
-            nodes: HashMap::new(),
+            edges: HashMap::new(),
             events,
         }
     }
@@ -62,7 +62,7 @@ impl Exports {
 
     /// Whether an export has this id, also one that is shutting down.
     pub fn contains(&self, id: &str) -> bool {
-        self.nodes.contains_key(id)
+        self.edges.contains_key(id)
     }
 
     /// What queries show, the newest first.
@@ -80,7 +80,7 @@ impl Exports {
         options: NbdExportOptions,
         node: &Arc<Node>,
     ) -> Result<()> {
-        if self.nodes.len() >= limits::EXPORTS {
+        if self.edges.len() >= limits::EXPORTS {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 format!("There are {} exports and can be no more", limits::EXPORTS),
@@ -91,19 +91,19 @@ impl Exports {
             writes: options.writable,
             shares_writes: true,
         };
-        graph.add_user(node, user.clone(), access)?;
+        let edge = graph.add_user(node, user, access)?;
         let id = options.id.clone();
-        let requests: Arc<dyn Requests> = node.clone();
+        let requests: Arc<dyn Requests> = Arc::new(edge.clone());
         let added = self
             .server()
             .and_then(|server| server.add(options, requests));
         match added {
             Ok(()) => {
-                self.nodes.insert(id, node.clone());
+                self.edges.insert(id, edge);
                 Ok(())
             }
             Err(error) => {
-                graph.remove_user(node, &user);
+                graph.remove_user(&edge);
                 Err(error)
             }
         }
@@ -122,8 +122,8 @@ impl Exports {
 
     /// An export is gone.
     pub(super) fn closed(&mut self, graph: &mut Graph, id: &str) {
-        if let Some(node) = self.nodes.remove(id) {
-            graph.remove_user(&node, &User::Export(id.to_owned()));
+        if let Some(edge) = self.edges.remove(id) {
+            graph.remove_user(&edge);
         }
     }
 }
@@ -136,7 +136,7 @@ impl std::fmt::Debug for Exports {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Exports")
             .field("running", &self.server.is_some())
-            .field("exported", &self.nodes.len())
+            .field("exported", &self.edges.len())
             .finish_non_exhaustive()
     }
 }

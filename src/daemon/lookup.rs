@@ -39,7 +39,6 @@ fn lookup(
 ) -> Result<Arc<Node>, QmpError> {
     graph
         .lookup(device, node_name)
-        .map(Arc::clone)
         .map_err(|error| match error.kind() {
             ErrorKind::NotFound => QmpError::new(ErrorClass::DeviceNotFound, error.message()),
             _ => from_engine(error),
@@ -48,8 +47,5 @@ fn lookup(
 
 /// What `node-name` means in the commands of today.
 pub(crate) fn node(graph: &Graph, name: &str) -> Result<Arc<Node>, QmpError> {
-    graph
-        .lookup(None, Some(name))
-        .map(Arc::clone)
-        .map_err(from_engine)
+    graph.lookup(None, Some(name)).map_err(from_engine)
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::edge::Edge;
 use super::node::Node;
 
 /// What a guest sees as a disk, and what the commands of 2013 call a device.
@@ -10,7 +11,7 @@ pub struct Drive {
     /// Its id, in one name space with nodes.
     pub id: String,
     /// The uppermost layer; `None` without medium.
-    pub root: Option<Arc<Node>>,
+    pub root: Option<Edge>,
     /// What happens when a write fails.
     pub write_error: OnError,
     /// What happens when a read fails.
@@ -22,10 +23,15 @@ impl Drive {
     pub fn new(id: impl Into<String>, root: Option<Arc<Node>>) -> Self {
         Drive {
             id: id.into(),
-            root,
+            root: root.map(Edge::new),
             write_error: OnError::Enospc,
             read_error: OnError::Report,
         }
+    }
+
+    /// The node at its root; `None` without medium.
+    pub fn node(&self) -> Option<Arc<Node>> {
+        self.root.as_ref().map(Edge::node)
     }
 }
 

@@ -4,15 +4,24 @@
 //! Opening and closing happen outside: nodes are opened first (`open`) and inserted when nothing can fail any
 //! more; removed nodes are handed back to be closed.
 //!
-//! * `node`: a driver with the engine's part of every request; `align` and `counters` belong to it
+//! * `node`: a driver with the engine's part of every request; `requests`, `align` and `counters` belong to it
+//! * `edge`: how users reach nodes, and follow when others take their place
+//! * `change`: nodes put above others, replaced, and taken out, while their users go on
+//! * `access`: who may write beside whom
+//! * `quiesce`: several nodes held still
 //! * `names`: given and made-up names
 //! * `drive`: what the commands of 2013 call a device
 
+mod access;
 mod align;
+mod change;
 mod counters;
 mod drive;
+mod edge;
 mod names;
 mod node;
+mod quiesce;
+mod requests;
 
 use std::sync::Arc;
 
@@ -20,10 +29,15 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::limits::MAX_NODES;
 
+pub use access::{Access, User};
 pub use counters::{RequestCount, RequestKind};
 pub use drive::{Drive, OnError};
+pub use edge::Edge;
 pub use names::{NameSource, NodeName, is_well_formed};
-pub use node::{Access, Behaviour, Link, Node, Quiesced};
+pub use node::{Behaviour, Link, Node, Quiesced};
+pub use quiesce::quiesce_all;
+
+use access::{Use, link_user};
 
 /// All nodes and drives.
 #[derive(Debug, Default)]
@@ -40,18 +54,7 @@ struct Entry {
     /// It was asked for by name and not brought along by a node on it: it stays when that one goes.
     owned: bool,
     /// Users that are not nodes: exports and jobs.
-    users: Vec<(User, Access)>,
-}
-
-/// Who uses a node from outside of the graph.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum User {
-    /// An export, by its id.
-    Export(String),
-    /// A job, by its id.
-    Job(String),
-    /// A drive, by its id.
-    Drive(String),
+    users: Vec<Use>,
 }
 
 /// Nodes that were opened and are not in the graph yet, layers below first. The last is the root.
@@ -149,16 +152,17 @@ impl Graph {
     /// What a command means by `device` and `node-name`: a drive's root for a drive's id, else a node.
     ///
     /// `NotFound` when neither exists, `InvalidInput` for a drive without medium.
-    pub fn lookup(&self, device: Option<&str>, node_name: Option<&str>) -> Result<&Arc<Node>> {
+    pub fn lookup(&self, device: Option<&str>, node_name: Option<&str>) -> Result<Arc<Node>> {
         if let Some(drive) = device.and_then(|id| self.drive(id)) {
-            return drive.root.as_ref().ok_or_else(|| {
+            return drive.node().ok_or_else(|| {
                 Error::new(
                     ErrorKind::InvalidInput,
                     format!("Device '{}' has no medium", drive.id),
                 )
             });
         }
-        node_name.and_then(|name| self.node(name)).ok_or_else(|| {
+        let node = node_name.and_then(|name| self.node(name));
+        node.cloned().ok_or_else(|| {
             Error::new(
                 ErrorKind::NotFound,
                 format!(
@@ -184,7 +188,7 @@ impl Graph {
                 format!("There are {MAX_NODES} nodes already"),
             ));
         }
-        let mut new_links: Vec<(String, &Link)> = Vec::new();
+        let mut new_links: Vec<(String, Arc<Node>, Access)> = Vec::new();
         for (place, node) in opened.nodes.iter().enumerate() {
             let earlier = &opened.nodes[..place];
             let taken = earlier.iter().any(|other| other.name() == node.name());
@@ -192,20 +196,19 @@ impl Graph {
                 return Err(duplicate(node.name()));
             }
             for link in node.links() {
+                let below = link.edge.node();
                 let mut known = earlier.iter().chain(self.nodes());
-                if !known.any(|other| Arc::ptr_eq(other, &link.node)) {
-                    return Err(not_found(link.node.name()));
+                if !known.any(|other| Arc::ptr_eq(other, &below)) {
+                    return Err(not_found(below.name()));
                 }
-                let user = link_user(node, link);
-                for (other, earlier) in &new_links {
-                    if Arc::ptr_eq(&earlier.node, &link.node)
-                        && earlier.access.conflicts(link.access)
-                    {
-                        return Err(conflict(&link.node, (&user, link.access), other));
+                let user = link_user(node, &link);
+                for (other, earlier, access) in &new_links {
+                    if Arc::ptr_eq(earlier, &below) && access.conflicts(link.access) {
+                        return Err(access::conflict(&below, (&user, link.access), other));
                     }
                 }
-                self.check_access(&link.node, link.access, &user)?;
-                new_links.push((user, link));
+                self.check_access(&below, link.access, &user)?;
+                new_links.push((user, below, link.access));
             }
         }
         drop(new_links);
@@ -261,25 +264,35 @@ impl Graph {
         Removed { nodes }
     }
 
-    /// Registers an export or job as a user of a node, so that the node stays.
-    pub fn add_user(&mut self, node: &Arc<Node>, user: User, access: Access) -> Result<()> {
-        if access.writes && node.behaviour().read_only {
+    /// Registers an export, job or drive as a user of a node, so that the node stays. Answers the edge by which it is used: that
+    /// leads to whatever takes the node's place.
+    pub fn add_user(&mut self, node: &Arc<Node>, user: User, access: Access) -> Result<Edge> {
+        let edge = Edge::new(node.clone());
+        self.add_use(Use {
+            user,
+            access,
+            edge: edge.clone(),
+        })?;
+        Ok(edge)
+    }
+
+    fn add_use(&mut self, new: Use) -> Result<()> {
+        let node = new.edge.node();
+        if new.access.writes && node.behaviour().read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "Block node is read-only"));
         }
-        self.check_access(node, access, &user.describe())?;
-        let Some(entry) = self.entry_mut(node) else {
+        self.check_access(&node, new.access, &new.user.describe())?;
+        let Some(entry) = self.entry_mut(&node) else {
             return Err(not_found(node.name()));
         };
-        entry.users.push((user, access));
+        entry.users.push(new);
         Ok(())
     }
 
-    /// The user is gone.
-    pub fn remove_user(&mut self, node: &Arc<Node>, user: &User) {
-        if let Some(entry) = self.entry_mut(node)
-            && let Some(place) = entry.users.iter().position(|(other, _)| other == user)
-        {
-            entry.users.remove(place);
+    /// The user that has this edge is gone.
+    pub fn remove_user(&mut self, edge: &Edge) {
+        if let Some(entry) = self.entry_mut(&edge.node()) {
+            entry.users.retain(|user| !user.edge.is_same(edge));
         }
     }
 
@@ -288,15 +301,15 @@ impl Graph {
         self.entries
             .iter()
             .filter(|entry| Arc::ptr_eq(&entry.node, node))
-            .flat_map(|entry| entry.users.iter().map(|(user, _)| user))
+            .flat_map(|entry| entry.users.iter().map(|user| &user.user))
     }
 
     /// The nodes that stand on this one, with the role it has for them.
-    pub fn parents(&self, node: &Arc<Node>) -> impl Iterator<Item = (&Arc<Node>, &Link)> {
+    pub fn parents(&self, node: &Arc<Node>) -> impl Iterator<Item = (&Arc<Node>, Link)> {
         let links = self
             .nodes()
-            .flat_map(|parent| parent.links().iter().map(move |link| (parent, link)));
-        links.filter(move |(_, link)| Arc::ptr_eq(&link.node, node))
+            .flat_map(|parent| parent.links().into_iter().map(move |link| (parent, link)));
+        links.filter(|(_, link)| Arc::ptr_eq(&link.edge.node(), node))
     }
 
     /// Adds a drive. Its root, if it has one, is in the graph and becomes used by it.
@@ -319,12 +332,13 @@ impl Graph {
                 format!("Device with id '{}' is a node's name already", drive.id),
             ));
         }
-        if let Some(root) = drive.root.clone() {
+        if let Some(edge) = drive.root.clone() {
             let access = Access {
-                writes: !root.behaviour().read_only,
+                writes: !edge.node().behaviour().read_only,
                 shares_writes: true,
             };
-            self.add_user(&root, User::Drive(drive.id.clone()), access)?;
+            let user = User::Drive(drive.id.clone());
+            self.add_use(Use { user, access, edge })?;
         }
         self.drives.push(drive);
         Ok(())
@@ -339,18 +353,19 @@ impl Graph {
             ));
         };
         let own = User::Drive(id.to_owned());
-        let others = |root: &Arc<Node>| self.users(root).any(|user| *user != own);
-        if self.drives[place].root.as_ref().is_some_and(others) {
+        let others = |root: Arc<Node>| self.users(&root).any(|user| *user != own);
+        if self.drives[place].node().is_some_and(others) {
             return Err(Error::new(
                 ErrorKind::InUse,
                 format!("Device '{id}' is in use"),
             ));
         }
         let drive = self.drives.remove(place);
-        let Some(root) = drive.root else {
+        let Some(edge) = drive.root else {
             return Ok(Removed { nodes: Vec::new() });
         };
-        self.remove_user(&root, &own);
+        self.remove_user(&edge);
+        let root = edge.node();
         if self.is_owned(&root) || self.has_parent(&root) {
             return Ok(Removed { nodes: Vec::new() });
         }
@@ -365,13 +380,13 @@ impl Graph {
             self.entries
                 .retain(|entry| !Arc::ptr_eq(&entry.node, &node));
             for link in node.links() {
-                let below = &link.node;
+                let below = link.edge.node();
                 let free = self.entry(below.name()).is_some_and(|entry| {
-                    Arc::ptr_eq(&entry.node, below) && entry.users.is_empty() && !entry.owned
+                    Arc::ptr_eq(&entry.node, &below) && entry.users.is_empty() && !entry.owned
                 });
-                let queued = unused.iter().any(|other| Arc::ptr_eq(other, below));
-                if free && !queued && !self.has_parent(below) {
-                    unused.push(below.clone());
+                let queued = unused.iter().any(|other| Arc::ptr_eq(other, &below));
+                if free && !queued && !self.has_parent(&below) {
+                    unused.push(below);
                 }
             }
             nodes.push(node);
@@ -396,57 +411,6 @@ impl Graph {
         self.entries
             .iter_mut()
             .find(|entry| Arc::ptr_eq(&entry.node, node))
-    }
-
-    /// Whether a new user may have this access beside those that a node has.
-    fn check_access(&self, node: &Arc<Node>, wanted: Access, user: &str) -> Result<()> {
-        let parent = self
-            .parents(node)
-            .find(|(_, link)| link.access.conflicts(wanted))
-            .map(|(parent, link)| link_user(parent, link));
-        let outside = || {
-            let entry = self.entry(node.name())?;
-            let mut users = entry.users.iter();
-            let (user, _) = users.find(|(_, access)| access.conflicts(wanted))?;
-            Some(user.describe())
-        };
-        match parent.or_else(outside) {
-            None => Ok(()),
-            Some(other) => Err(conflict(node, (user, wanted), &other)),
-        }
-    }
-}
-
-fn link_user(parent: &Arc<Node>, link: &Link) -> String {
-    format!(
-        "node '{}' (uses node as '{}' child)",
-        parent.name(),
-        link.role
-    )
-}
-
-fn conflict(node: &Arc<Node>, (user, wanted): (&str, Access), other: &str) -> Error {
-    let (writer, excluder) = if wanted.writes {
-        (user, other)
-    } else {
-        (other, user)
-    };
-    Error::new(
-        ErrorKind::InUse,
-        format!(
-            "Permission conflict on node '{}': writing by {writer} is excluded by {excluder}",
-            node.name()
-        ),
-    )
-}
-
-impl User {
-    fn describe(&self) -> String {
-        match self {
-            User::Export(id) => format!("export '{id}'"),
-            User::Job(id) => format!("job '{id}'"),
-            User::Drive(id) => format!("block device '{id}'"),
-        }
     }
 }
 

@@ -4,20 +4,21 @@
 //!   request ─> gate ─> range and read-only checks ─> detect-zeroes, discard mode, writethrough
 //!                  ─> alignment (read-modify-write under a range lock) ─> driver
 //! ```
+//!
+//! What happens to a request inside of the gate is in `requests`.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::Mutex;
+use arc_swap::ArcSwap;
 
+use super::access::Access;
 use super::counters::{Counters, RequestCount, RequestKind};
+use super::edge::Edge;
 use super::names::NodeName;
-use crate::driver::{
-    BlockStatus, BoxFuture, Driver, Preallocation, RequestLimits, Requests, WriteFlags, ZeroFlags,
-};
+use crate::driver::{Child, Driver};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Closed, Data, Entered, Gate, RangeLock, RunToEnd};
-use crate::limits::{MAX_DISK_SIZE, MAX_REQUEST};
+use crate::io::{Closed, Gate, RangeLock};
 use crate::open::{CacheMode, DetectZeroes, DiscardMode};
 
 /// How a node behaves, whatever its driver.
@@ -38,8 +39,8 @@ pub struct Behaviour {
 pub struct Link {
     /// `file`, `data-file`, `backing` or [`Link::IMAGE`].
     pub role: &'static str,
-    /// The layer.
-    pub node: Arc<Node>,
+    /// Leads to the layer; the driver's `Child` is a handle on the same edge.
+    pub edge: Edge,
     /// What the upper layer does to it.
     pub access: Access,
 }
@@ -48,39 +49,38 @@ impl Link {
     /// The role of an image below a node that shows one of its internal snapshots. Such a node does not depend on what happens
     /// to the image otherwise.
     pub const IMAGE: &'static str = "image";
-}
 
-/// What a user of a node does to it, and what it lets other users do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Access {
-    /// It writes or resizes.
-    pub writes: bool,
-    /// Others may.
-    pub shares_writes: bool,
-}
+    /// A new edge to `node`.
+    pub fn new(role: &'static str, node: &Arc<Node>, access: Access) -> Self {
+        Link {
+            role,
+            edge: Edge::new(node.clone()),
+            access,
+        }
+    }
 
-impl Access {
-    pub(super) fn conflicts(self, other: Access) -> bool {
-        (self.writes && !other.shares_writes) || (other.writes && !self.shares_writes)
+    /// What the driver above is given to send requests to.
+    pub fn child(&self) -> Child {
+        Child::new(Arc::new(self.edge.clone()))
     }
 }
 
 /// A node of the graph. It is its own handle on the data path: give it to drivers above as a `Child`, to exports and jobs.
 pub struct Node {
-    inner: Arc<Inner>,
+    pub(super) inner: Arc<Inner>,
 }
 
 /// Shared with requests under way, which outlive the node's place in the graph.
 pub(super) struct Inner {
     pub(super) name: NodeName,
     pub(super) driver: Arc<dyn Driver>,
-    pub(super) behaviour: Behaviour,
     pub(super) ranges: RangeLock,
-    links: Vec<Link>,
-    gate: Arc<Gate>,
-    counters: Counters,
-    /// Two resizes at once would mix up what they restore on failure.
-    resizing: Mutex<()>,
+    pub(super) gate: Arc<Gate>,
+    pub(super) counters: Counters,
+    /// Held by a resize, which waits inside of the gate until it is alone there.
+    pub(super) resizing: tokio::sync::Mutex<()>,
+    behaviour: ArcSwap<Behaviour>,
+    links: Mutex<Vec<Link>>,
     /// The driver has been closed: nothing reaches it any more.
     closed: AtomicBool,
 }
@@ -89,7 +89,14 @@ pub(super) struct Inner {
 #[derive(Debug)]
 #[must_use]
 pub struct Quiesced {
-    _closed: Closed,
+    closed: Closed,
+}
+
+impl Quiesced {
+    /// Whether it holds back the requests to this node.
+    pub fn is_of(&self, node: &Node) -> bool {
+        self.closed.is_of(&node.inner.gate)
+    }
 }
 
 impl Node {
@@ -104,12 +111,12 @@ impl Node {
             inner: Arc::new(Inner {
                 name,
                 driver,
-                behaviour,
                 ranges: RangeLock::default(),
-                links,
                 gate: Arc::default(),
                 counters: Counters::default(),
-                resizing: Mutex::default(),
+                resizing: tokio::sync::Mutex::default(),
+                behaviour: ArcSwap::from_pointee(behaviour),
+                links: Mutex::new(links),
                 closed: AtomicBool::new(false),
             }),
         })
@@ -127,7 +134,7 @@ impl Node {
 
     /// How it behaves.
     pub fn behaviour(&self) -> Behaviour {
-        self.inner.behaviour
+        self.inner.behaviour()
     }
 
     /// The driver, for what is not a request: facts, snapshots. Requests go through the node.
@@ -136,14 +143,15 @@ impl Node {
     }
 
     /// The layers below.
-    pub fn links(&self) -> &[Link] {
-        &self.inner.links
+    pub fn links(&self) -> Vec<Link> {
+        self.inner.lock_links().clone()
     }
 
     /// The layer below that has this role.
-    pub fn link(&self, role: &str) -> Option<&Arc<Node>> {
-        let link = self.inner.links.iter().find(|link| link.role == role)?;
-        Some(&link.node)
+    pub fn link(&self, role: &str) -> Option<Arc<Node>> {
+        let links = self.inner.lock_links();
+        let link = links.iter().find(|link| link.role == role)?;
+        Some(link.edge.node())
     }
 
     /// What it has done so far.
@@ -158,7 +166,7 @@ impl Node {
     /// Cancellation: requests go on.
     pub async fn quiesce(&self) -> Quiesced {
         Quiesced {
-            _closed: self.inner.gate.close().await,
+            closed: self.inner.gate.close().await,
         }
     }
 
@@ -171,24 +179,18 @@ impl Node {
         }
         self.inner.driver.close().await
     }
-
-    fn run<T, F>(&self, request: impl FnOnce(Arc<Inner>) -> F) -> BoxFuture<'static, Result<T>>
-    where
-        T: Send + 'static,
-        F: Future<Output = Result<T>> + Send + 'static,
-    {
-        Box::pin(RunToEnd::new(request(self.inner.clone())))
-    }
 }
 
 impl Inner {
-    async fn enter(&self) -> Result<Entered<'_>> {
-        let entered = self.gate.enter().await;
-        self.check_open()?;
-        Ok(entered)
+    pub(super) fn behaviour(&self) -> Behaviour {
+        **self.behaviour.load()
     }
 
-    fn check_open(&self) -> Result<()> {
+    fn lock_links(&self) -> MutexGuard<'_, Vec<Link>> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn check_open(&self) -> Result<()> {
         if self.closed.load(Ordering::SeqCst) {
             return Err(Error::new(
                 ErrorKind::Io,
@@ -197,169 +199,11 @@ impl Inner {
         }
         Ok(())
     }
-
-    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        let end = offset.checked_add(len).filter(|end| *end <= MAX_DISK_SIZE);
-        let inside = |end| end <= self.driver.size() || self.driver.limits().growable;
-        if end.is_some_and(inside) {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::OutOfRange,
-            format!(
-                "Request at {offset} of {len} bytes is outside of node '{}'",
-                self.name.as_str()
-            ),
-        ))
-    }
-
-    fn check_writable(&self) -> Result<()> {
-        if self.behaviour.read_only {
-            return Err(Error::new(
-                ErrorKind::ReadOnly,
-                format!("Node '{}' is read only", self.name.as_str()),
-            ));
-        }
-        Ok(())
-    }
-
-    async fn read(self: Arc<Self>, offset: u64, len: u64) -> Result<Data> {
-        let _entered = self.enter().await?;
-        self.check_range(offset, len)?;
-        if len > MAX_REQUEST {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("A read of {len} bytes is more than the {MAX_REQUEST} allowed at once"),
-            ));
-        }
-        self.counted(RequestKind::Read, len, self.read_aligned(offset, len))
-            .await
-    }
-
-    async fn write(self: Arc<Self>, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
-        let _entered = self.enter().await?;
-        self.check_writable()?;
-        self.check_range(offset, data.len())?;
-        let flags = WriteFlags {
-            fua: flags.fua || self.behaviour.cache.writethrough,
-        };
-        if self.behaviour.detect_zeroes != DetectZeroes::Off && data.reads_as_zeroes() {
-            let flags = ZeroFlags {
-                may_unmap: self.behaviour.detect_zeroes == DetectZeroes::Unmap
-                    && self.behaviour.discard == DiscardMode::Unmap,
-                fua: flags.fua,
-                no_fallback: false,
-            };
-            let zero = self.zero_aligned(offset, data.len(), flags);
-            return self.counted(RequestKind::Write, data.len(), zero).await;
-        }
-        let len = data.len();
-        let write = self.write_aligned(offset, data, flags);
-        self.counted(RequestKind::Write, len, write).await
-    }
-
-    async fn write_zeroes(self: Arc<Self>, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
-        let _entered = self.enter().await?;
-        self.check_writable()?;
-        self.check_range(offset, len)?;
-        let flags = ZeroFlags {
-            may_unmap: flags.may_unmap && self.behaviour.discard == DiscardMode::Unmap,
-            fua: flags.fua || self.behaviour.cache.writethrough,
-            no_fallback: flags.no_fallback,
-        };
-        let zero = self.zero_aligned(offset, len, flags);
-        self.counted(RequestKind::WriteZeroes, len, zero).await
-    }
-
-    async fn discard(self: Arc<Self>, offset: u64, len: u64) -> Result<()> {
-        let _entered = self.enter().await?;
-        self.check_writable()?;
-        self.check_range(offset, len)?;
-        if self.behaviour.discard == DiscardMode::Ignore {
-            return Ok(());
-        }
-        let discard = self.discard_aligned(offset, len);
-        self.counted(RequestKind::Discard, len, discard).await
-    }
-
-    async fn flush(self: Arc<Self>) -> Result<()> {
-        let _entered = self.enter().await?;
-        self.counted(RequestKind::Flush, 0, self.driver.flush())
-            .await
-    }
-
-    async fn block_status(self: Arc<Self>, offset: u64, len: u64) -> Result<BlockStatus> {
-        let _entered = self.enter().await?;
-        self.check_range(offset, len)?;
-        self.status_aligned(offset, len).await
-    }
-
-    async fn resize(self: Arc<Self>, size: u64, preallocation: Preallocation) -> Result<()> {
-        self.check_writable()?;
-        if size > MAX_DISK_SIZE {
-            return Err(Error::new(
-                ErrorKind::InvalidInput,
-                format!("A disk of {size} bytes is larger than the {MAX_DISK_SIZE} allowed"),
-            ));
-        }
-        let _one = self.resizing.lock().await;
-        // Nobody may be writing to what is cut off.
-        let _closed = self.gate.close().await;
-        self.check_open()?;
-        self.driver.resize(size, preallocation).await
-    }
-
-    async fn counted<T>(
-        &self,
-        kind: RequestKind,
-        bytes: u64,
-        request: impl Future<Output = Result<T>>,
-    ) -> Result<T> {
-        let result = request.await;
-        self.counters.count(kind, bytes, result.is_ok());
-        result
-    }
 }
 
-impl Requests for Node {
-    fn size(&self) -> u64 {
-        self.inner.driver.size()
-    }
-
-    fn limits(&self) -> RequestLimits {
-        RequestLimits {
-            // Whatever the driver needs, the node takes anything.
-            alignment: 1,
-            ..self.inner.driver.limits()
-        }
-    }
-
-    fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
-        self.run(|inner| inner.read(offset, len))
-    }
-
-    fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
-        self.run(|inner| inner.write(offset, data, flags))
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
-        self.run(|inner| inner.write_zeroes(offset, len, flags))
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
-        self.run(|inner| inner.discard(offset, len))
-    }
-
-    fn flush(&self) -> BoxFuture<'_, Result<()>> {
-        self.run(Inner::flush)
-    }
-
-    fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
-        self.run(|inner| inner.block_status(offset, len))
-    }
-
-    fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
-        self.run(|inner| inner.resize(size, preallocation))
+impl AsRef<Gate> for Inner {
+    fn as_ref(&self) -> &Gate {
+        &self.gate
     }
 }
 

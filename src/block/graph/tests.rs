@@ -32,19 +32,15 @@ fn disk(text: &str) -> Arc<Node> {
 
 /// A raw node on others; `writes` as its access to them, shared with nobody.
 fn above(node_name: NodeName, below: &[&Arc<Node>], writes: bool) -> Arc<Node> {
+    let access = Access {
+        writes,
+        shares_writes: false,
+    };
     let links: Vec<Link> = below
         .iter()
-        .map(|node| Link {
-            role: "file",
-            node: Arc::clone(node),
-            access: Access {
-                writes,
-                shares_writes: false,
-            },
-        })
+        .map(|node| Link::new("file", node, access))
         .collect();
-    let child = crate::driver::Child::new(below[0].clone());
-    let raw = Raw::new(child, String::new(), None, None).unwrap();
+    let raw = Raw::new(links[0].child(), String::new(), None, None).unwrap();
     Node::new(node_name, Arc::new(raw), Behaviour::default(), links)
 }
 
@@ -298,9 +294,9 @@ fn a_node_in_use_stays() {
         shares_writes: true,
     };
     let export = User::Export("e".to_owned());
-    graph.add_user(&top, export.clone(), access).unwrap();
+    let edge = graph.add_user(&top, export, access).unwrap();
     assert_eq!(message(graph.remove("top")), "Node top is in use");
-    graph.remove_user(&top, &export);
+    graph.remove_user(&edge);
     assert_eq!(graph.remove("top").unwrap().nodes.len(), 1);
     assert_eq!(graph.remove("file").unwrap().nodes.len(), 1);
     assert!(names(&graph).is_empty());

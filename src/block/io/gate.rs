@@ -1,5 +1,6 @@
 //! In-flight accounting: requests enter and leave, and somebody may close the gate and wait until all have left.
 
+use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -18,16 +19,16 @@ pub struct Gate {
     state: AtomicUsize,
     /// How many hold it closed. Changes of the CLOSED bit happen under this lock only.
     closers: Mutex<usize>,
-    /// Told when the last request leaves a closed gate.
+    /// Told when a request leaves a closed gate.
     drained: Notify,
     /// Told when the gate opens.
     opened: Notify,
 }
 
-/// A request that has entered. It leaves on drop.
+/// A request that has entered by way of `P`, a handle on what the gate belongs to. It leaves on drop.
 #[derive(Debug)]
 #[must_use]
-pub struct Entered<'a>(&'a Gate);
+pub struct Entered<P: Deref<Target: AsRef<Gate>>>(P);
 
 /// Holds the gate closed. It opens when the last of these is dropped.
 #[derive(Debug)]
@@ -36,35 +37,66 @@ pub struct Closed(Arc<Gate>);
 
 impl Gate {
     /// Enters, waiting while the gate is closed. Cancellation: safe, nothing has happened.
-    pub async fn enter(&self) -> Entered<'_> {
+    pub async fn enter(&self) -> Entered<&Self> {
+        Gate::enter_by(self).await
+    }
+
+    /// As [`Gate::enter`], by a handle that is held for as long as the request is inside.
+    pub async fn enter_by<P: Deref<Target: AsRef<Gate>>>(mut place: P) -> Entered<P> {
         loop {
-            if let Some(entered) = self.try_enter() {
-                return entered;
+            match Gate::try_enter_by(place) {
+                Ok(entered) => return entered,
+                Err(outside) => place = outside,
             }
-            let opened = self.opened.notified();
+            let gate = place.deref().as_ref();
+            let opened = gate.opened.notified();
             // Checked after registering, so that an opening in between is not missed.
-            if self.state.load(Ordering::SeqCst) & CLOSED != 0 {
+            if gate.state.load(Ordering::SeqCst) & CLOSED != 0 {
                 opened.await;
             }
         }
     }
 
-    /// Enters if the gate is open.
-    pub fn try_enter(&self) -> Option<Entered<'_>> {
-        let entered = Entered(self);
-        // Dropping `entered` on a closed gate takes the count back and tells a waiting closer.
-        let before = self.state.fetch_add(ONE, Ordering::SeqCst);
-        (before & CLOSED == 0).then_some(entered)
+    /// Enters if the gate is open; else gives the handle back.
+    fn try_enter_by<P: Deref<Target: AsRef<Gate>>>(place: P) -> Result<Entered<P>, P> {
+        let gate = place.deref().as_ref();
+        if gate.state.fetch_add(ONE, Ordering::SeqCst) & CLOSED == 0 {
+            return Ok(Entered(place));
+        }
+        gate.leave();
+        Err(place)
+    }
+
+    fn leave(&self) {
+        let before = self.state.fetch_sub(ONE, Ordering::SeqCst);
+        if before & CLOSED != 0 {
+            self.drained.notify_waiters();
+        }
     }
 
     /// Closes the gate at once and waits until all that have entered have left.
     ///
     /// Cancellation: the gate opens again.
     pub async fn close(self: &Arc<Self>) -> Closed {
+        self.close_to(0).await
+    }
+
+    /// As [`Gate::close`], by somebody who has entered and waits for the others.
+    ///
+    /// Two that have entered and wait like this wait for each other: the caller sees to it that there is one.
+    pub async fn close_around<P: Deref<Target: AsRef<Gate>>>(
+        self: &Arc<Self>,
+        entered: &Entered<P>,
+    ) -> Closed {
+        debug_assert!(std::ptr::eq(entered.gate(), &**self), "entered elsewhere");
+        self.close_to(1).await
+    }
+
+    async fn close_to(self: &Arc<Self>, left: usize) -> Closed {
         let closed = self.shut();
         loop {
             let drained = self.drained.notified();
-            if self.in_flight() == 0 {
+            if self.in_flight() <= left {
                 return closed;
             }
             drained.await;
@@ -84,12 +116,33 @@ impl Gate {
     }
 }
 
-impl Drop for Entered<'_> {
+impl AsRef<Gate> for Gate {
+    fn as_ref(&self) -> &Gate {
+        self
+    }
+}
+
+impl Closed {
+    /// Whether it is this gate that is held closed.
+    pub fn is_of(&self, gate: &Gate) -> bool {
+        std::ptr::eq(&*self.0, gate)
+    }
+}
+
+impl<P: Deref<Target: AsRef<Gate>>> Entered<P> {
+    fn gate(&self) -> &Gate {
+        self.0.deref().as_ref()
+    }
+
+    /// The handle by which it has entered.
+    pub fn place(&self) -> &P {
+        &self.0
+    }
+}
+
+impl<P: Deref<Target: AsRef<Gate>>> Drop for Entered<P> {
     fn drop(&mut self) {
-        let before = self.0.state.fetch_sub(ONE, Ordering::SeqCst);
-        if before == ONE | CLOSED {
-            self.0.drained.notify_waiters();
-        }
+        self.gate().leave();
     }
 }
 

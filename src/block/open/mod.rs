@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::driver::{BoxFuture, Child, Driver, Requests};
+use crate::driver::{BoxFuture, Driver, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::formats::qcow2::{self, Qcow2};
@@ -55,7 +55,7 @@ impl Opener {
         let roots = graph
             .drives()
             .iter()
-            .filter_map(|drive| Some((drive.id.clone(), drive.root.clone()?)));
+            .filter_map(|drive| Some((drive.id.clone(), drive.node()?)));
         Opener {
             io: io.clone(),
             names: graph.names(),
@@ -110,7 +110,7 @@ impl Opening<'_> {
                 DriverOptions::Null(null) => open_null(null, options)?,
                 DriverOptions::Raw(raw) => {
                     let file = self.child(&raw.file, options, depth).await?;
-                    open_raw(raw, options, file)?
+                    open_raw(raw, options, &file)?
                 }
                 DriverOptions::Qcow2(qcow2) if qcow2.snapshot.is_some() => {
                     self.open_view(qcow2, options, depth).await?
@@ -181,9 +181,9 @@ impl Opening<'_> {
             "'{filename}' begins as no image does and is used as raw; type format=raw to lift the ban on \
              writing the header of an image into it"
         );
-        let driver = Raw::probed(Child::new(file.clone()), filename, &qcow2::MAGIC);
-        let links = vec![link("file", file, access_of_raw(read_only))];
-        Ok((Arc::new(driver), links, read_only))
+        let link = Link::new("file", &file, access_of_raw(read_only));
+        let driver = Raw::probed(link.child(), filename, &qcow2::MAGIC);
+        Ok((Arc::new(driver), vec![link], read_only))
     }
 
     async fn open_qcow2(
@@ -212,7 +212,9 @@ impl Opening<'_> {
             refcount_cache_bytes: cache.refcount_bytes,
             reporter: self.opener.events.reporter(name.as_str()),
         };
-        let opening = Qcow2::open(Child::new(file.clone()), open_options).await?;
+        let own = access_of_format(!read_only);
+        let in_file = Link::new("file", &file, own);
+        let opening = Qcow2::open(in_file.child(), open_options).await?;
         caches::check_entry(qcow2.cache.l2_entry, opening.cluster_size())?;
         let backing = match &qcow2.backing {
             BackingOption::Detached => None,
@@ -233,12 +235,13 @@ impl Opening<'_> {
                 }
             },
         };
-        let below = backing.clone().map(|node| Child::new(node));
-        let outside = data_file.clone().map(|node| Child::new(node));
+        let data_file = data_file.map(|node| Link::new("data-file", &node, own));
+        let backing = backing.map(|node| Link::new("backing", &node, access_of_format(false)));
+        let outside = data_file.as_ref().map(Link::child);
+        let below = backing.as_ref().map(Link::child);
         let driver = opening.with_data_file(outside).finish(below).await?;
-        let mut links = vec![link("file", file, access_of_format(!read_only))];
-        links.extend(data_file.map(|node| link("data-file", node, access_of_format(!read_only))));
-        links.extend(backing.map(|node| link("backing", node, access_of_format(false))));
+        let others = data_file.into_iter().chain(backing);
+        let links = std::iter::once(in_file).chain(others).collect();
         Ok((driver, links, read_only))
     }
 
@@ -379,12 +382,12 @@ fn open_null(null: &NullOptions, options: &NodeOptions) -> Result<Parts> {
     Ok((Arc::new(Null::new(null)), Vec::new(), options.read_only))
 }
 
-fn open_raw(raw: &RawOptions, options: &NodeOptions, file: Arc<Node>) -> Result<Parts> {
-    let read_only = effective_read_only(options, &file)?;
+fn open_raw(raw: &RawOptions, options: &NodeOptions, file: &Arc<Node>) -> Result<Parts> {
+    let read_only = effective_read_only(options, file)?;
     let filename = file.driver().info().filename;
-    let driver = Raw::new(Child::new(file.clone()), filename, raw.offset, raw.size)?;
-    let links = vec![link("file", file, access_of_raw(read_only))];
-    Ok((Arc::new(driver), links, read_only))
+    let link = Link::new("file", file, access_of_raw(read_only));
+    let driver = Raw::new(link.child(), filename, raw.offset, raw.size)?;
+    Ok((Arc::new(driver), vec![link], read_only))
 }
 
 /// Raw adds no metadata of its own that a second writer could destroy.
@@ -414,10 +417,6 @@ fn aio_of(file: &NodeRef) -> Aio {
         },
         NodeRef::Name(_) => Aio::default(),
     }
-}
-
-fn link(role: &'static str, node: Arc<Node>, access: Access) -> Link {
-    Link { role, node, access }
 }
 
 fn invalid(message: String) -> Error {

@@ -84,7 +84,7 @@ async fn a_layer_below_can_be_one_that_exists() {
     let upper = named("r", raw(NodeRef::Name("n".to_owned())));
     let upper = add(&mut graph, &upper).await.unwrap();
     assert!(Arc::ptr_eq(
-        upper.link("file").unwrap(),
+        &upper.link("file").unwrap(),
         graph.node("n").unwrap()
     ));
     let missing = raw(NodeRef::Name("none".to_owned()));

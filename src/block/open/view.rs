@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::options::{DriverOptions, NodeOptions, NodeRef, Qcow2Options};
-use super::{Opening, Parts, behaviour, invalid, link};
+use super::{Opening, Parts, behaviour, invalid};
 use crate::driver::{SnapshotInfo, SnapshotSelector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Access, Link, Node};
@@ -55,7 +55,7 @@ impl Opening<'_> {
             ));
         };
         let view = snapshots.view(which).await?;
-        let links = vec![link(Link::IMAGE, image, ACCESS)];
+        let links = vec![Link::new(Link::IMAGE, &image, ACCESS)];
         Ok((view, links, true))
     }
 
@@ -74,7 +74,7 @@ impl Opening<'_> {
                 shown.name
             )));
         }
-        let is_below = |below: &Arc<Node>| Arc::ptr_eq(below, &file);
+        let is_below = |below: Arc<Node>| Arc::ptr_eq(&below, &file);
         if let Some(image) = self.image(|node| node.link("file").is_some_and(is_below)) {
             return Err(make_it_the_file(file.name(), image));
         }

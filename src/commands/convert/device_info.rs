@@ -1,6 +1,7 @@
 //! Nodes as `query-block` and `query-named-block-nodes` show them.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use block::driver::{DriverInfo, FormatSpecific, PersistentBitmap, Requests};
 use block::graph::{Behaviour, Link, Node};
@@ -24,7 +25,7 @@ pub(in crate::commands) enum Depth {
 }
 
 /// A node, with its image.
-pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDeviceInfo {
+pub(in crate::commands) fn device_info(node: &Arc<Node>, depth: Depth) -> BlockDeviceInfo {
     let info = facts(node);
     let Behaviour {
         read_only,
@@ -41,7 +42,7 @@ pub(in crate::commands) fn device_info(node: &Node, depth: Depth) -> BlockDevice
         node_name: Some(node.name().to_owned()),
         ro: read_only,
         drv: info.driver.to_owned(),
-        backing_file: chain(node).nth(1).map(|below| facts(below).filename),
+        backing_file: chain(node).nth(1).map(|below| facts(&below).filename),
         backing_file_depth: match depth {
             Depth::WholeChain => signed(chain_below.count() as u64),
             Depth::Flat => 0,
@@ -85,40 +86,42 @@ fn facts(node: &Node) -> DriverInfo {
     }
     if let Some(data) = node.link("data-file") {
         let inside = info.actual_size.unwrap_or(0);
-        info.actual_size = facts(data).actual_size.map(|outside| inside + outside);
+        info.actual_size = facts(&data).actual_size.map(|outside| inside + outside);
     }
     info
 }
 
 /// The node whose bytes these are in the end.
-fn bottom(node: &Node) -> &Node {
-    std::iter::successors(Some(node), |node| node.link("file").map(|file| &**file))
-        .last()
-        .unwrap_or(node)
+fn bottom(node: &Arc<Node>) -> Arc<Node> {
+    let mut bottom = node.clone();
+    while let Some(file) = bottom.link("file") {
+        bottom = file;
+    }
+    bottom
 }
 
 /// The node and what backs it, from the top down. Raw layers and filters are no links of the chain. A snapshot is backed by
 /// what backs its image.
-fn chain(node: &Node) -> impl Iterator<Item = &Node> {
-    std::iter::successors(Some(node), |node| {
-        let image = node.link(Link::IMAGE).map_or(*node, |image| image);
-        image.link("backing").map(|below| &**below)
+fn chain(node: &Arc<Node>) -> impl Iterator<Item = Arc<Node>> {
+    std::iter::successors(Some(node.clone()), |node| {
+        let image = node.link(Link::IMAGE);
+        image.as_ref().unwrap_or(node).link("backing")
     })
 }
 
 /// The image, and the chain inside of it. Built from the base up, so that no chain is too deep to be shown.
-fn image_chain(node: &Node, info: DriverInfo, depth: Depth) -> ImageInfo {
+fn image_chain(node: &Arc<Node>, info: DriverInfo, depth: Depth) -> ImageInfo {
     let mut below = None;
     if depth == Depth::WholeChain {
-        let nodes: Vec<&Node> = chain(node).skip(1).collect();
+        let nodes: Vec<Arc<Node>> = chain(node).skip(1).collect();
         for node in nodes.into_iter().rev() {
-            below = Some(Box::new(image(node, facts(node), below)));
+            below = Some(Box::new(image(&node, facts(&node), below)));
         }
     }
     image(node, info, below)
 }
 
-fn image(node: &Node, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -> ImageInfo {
+fn image(node: &Arc<Node>, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -> ImageInfo {
     let DriverInfo {
         driver,
         filename,

@@ -1,0 +1,62 @@
+//! Several nodes held still.
+//!
+//! A request inside of a node waits where the gate of a layer below is closed. So gates are closed from the top down: were the
+//! lower one first, the upper one would never be empty.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
+
+use super::change::place;
+use super::node::{Node, Quiesced};
+
+/// Holds back new requests to all of the nodes, and waits until those under way have been answered. Answers in the order of
+/// `nodes`; one that occurs several times is held several times.
+///
+/// Nodes of which none stands on another drain at the same time. Cancellation: requests go on.
+pub async fn quiesce_all(nodes: &[Arc<Node>]) -> Vec<Quiesced> {
+    let mut heights = Heights::default();
+    let mut places: Vec<(usize, usize)> = nodes
+        .iter()
+        .enumerate()
+        .map(|(place, node)| (heights.of(node), place))
+        .collect();
+    places.sort_unstable_by(|one, other| other.cmp(one));
+    let mut held: Vec<(usize, Quiesced)> = Vec::with_capacity(nodes.len());
+    for level in places.chunk_by(|one, other| one.0 == other.0) {
+        let level = level.iter().map(|(_, place)| async move {
+            let node = &nodes[*place];
+            (*place, node.quiesce().await)
+        });
+        held.extend(join_all(level).await);
+    }
+    held.sort_unstable_by_key(|(place, _)| *place);
+    held.into_iter().map(|(_, quiesced)| quiesced).collect()
+}
+
+/// How many layers are below a node, on the longest way down: always more than below any layer of it.
+#[derive(Default)]
+struct Heights(HashMap<*const Node, usize>);
+
+impl Heights {
+    fn of(&mut self, node: &Arc<Node>) -> usize {
+        // Chains are long: what is to do is in a list, not on the stack.
+        let mut open = vec![node.clone()];
+        while let Some(top) = open.last().cloned() {
+            let below: Vec<Arc<Node>> = top.links().iter().map(|link| link.edge.node()).collect();
+            let unknown = below
+                .iter()
+                .filter(|node| !self.0.contains_key(&place(node)));
+            let before = open.len();
+            open.extend(unknown.cloned());
+            if open.len() == before {
+                let heights = below.iter().filter_map(|node| self.0.get(&place(node)));
+                let height = heights.max().map_or(0, |height| height + 1);
+                self.0.insert(place(&top), height);
+                open.pop();
+            }
+        }
+        self.0.get(&place(node)).copied().unwrap_or_default()
+    }
+}

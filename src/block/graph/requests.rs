@@ -1,0 +1,227 @@
+//! Requests on nodes and on edges: in by the gate, and what the node does with them before its driver sees them.
+
+use super::counters::RequestKind;
+use super::edge::{Edge, Inside, Way};
+use super::node::{Inner, Node};
+use crate::driver::{
+    BlockStatus, BoxFuture, Preallocation, RequestLimits, Requests, WriteFlags, ZeroFlags,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::{Data, Gate, RunToEnd};
+use crate::limits::{MAX_DISK_SIZE, MAX_REQUEST};
+use crate::open::{DetectZeroes, DiscardMode};
+
+impl Inner {
+    fn check_range(&self, offset: u64, len: u64) -> Result<()> {
+        let end = offset.checked_add(len).filter(|end| *end <= MAX_DISK_SIZE);
+        let inside = |end| end <= self.driver.size() || self.driver.limits().growable;
+        if end.is_some_and(inside) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::OutOfRange,
+            format!(
+                "Request at {offset} of {len} bytes is outside of node '{}'",
+                self.name.as_str()
+            ),
+        ))
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.behaviour().read_only {
+            return Err(Error::new(
+                ErrorKind::ReadOnly,
+                format!("Node '{}' is read only", self.name.as_str()),
+            ));
+        }
+        Ok(())
+    }
+
+    async fn read(&self, offset: u64, len: u64) -> Result<Data> {
+        self.check_range(offset, len)?;
+        if len > MAX_REQUEST {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                format!("A read of {len} bytes is more than the {MAX_REQUEST} allowed at once"),
+            ));
+        }
+        self.counted(RequestKind::Read, len, self.read_aligned(offset, len))
+            .await
+    }
+
+    async fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
+        self.check_writable()?;
+        self.check_range(offset, data.len())?;
+        let behaviour = self.behaviour();
+        let flags = WriteFlags {
+            fua: flags.fua || behaviour.cache.writethrough,
+        };
+        if behaviour.detect_zeroes != DetectZeroes::Off && data.reads_as_zeroes() {
+            let flags = ZeroFlags {
+                may_unmap: behaviour.detect_zeroes == DetectZeroes::Unmap
+                    && behaviour.discard == DiscardMode::Unmap,
+                fua: flags.fua,
+                no_fallback: false,
+            };
+            let zero = self.zero_aligned(offset, data.len(), flags);
+            return self.counted(RequestKind::Write, data.len(), zero).await;
+        }
+        let len = data.len();
+        let write = self.write_aligned(offset, data, flags);
+        self.counted(RequestKind::Write, len, write).await
+    }
+
+    async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
+        self.check_writable()?;
+        self.check_range(offset, len)?;
+        let behaviour = self.behaviour();
+        let flags = ZeroFlags {
+            may_unmap: flags.may_unmap && behaviour.discard == DiscardMode::Unmap,
+            fua: flags.fua || behaviour.cache.writethrough,
+            no_fallback: flags.no_fallback,
+        };
+        let zero = self.zero_aligned(offset, len, flags);
+        self.counted(RequestKind::WriteZeroes, len, zero).await
+    }
+
+    async fn discard(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable()?;
+        self.check_range(offset, len)?;
+        if self.behaviour().discard == DiscardMode::Ignore {
+            return Ok(());
+        }
+        let discard = self.discard_aligned(offset, len);
+        self.counted(RequestKind::Discard, len, discard).await
+    }
+
+    async fn flush(&self) -> Result<()> {
+        self.counted(RequestKind::Flush, 0, self.driver.flush())
+            .await
+    }
+
+    async fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        self.check_range(offset, len)?;
+        self.status_aligned(offset, len).await
+    }
+
+    async fn counted<T>(
+        &self,
+        kind: RequestKind,
+        bytes: u64,
+        request: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let result = request.await;
+        self.counters.count(kind, bytes, result.is_ok());
+        result
+    }
+}
+
+/// Enters by `way` and does `request` inside.
+fn run<T, F>(
+    way: Way,
+    request: impl FnOnce(Inside) -> F + Send + 'static,
+) -> BoxFuture<'static, Result<T>>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T>> + Send + 'static,
+{
+    Box::pin(RunToEnd::new(async move {
+        let inside = way.enter().await;
+        inside.place().check_open()?;
+        request(inside).await
+    }))
+}
+
+async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()> {
+    if size > MAX_DISK_SIZE {
+        return Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("A disk of {size} bytes is larger than the {MAX_DISK_SIZE} allowed"),
+        ));
+    }
+    loop {
+        let inner = way.target();
+        let _one = inner.resizing.lock().await;
+        let inside = Gate::enter_by(inner.clone()).await;
+        if !way.leads_to(&inner) {
+            continue;
+        }
+        // Nobody may be writing to what is cut off.
+        let _alone = inner.gate.close_around(&inside).await;
+        inner.check_open()?;
+        inner.check_writable()?;
+        return inner.driver.resize(size, preallocation).await;
+    }
+}
+
+/// The data path of what has `way` in and a `target` at present.
+macro_rules! requests_by_way {
+    ($place:ty) => {
+        impl Requests for $place {
+            fn size(&self) -> u64 {
+                self.target().driver.size()
+            }
+
+            fn limits(&self) -> RequestLimits {
+                RequestLimits {
+                    // Whatever the driver needs, the node takes anything.
+                    alignment: 1,
+                    ..self.target().driver.limits()
+                }
+            }
+
+            fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().read(offset, len).await
+                })
+            }
+
+            fn write(
+                &self,
+                offset: u64,
+                data: Data,
+                flags: WriteFlags,
+            ) -> BoxFuture<'_, Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().write(offset, data, flags).await
+                })
+            }
+
+            fn write_zeroes(
+                &self,
+                offset: u64,
+                len: u64,
+                flags: ZeroFlags,
+            ) -> BoxFuture<'_, Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().write_zeroes(offset, len, flags).await
+                })
+            }
+
+            fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().discard(offset, len).await
+                })
+            }
+
+            fn flush(&self) -> BoxFuture<'_, Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().flush().await
+                })
+            }
+
+            fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().block_status(offset, len).await
+                })
+            }
+
+            fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {
+                Box::pin(RunToEnd::new(resize(self.way(), size, preallocation)))
+            }
+        }
+    };
+}
+
+requests_by_way!(Node);
+requests_by_way!(Edge);

@@ -10,6 +10,7 @@
 //! * [`cx`]: what handlers are given
 //! * `control_loop`, `service`: events, and where commands come from
 //! * [`exports`]: exports as state
+//! * `jobs`: how jobs stand in line with commands
 //! * `lookup`: what clients mean by a device
 //! * `startup`, `drives`, `sockets`: the start
 //! * `background`, `pidfile`: what makes a process a daemon
@@ -20,6 +21,7 @@ mod control_loop;
 pub mod cx;
 mod drives;
 pub mod exports;
+mod jobs;
 pub(crate) mod lookup;
 mod pidfile;
 mod service;
@@ -39,11 +41,13 @@ use tokio::sync::mpsc;
 use self::control::Belongings;
 use self::control_loop::{ControlLoop, Finished, Inputs, Signals};
 use self::cx::ControlHandle;
+use self::jobs::Errands;
 use self::pidfile::PidFile;
 use self::service::DaemonService;
 use self::startup::Started;
 use crate::config::Config;
 use crate::exports::ExportEvent;
+use crate::jobs::Jobs;
 use crate::limits;
 use crate::listen::Address;
 use crate::monitor::{self, Events, Session};
@@ -82,6 +86,8 @@ async fn live(config: Config) -> Result<(), String> {
     let (handle, commits) = mpsc::channel(limits::COMMITS);
     // Unbounded, because who sends cannot wait; it takes one message per export, of which there are `limits::EXPORTS`.
     let (closed, exports) = mpsc::unbounded_channel();
+    let (reports, jobs) = mpsc::unbounded_channel();
+    let (errand, errands) = mpsc::channel(limits::ERRANDS);
     let (sink, nodes) = block::events::channel();
     let handle = ControlHandle(handle);
     let events = Events::new(monitor::RATE_LIMITS);
@@ -90,6 +96,7 @@ async fn live(config: Config) -> Result<(), String> {
     let control = Control::new(
         Graph::reporting(sink),
         exports::Exports::new(closed),
+        Jobs::new(reports, Arc::new(Errands(errand))),
         monitors,
         events,
     );
@@ -97,6 +104,8 @@ async fn live(config: Config) -> Result<(), String> {
         commands,
         commits,
         exports,
+        jobs,
+        errands,
         nodes,
         signals,
     };

@@ -8,6 +8,7 @@
 //! * [`commands`]: one file per family of commands
 //! * `transaction`: several actions as one
 //! * [`exports`]: ways out of the graph
+//! * [`jobs`]: work that goes on behind the command which began it
 //! * [`listen`]: listening sockets
 //! * [`limits`]: every limit of the process, with its reason
 
@@ -17,6 +18,7 @@ pub mod commands;
 pub mod config;
 pub mod daemon;
 pub mod exports;
+pub mod jobs;
 pub mod limits;
 pub mod listen;
 pub mod monitor;

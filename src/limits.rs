@@ -7,9 +7,24 @@ use std::time::Duration;
 /// Commits that wait for the loop. A handler has one at a time, and one handler runs.
 pub const COMMITS: usize = 4;
 
+/// Jobs that stand in line with commands; others wait to.
+pub const ERRANDS: usize = 16;
+
 /// Exports at once, those that shut down included. As many as nodes: a client that adds them in a loop must not take all
 /// memory.
 pub const EXPORTS: usize = block::limits::MAX_NODES;
+
+// Jobs.
+
+/// Jobs at once, those included that wait to be dismissed. As many as nodes: each copies some.
+pub const JOBS: usize = block::limits::MAX_NODES;
+
+/// The pause before a request is tried again whose error is ignored: a disk that is gone for good must neither take a
+/// processor nor flood clients with events.
+pub const JOB_RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long jobs may take to end when the daemon does, before it ends without them.
+pub const JOB_STOP_GRACE: Duration = Duration::from_secs(10);
 
 // The NBD server.
 

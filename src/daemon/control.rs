@@ -10,6 +10,7 @@ use block::io::IoContext;
 use super::exports::Exports;
 use super::pidfile::PidFile;
 use super::sockets::DefaultSockets;
+use crate::jobs::Jobs;
 use crate::monitor::{self, Events};
 
 /// Everything that commands act on.
@@ -18,6 +19,8 @@ pub struct Control {
     pub graph: Graph,
     /// The NBD server, its exports, and the nodes they use.
     pub exports: Exports,
+    /// Jobs, from their making until they are forgotten.
+    pub jobs: Jobs,
     /// What files are opened with.
     pub io: IoContext,
     /// The monitors; taken out when the daemon ends.
@@ -50,12 +53,14 @@ impl Control {
     pub(super) fn new(
         graph: Graph,
         exports: Exports,
+        jobs: Jobs,
         monitors: monitor::Server,
         events: Events,
     ) -> Self {
         Control {
             graph,
             exports,
+            jobs,
             io: IoContext::new(),
             monitors,
             belongings: Belongings::default(),

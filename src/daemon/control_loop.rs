@@ -5,6 +5,8 @@
 //!   handler  --Commit---> | select |                |
 //!   handler  --Ended----> | apply  | <--------------+
 //!   exports  --Export---> |        |
+//!   jobs     --Job------> |        |
+//!   jobs     --Errand---> |        | --spawns--> as a handler
 //!   nodes    --Node-----> +--------+
 //!   system   --Signal--------^
 //! ```
@@ -16,11 +18,16 @@ use qapi::rt::{QmpError, Value};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::{JoinError, JoinHandle};
+use tokio::time::Instant;
 
 use super::control::{Control, StopCause};
 use super::cx::{Commit, ControlHandle, Cx, internal_error};
+use super::jobs::Errand;
 use super::service::{self, Queued};
 use crate::exports::ExportEvent;
+use crate::jobs::JobReport;
+use crate::limits;
+use crate::monitor::Session;
 
 /// All that can happen to the control state.
 #[derive(Debug)]
@@ -33,10 +40,16 @@ pub(super) enum Event {
     Ended(Result<Result<Value, QmpError>, JoinError>),
     /// An export has something to tell.
     Export(ExportEvent),
+    /// A job's task has something to tell.
+    Job(JobReport),
+    /// A job wants to do something that stands in line with commands.
+    Errand(Errand),
     /// Something has happened to a node.
     Node(NodeEvent),
     /// The system wants the daemon to end.
     Signal,
+    /// Jobs have had their time to end with the daemon.
+    Overdue,
 }
 
 /// What is left when the loop has ended.
@@ -56,6 +69,8 @@ pub(super) struct Inputs {
     pub(super) commands: mpsc::Receiver<Queued>,
     pub(super) commits: mpsc::Receiver<Commit>,
     pub(super) exports: mpsc::UnboundedReceiver<ExportEvent>,
+    pub(super) jobs: mpsc::UnboundedReceiver<JobReport>,
+    pub(super) errands: mpsc::Receiver<Errand>,
     pub(super) nodes: mpsc::Receiver<NodeEvent>,
     pub(super) signals: Signals,
 }
@@ -63,8 +78,16 @@ pub(super) struct Inputs {
 /// The handler that runs, and who waits for it.
 struct Slot {
     task: JoinHandle<Result<Value, QmpError>>,
-    /// `None` for the start-up, which nobody asked for over a socket.
-    reply: Option<oneshot::Sender<Result<Value, QmpError>>>,
+    asker: Asker,
+}
+
+enum Asker {
+    /// A client, who waits for the answer.
+    Client(oneshot::Sender<Result<Value, QmpError>>),
+    /// Whoever started the daemon.
+    Startup,
+    /// A job, which is told in its own way.
+    Job,
 }
 
 impl Drop for Slot {
@@ -80,6 +103,8 @@ pub(super) struct ControlLoop {
     handle: ControlHandle,
     slot: Option<Slot>,
     startup: Option<QmpError>,
+    /// When the daemon ends without the jobs that are left; once it is to end.
+    deadline: Option<Instant>,
 }
 
 impl ControlLoop {
@@ -90,6 +115,7 @@ impl ControlLoop {
             handle,
             slot: None,
             startup: None,
+            deadline: None,
         }
     }
 
@@ -100,9 +126,9 @@ impl ControlLoop {
     ) -> Finished {
         self.slot = Some(Slot {
             task: tokio::spawn(async { startup.await.map(|()| Value::Null) }),
-            reply: None,
+            asker: Asker::Startup,
         });
-        while self.control.stop_cause().is_none() || self.slot.is_some() {
+        while !self.is_at_its_end() {
             let event = self.select().await;
             log::trace!("{event:?}");
             self.apply(event);
@@ -115,9 +141,41 @@ impl ControlLoop {
         }
     }
 
+    /// Whether the daemon is to stop, and can: the running command has ended, then the jobs.
+    fn is_at_its_end(&mut self) -> bool {
+        if self.control.stop_cause().is_none() {
+            return false;
+        }
+        if self
+            .slot
+            .as_ref()
+            .is_some_and(|slot| !matches!(slot.asker, Asker::Job))
+        {
+            return false;
+        }
+        self.control.jobs.end_all();
+        let jobs = self.control.jobs.list();
+        let grace = || Instant::now() + limits::JOB_STOP_GRACE;
+        let is_overdue = *self.deadline.get_or_insert_with(grace) <= Instant::now();
+        if is_overdue {
+            for job in &jobs {
+                log::warn!("job '{}' does not end: ending without it", job.spec.id);
+            }
+        }
+        is_overdue || (jobs.is_empty() && self.slot.is_none())
+    }
+
     /// Waits for the next event. Commits and exports come before the end of the handler that caused them.
     async fn select(&mut self) -> Event {
         let is_idle = self.slot.is_none();
+        let is_open = is_idle && self.control.stop_cause().is_none();
+        let deadline = self.deadline;
+        let overdue = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
         let ended = async {
             match &mut self.slot {
                 Some(slot) => (&mut slot.task).await,
@@ -129,9 +187,12 @@ impl ControlLoop {
             () = self.inputs.signals.next() => Event::Signal,
             Some(commit) = self.inputs.commits.recv() => Event::Commit(commit),
             Some(event) = self.inputs.exports.recv() => Event::Export(event),
+            Some(report) = self.inputs.jobs.recv() => Event::Job(report),
             Some(event) = self.inputs.nodes.recv() => Event::Node(event),
             ended = ended => Event::Ended(ended),
-            Some(queued) = self.inputs.commands.recv(), if is_idle => Event::Command(queued),
+            Some(errand) = self.inputs.errands.recv(), if is_idle => Event::Errand(errand),
+            Some(queued) = self.inputs.commands.recv(), if is_open => Event::Command(queued),
+            () = overdue => Event::Overdue,
         }
     }
 
@@ -141,18 +202,29 @@ impl ControlLoop {
                 let cx = Cx::new(self.handle.clone(), queued.session);
                 self.slot = Some(Slot {
                     task: tokio::spawn(service::run(cx, queued.request)),
-                    reply: Some(queued.reply),
+                    asker: Asker::Client(queued.reply),
+                });
+            }
+            Event::Errand(Errand(errand)) => {
+                let cx = Cx::new(self.handle.clone(), Session::new(&[]));
+                let task = errand(cx);
+                self.slot = Some(Slot {
+                    task: tokio::spawn(async { task.await.map(|()| Value::Null) }),
+                    asker: Asker::Job,
                 });
             }
             Event::Commit(Commit(change)) => change(&mut self.control),
             Event::Ended(ended) => self.ended(ended),
             Event::Export(ExportEvent::Closed { id }) => self.control.export_closed(&id),
+            Event::Job(report) => self.control.jobs.apply(report),
             Event::Node(event) => self.control.node_event(event),
+            Event::Overdue => {}
             Event::Signal => {
                 if self.control.stop_cause().is_some() {
                     // The second one: whoever sends it does not want to wait for the running command.
-                    log::warn!("second signal: not waiting for the running command");
+                    log::warn!("second signal: not waiting for the running command or jobs");
                     self.slot = None;
+                    self.deadline = Some(Instant::now());
                 }
                 self.control.stop(StopCause::Signal);
             }
@@ -163,19 +235,22 @@ impl ControlLoop {
         let Some(mut slot) = self.slot.take() else {
             return;
         };
+        let asker = std::mem::replace(&mut slot.asker, Asker::Job);
         let result = ended.unwrap_or_else(|error| {
             log::error!("a handler failed: {error}");
             Err(internal_error())
         });
-        match slot.reply.take() {
+        match (asker, result) {
             // A client that has hung up does not take its answer.
-            Some(reply) => drop(reply.send(result)),
-            None => {
-                if let Err(error) = result {
-                    self.startup = Some(error);
-                    self.control.stop(StopCause::StartFailed);
-                }
+            (Asker::Client(reply), result) => drop(reply.send(result)),
+            (Asker::Startup, Err(error)) => {
+                self.startup = Some(error);
+                self.control.stop(StopCause::StartFailed);
             }
+            (Asker::Job, Err(error)) => {
+                log::error!("a job's change of the graph failed: {error:?}")
+            }
+            (Asker::Startup | Asker::Job, Ok(_)) => {}
         }
     }
 }

@@ -9,7 +9,9 @@ use super::control::Control;
 use super::control_loop::{ControlLoop, Inputs, Signals};
 use super::cx::{ControlHandle, Cx};
 use super::exports::Exports;
+use super::jobs::Errands;
 use super::service::DaemonService;
+use crate::jobs::Jobs;
 use crate::limits;
 use crate::monitor::{Events, RATE_LIMITS, Server, Session};
 
@@ -18,6 +20,8 @@ pub(super) fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
     let (queue, commands) = mpsc::channel(limits::QMP_CLIENTS);
     let (handle, commits) = mpsc::channel(limits::COMMITS);
     let (closed, exports) = mpsc::unbounded_channel();
+    let (reports, jobs) = mpsc::unbounded_channel();
+    let (errand, errands) = mpsc::channel(limits::ERRANDS);
     let (sink, nodes) = block::events::channel();
     let handle = ControlHandle(handle);
     let events = Events::new(RATE_LIMITS);
@@ -27,6 +31,8 @@ pub(super) fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
         commands,
         commits,
         exports,
+        jobs,
+        errands,
         nodes,
         signals: Signals::take().unwrap(),
     };
@@ -34,6 +40,7 @@ pub(super) fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
     let control = Control::new(
         Graph::reporting(sink),
         Exports::new(closed),
+        Jobs::new(reports, Arc::new(Errands(errand))),
         monitors,
         events,
     );

@@ -26,11 +26,17 @@ const LAYERS: &[Layer] = &[
         never: &["qapi::", "block::graph", "block::formats"],
     },
     Layer {
+        place: "src/jobs",
+        modules: &["jobs", "limits"],
+        never: &["qapi::", "tokio::net", "std::net", "std::thread"],
+    },
+    Layer {
         place: "src/commands",
         modules: &[
             "commands",
             "transaction",
             "exports",
+            "jobs",
             "daemon",
             "limits",
             "listen",
@@ -39,7 +45,7 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         place: "src/transaction",
-        modules: &["transaction", "exports", "daemon", "limits"],
+        modules: &["transaction", "exports", "jobs", "daemon", "limits"],
         never: &["tokio::net", "std::net", "std::thread"],
     },
     Layer {

@@ -16,13 +16,7 @@ use super::node::{Node, Quiesced};
 ///
 /// Nodes of which none stands on another drain at the same time. Cancellation: requests go on.
 pub async fn quiesce_all(nodes: &[Arc<Node>]) -> Vec<Quiesced> {
-    let mut heights = Heights::default();
-    let mut places: Vec<(usize, usize)> = nodes
-        .iter()
-        .enumerate()
-        .map(|(place, node)| (heights.of(node), place))
-        .collect();
-    places.sort_unstable_by(|one, other| other.cmp(one));
+    let places = from_the_top(nodes);
     let mut held: Vec<(usize, Quiesced)> = Vec::with_capacity(nodes.len());
     for level in places.chunk_by(|one, other| one.0 == other.0) {
         let level = level.iter().map(|(_, place)| async move {
@@ -33,6 +27,18 @@ pub async fn quiesce_all(nodes: &[Arc<Node>]) -> Vec<Quiesced> {
     }
     held.sort_unstable_by_key(|(place, _)| *place);
     held.into_iter().map(|(_, quiesced)| quiesced).collect()
+}
+
+/// The nodes as (height, place), the highest first.
+fn from_the_top(nodes: &[Arc<Node>]) -> Vec<(usize, usize)> {
+    let mut heights = Heights::default();
+    let mut places: Vec<(usize, usize)> = nodes
+        .iter()
+        .enumerate()
+        .map(|(place, node)| (heights.of(node), place))
+        .collect();
+    places.sort_unstable_by(|one, other| other.cmp(one));
+    places
 }
 
 /// How many layers are below a node, on the longest way down: always more than below any layer of it.

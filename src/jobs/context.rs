@@ -1,0 +1,323 @@
+//! What the work of a job is given: where it may be held, how fast it may be, and whom it tells of progress and errors.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use block::error::{Error, ErrorKind, Result};
+use block::rate::RateLimit;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::machine::{Cancel, IoStatus, JobKey};
+use super::meter::Meter;
+use super::registry::{JobReport, Report};
+use crate::limits;
+
+/// Which half of a copy failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// Reading the source.
+    Read,
+    /// Writing the target.
+    Write,
+}
+
+/// What the user wants of an I/O error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnError {
+    /// The job fails.
+    #[default]
+    Report,
+    /// The request is tried again.
+    Ignore,
+    /// The job is held; when it is resumed the request is tried again.
+    Stop,
+    /// Stop where the disk is full, else report.
+    Enospc,
+}
+
+/// What is done about an I/O error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Action {
+    /// The job fails.
+    Report,
+    /// The request is tried again.
+    Ignore,
+    /// The job is held, for this reason.
+    Stop(IoStatus),
+}
+
+impl OnError {
+    /// What is done about an error of this kind.
+    pub fn action(self, error: ErrorKind) -> Action {
+        let is_full = error == ErrorKind::NoSpace;
+        let reason = if is_full {
+            IoStatus::NoSpace
+        } else {
+            IoStatus::Failed
+        };
+        match self {
+            OnError::Report => Action::Report,
+            OnError::Ignore => Action::Ignore,
+            OnError::Stop => Action::Stop(reason),
+            OnError::Enospc if is_full => Action::Stop(reason),
+            OnError::Enospc => Action::Report,
+        }
+    }
+}
+
+/// What the control loop wants of the work.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Orders {
+    /// Be held, and report it with this number.
+    pub(super) pause: Option<u64>,
+    /// End.
+    pub(super) cancel: Option<Cancel>,
+    /// Do the last step of a ready job.
+    pub(super) complete: bool,
+    /// Bytes per second; 0 for no limit.
+    pub(super) speed: u64,
+}
+
+/// What both sides see of a job.
+pub(super) struct Shared {
+    pub(super) orders: watch::Sender<Orders>,
+    pub(super) created: SystemTime,
+    offset: AtomicU64,
+    len: AtomicU64,
+    /// The work waits for time or for the user.
+    is_idle: AtomicBool,
+    limit: Mutex<RateLimit>,
+    meter: Mutex<Meter>,
+}
+
+impl Shared {
+    pub(super) fn new(speed: u64) -> Self {
+        Shared {
+            orders: watch::Sender::new(Orders {
+                speed,
+                ..Orders::default()
+            }),
+            created: SystemTime::now(),
+            offset: AtomicU64::new(0),
+            len: AtomicU64::new(0),
+            is_idle: AtomicBool::new(false),
+            limit: Mutex::new(RateLimit::new(speed)),
+            meter: Mutex::new(Meter::new(Instant::now())),
+        }
+    }
+
+    /// What is done, and what will be when all is.
+    pub(super) fn progress(&self) -> (u64, u64) {
+        let len = self.len.load(Ordering::Relaxed);
+        (self.offset.load(Ordering::Relaxed), len)
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.is_idle.load(Ordering::Relaxed)
+    }
+
+    /// How much has been done in a second, of late.
+    pub(super) fn rate(&self) -> u64 {
+        let (offset, _) = self.progress();
+        lock(&self.meter).rate(Instant::now(), offset)
+    }
+}
+
+/// The locks here guard plain numbers, which are whole at any time.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Handle of the work on its job. Clones are the same job's.
+#[derive(Clone)]
+pub struct JobContext {
+    key: JobKey,
+    shared: Arc<Shared>,
+    reports: mpsc::UnboundedSender<JobReport>,
+}
+
+impl JobContext {
+    pub(super) fn new(
+        key: JobKey,
+        shared: Arc<Shared>,
+        reports: mpsc::UnboundedSender<JobReport>,
+    ) -> Self {
+        JobContext {
+            key,
+            shared,
+            reports,
+        }
+    }
+
+    /// So much more has been done.
+    pub fn advance(&self, done: u64) {
+        let offset = self.shared.offset.fetch_add(done, Ordering::Relaxed);
+        lock(&self.shared.meter).note(Instant::now(), offset.saturating_add(done));
+    }
+
+    /// So much is left to do.
+    pub fn set_remaining(&self, remaining: u64) {
+        let offset = self.shared.offset.load(Ordering::Relaxed);
+        let len = offset.saturating_add(remaining);
+        self.shared.len.store(len, Ordering::Relaxed);
+    }
+
+    /// Returns at once, unless the job is to be held: then when it may go on, or is to end.
+    ///
+    /// To clients the job is held from when this is called, so that nothing of it should be under way then.
+    /// Cancellation: safe.
+    pub async fn pause_point(&self) {
+        let mut orders = self.shared.orders.subscribe();
+        let mut told = None;
+        loop {
+            let Orders { pause, cancel, .. } = orders.borrow_and_update().clone();
+            let Some(pause) = pause.filter(|_| cancel.is_none()) else {
+                break;
+            };
+            if told.replace(pause) != Some(pause) {
+                self.report(Report::Paused(pause));
+            }
+            let _idle = Idle::new(&self.shared);
+            if orders.changed().await.is_err() {
+                break;
+            }
+        }
+    }
+
+    /// Whether the job is to be held at the next pause point.
+    pub fn should_pause(&self) -> bool {
+        let orders = self.shared.orders.borrow();
+        orders.pause.is_some() && orders.cancel.is_none()
+    }
+
+    /// Takes `units` of what the speed allows; waits until it does, and while the job is held. At once when the job is to end.
+    ///
+    /// Cancellation: nothing was taken.
+    pub async fn throttle(&self, units: u64) {
+        let mut orders = self.shared.orders.subscribe();
+        loop {
+            self.pause_point().await;
+            let Orders { cancel, speed, .. } = orders.borrow_and_update().clone();
+            let now = Instant::now();
+            let taken = {
+                let mut limit = lock(&self.shared.limit);
+                if limit.speed() != speed {
+                    limit.set_speed(speed, now);
+                }
+                limit.take(units, now)
+            };
+            let Err(wait) = taken else {
+                return;
+            };
+            if cancel.is_some() {
+                return;
+            }
+            let _idle = Idle::new(&self.shared);
+            // Whatever the user wants, he does not want to wait for this.
+            let _ = tokio::time::timeout(wait, orders.changed()).await;
+        }
+    }
+
+    /// Waits until the job is to end. A forced end does not wait for anybody: the work's future is dropped.
+    pub async fn cancelled(&self) -> Cancel {
+        let mut orders = self.shared.orders.subscribe();
+        let order = orders.wait_for(|orders| orders.cancel.is_some()).await;
+        order
+            .ok()
+            .and_then(|orders| orders.cancel)
+            .unwrap_or(Cancel::Force)
+    }
+
+    pub(super) async fn force_cancelled(&self) {
+        let mut orders = self.shared.orders.subscribe();
+        let is_forced = |orders: &Orders| orders.cancel == Some(Cancel::Force);
+        // The sender is `self`'s.
+        let _ = orders.wait_for(is_forced).await;
+    }
+
+    /// All is done that can be done without the user's word. It comes, or the job is to end softly: see the answer.
+    pub async fn ready(&self) -> ReadyEnd {
+        self.report(Report::Ready);
+        let mut orders = self.shared.orders.subscribe();
+        loop {
+            self.pause_point().await;
+            let Orders {
+                complete, cancel, ..
+            } = orders.borrow_and_update().clone();
+            match (cancel, complete) {
+                (Some(_), _) => return ReadyEnd::Cancelled,
+                (None, true) => return ReadyEnd::Complete,
+                (None, false) => {}
+            }
+            let _idle = Idle::new(&self.shared);
+            if orders.changed().await.is_err() {
+                return ReadyEnd::Cancelled;
+            }
+        }
+    }
+
+    /// Tells of an I/O error, and does what the policy says: answers when the request is to be tried again, or the error if the
+    /// job is to fail of it.
+    ///
+    /// # Cancellation
+    /// The error may have been told, and the job may be held.
+    pub async fn on_error(
+        &self,
+        operation: Operation,
+        policy: OnError,
+        error: Error,
+    ) -> Result<()> {
+        let action = policy.action(error.kind());
+        let (seen, was_seen) = oneshot::channel();
+        self.report(Report::IoError {
+            operation,
+            action,
+            seen,
+        });
+        // The order to hold comes with the answer.
+        let _ = was_seen.await;
+        match action {
+            Action::Report => return Err(error),
+            Action::Stop(_) => self.pause_point().await,
+            Action::Ignore => {
+                let _idle = Idle::new(&self.shared);
+                tokio::time::sleep(limits::JOB_RETRY_PAUSE).await;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn report(&self, report: Report) {
+        // Nobody listens any more when the daemon ends.
+        let _ = self.reports.send(JobReport {
+            key: self.key,
+            report,
+        });
+    }
+}
+
+/// Why a ready job goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ReadyEnd {
+    /// The user wants the last step.
+    Complete,
+    /// The user wants it to end without.
+    Cancelled,
+}
+
+/// While it is there the work waits.
+struct Idle<'s>(&'s Shared);
+
+impl<'s> Idle<'s> {
+    fn new(shared: &'s Shared) -> Self {
+        shared.is_idle.store(true, Ordering::Relaxed);
+        Idle(shared)
+    }
+}
+
+impl Drop for Idle<'_> {
+    fn drop(&mut self) {
+        self.0.is_idle.store(false, Ordering::Relaxed);
+    }
+}

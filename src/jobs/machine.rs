@@ -1,0 +1,743 @@
+//! All jobs of the process as plain state: no clocks, no tasks, no I/O.
+//!
+//! Every call is something that has happened: a client's verb, or a report of a job's work. It changes states and leaves
+//! [`Effect`]s, in order, for whoever runs the jobs: what clients are told, and what the work has to do next.
+//!
+//! Jobs end in groups; most are alone in theirs. When all members' work is over without an error they become pending, are
+//! prepared one after another, and then committed one after another. The first that fails or is cancelled takes the
+//! others with it: their work is cancelled, and when all of it is over each is aborted. The newest member comes first in
+//! all of this, as in QEMU.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use block::error::{Error, ErrorKind, Result};
+use block::graph::is_well_formed;
+
+use super::context::{Action, Operation};
+use super::state::{Status, Verb};
+
+/// What a job is called between the registry and its work. Never used twice, and in the order of creation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobKey(u64);
+
+/// Jobs that end together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GroupKey(u64);
+
+/// What a job does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum JobKind {
+    /// Copies a disk as it is at one moment.
+    Backup,
+    /// Makes an image.
+    Create,
+}
+
+impl JobKind {
+    /// Whether clients see it among block jobs, with their verbs and events.
+    pub fn is_block_job(self) -> bool {
+        match self {
+            JobKind::Backup => true,
+            JobKind::Create => false,
+        }
+    }
+}
+
+/// What a client says of a job when it is made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobSpec {
+    /// Its id.
+    pub id: String,
+    /// What it does.
+    pub kind: JobKind,
+    /// How fast it may be at first, in units of progress (bytes for block jobs) per second. 0: as fast as it can.
+    pub speed: u64,
+    /// Whether it concludes without the user's word.
+    pub auto_finalize: bool,
+    /// Whether it is forgotten when it has concluded.
+    pub auto_dismiss: bool,
+}
+
+/// How a job that is cancelled ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Cancel {
+    /// As it likes: a ready job may complete without its last step.
+    Soft,
+    /// At once.
+    Force,
+}
+
+/// How the target or source of a job is, as its errors have shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum IoStatus {
+    /// Nothing has stopped the job, or the user has resumed it since.
+    #[default]
+    Ok,
+    /// An error has stopped it.
+    Failed,
+    /// A full disk has stopped it.
+    NoSpace,
+}
+
+/// Something for whoever runs the jobs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Effect {
+    /// Tell clients.
+    Tell(JobKey, Notice),
+    /// Begin with the work.
+    Run(JobKey),
+    /// Hold the work; it reports `paused` with this number.
+    Pause(JobKey, u64),
+    /// Let the work go on.
+    Resume(JobKey),
+    /// End the work.
+    Cancel(JobKey, Cancel),
+    /// Do the last step of a ready job.
+    Complete(JobKey),
+    /// Do what can fail of the end.
+    Prepare(JobKey),
+    /// Make the end final, and clean up.
+    Commit(JobKey),
+    /// Take back, and clean up.
+    Abort(JobKey),
+    /// The job does not exist any more.
+    Forget(JobKey),
+}
+
+/// What clients are told of a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    /// It has another state.
+    Status(Status),
+    /// It is ready.
+    Ready,
+    /// It waits for the user's word.
+    Pending,
+    /// It has ended, with an error if there is one.
+    Completed(Option<String>),
+    /// It was cancelled.
+    Cancelled,
+    /// An I/O error, and what is done about it.
+    Error(Operation, Action),
+}
+
+/// A job.
+#[derive(Debug, Clone)]
+pub struct Job {
+    /// What the client said.
+    pub spec: JobSpec,
+    /// Where it is.
+    pub status: Status,
+    /// Why it fails, if it does.
+    pub failure: Option<String>,
+    /// How its I/O is.
+    pub io_status: IoStatus,
+    group: GroupKey,
+    /// There is a task that carries out its instructions.
+    has_task: bool,
+    /// Its work was begun.
+    started: bool,
+    /// Held by the user or by an error; the work may not know yet.
+    held: bool,
+    /// The number of the last pause: reports about earlier ones count for nothing.
+    pause: u64,
+    /// It is to end at once.
+    cancelled: bool,
+    /// It was asked to end as it likes.
+    soft_cancelled: bool,
+    /// Nothing can change how it ends any more.
+    is_finishing: bool,
+}
+
+impl Job {
+    fn new(spec: JobSpec, group: GroupKey) -> Self {
+        Job {
+            spec,
+            status: Status::Created,
+            failure: None,
+            io_status: IoStatus::Ok,
+            group,
+            has_task: false,
+            started: false,
+            held: false,
+            pause: 0,
+            cancelled: false,
+            soft_cancelled: false,
+            is_finishing: false,
+        }
+    }
+
+    /// Whether the user or an error holds it, also when its work has not stopped yet.
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+}
+
+#[derive(Debug, Default)]
+struct Group {
+    /// In the order of creation.
+    members: Vec<JobKey>,
+    /// One has failed or was cancelled.
+    aborting: bool,
+    phase: Phase,
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+enum Phase {
+    /// Some work is not over.
+    #[default]
+    Working,
+    /// All of it is, and the user's word is missing.
+    Pending,
+    /// The first of these is being prepared.
+    Preparing(VecDeque<JobKey>),
+    /// The first of these is being committed or aborted.
+    Finishing(VecDeque<JobKey>),
+}
+
+/// All jobs.
+#[derive(Debug, Default)]
+pub struct Machine {
+    jobs: BTreeMap<JobKey, Job>,
+    ids: HashMap<String, JobKey>,
+    groups: BTreeMap<GroupKey, Group>,
+    last: u64,
+    effects: Vec<Effect>,
+}
+
+const CANCELLED: &str = "Operation canceled";
+
+impl Machine {
+    /// What has been left to do since the last call.
+    pub fn take_effects(&mut self) -> Vec<Effect> {
+        std::mem::take(&mut self.effects)
+    }
+
+    /// The job of this id.
+    pub fn find(&self, id: &str) -> Option<JobKey> {
+        self.ids.get(id).copied()
+    }
+
+    /// A job that there is.
+    pub fn get(&self, key: JobKey) -> Option<&Job> {
+        self.jobs.get(&key)
+    }
+
+    /// All of them, the newest first.
+    pub fn list(&self) -> impl Iterator<Item = (JobKey, &Job)> {
+        self.jobs.iter().rev().map(|(key, job)| (*key, job))
+    }
+
+    /// A group for jobs that are yet to be made.
+    pub fn new_group(&mut self) -> GroupKey {
+        self.last += 1;
+        GroupKey(self.last)
+    }
+
+    /// Makes a job, in a group of others or alone.
+    pub fn create(&mut self, spec: JobSpec, group: Option<GroupKey>) -> Result<JobKey> {
+        if !is_well_formed(&spec.id) {
+            return Err(invalid(format!("Invalid job ID '{}'", spec.id)));
+        }
+        if self.ids.contains_key(&spec.id) {
+            let text = format!("Job ID '{}' already in use", spec.id);
+            return Err(Error::new(ErrorKind::AlreadyExists, text));
+        }
+        let group = group.unwrap_or_else(|| self.new_group());
+        self.last += 1;
+        let key = JobKey(self.last);
+        self.groups.entry(group).or_default().members.push(key);
+        self.ids.insert(spec.id.clone(), key);
+        self.jobs.insert(key, Job::new(spec, group));
+        self.tell(key, Notice::Status(Status::Created));
+        Ok(key)
+    }
+
+    /// Begins with the work of a job that was made. One that was cancelled meanwhile is aborted instead.
+    pub fn start(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get_mut(&key) else {
+            return;
+        };
+        assert_eq!(job.status, Status::Created, "a job is started once");
+        job.has_task = true;
+        if job.cancelled {
+            self.over(key, Err(CANCELLED.to_owned()));
+            return;
+        }
+        job.started = true;
+        let pause = job.held.then_some(job.pause);
+        self.transition(key, Status::Running);
+        if let Some(pause) = pause {
+            self.effects.push(Effect::Pause(key, pause));
+        }
+        self.effects.push(Effect::Run(key));
+    }
+
+    /// A job that was made will not be started. There is no work to be taken back.
+    pub fn abandon(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get_mut(&key) else {
+            return;
+        };
+        assert_eq!(job.status, Status::Created, "its work has not begun");
+        job.cancelled = true;
+        self.over(key, Err(CANCELLED.to_owned()));
+    }
+
+    // Verbs.
+
+    /// Whether a job takes a verb now.
+    pub fn check(&self, key: JobKey, verb: Verb) -> Result<()> {
+        let Some(job) = self.jobs.get(&key) else {
+            return Err(Error::new(ErrorKind::NotFound, "Job not found"));
+        };
+        // What is being finished cannot be changed, and a user's word that was given is not wanted again.
+        let group = self.groups.get(&job.group);
+        let is_finalized = group.is_some_and(|group| group.phase != Phase::Pending);
+        let is_late = job.is_finishing || (verb == Verb::Finalize && is_finalized);
+        if job.status.accepts(verb) && !is_late {
+            return Ok(());
+        }
+        Err(invalid(format!(
+            "Job '{}' in state '{}' cannot accept command verb '{}'",
+            job.spec.id,
+            job.status.name(),
+            verb.name()
+        )))
+    }
+
+    /// The user wants the job held.
+    pub fn pause(&mut self, key: JobKey) -> Result<()> {
+        self.check(key, Verb::Pause)?;
+        match self.hold(key) {
+            true => Ok(()),
+            false => Err(invalid("Job is already paused")),
+        }
+    }
+
+    /// The user wants the job to go on.
+    pub fn resume(&mut self, key: JobKey) -> Result<()> {
+        if self.jobs.get(&key).is_some_and(|job| !job.held) {
+            return Err(invalid("Can't resume a job that was not paused"));
+        }
+        self.check(key, Verb::Resume)?;
+        self.let_go(key);
+        Ok(())
+    }
+
+    /// The user wants another speed.
+    pub fn set_speed(&mut self, key: JobKey, speed: u64) -> Result<()> {
+        self.check(key, Verb::SetSpeed)?;
+        if let Some(job) = self.jobs.get_mut(&key) {
+            job.spec.speed = speed;
+        }
+        Ok(())
+    }
+
+    /// The user wants the job to end. No kind of job ends softly but one that is ready.
+    pub fn cancel(&mut self, key: JobKey, how: Cancel) -> Result<()> {
+        self.check(key, Verb::Cancel)?;
+        let is_ready = |job: &Job| matches!(job.status, Status::Ready | Status::Standby);
+        match how {
+            Cancel::Soft if self.jobs.get(&key).is_some_and(is_ready) => {
+                self.let_go(key);
+                if let Some(job) = self.jobs.get_mut(&key) {
+                    job.soft_cancelled = true;
+                }
+                self.effects.push(Effect::Cancel(key, Cancel::Soft));
+            }
+            Cancel::Soft | Cancel::Force => self.force_cancel(key),
+        }
+        Ok(())
+    }
+
+    /// The user wants the last step of a ready job.
+    pub fn complete(&mut self, key: JobKey) -> Result<()> {
+        self.check(key, Verb::Complete)?;
+        if let Some(job) = self.jobs.get(&key)
+            && (job.cancelled || job.soft_cancelled)
+        {
+            let text = format!("The active block job '{}' cannot be completed", job.spec.id);
+            return Err(invalid(text));
+        }
+        self.effects.push(Effect::Complete(key));
+        Ok(())
+    }
+
+    /// The user gives his word that a job, with its group, may conclude.
+    pub fn finalize(&mut self, key: JobKey) -> Result<()> {
+        self.check(key, Verb::Finalize)?;
+        if let Some(group) = self.group_of(key) {
+            self.prepare_group(group);
+        }
+        Ok(())
+    }
+
+    /// The user has seen enough of a concluded job.
+    pub fn dismiss(&mut self, key: JobKey) -> Result<()> {
+        self.check(key, Verb::Dismiss)?;
+        self.forget(key);
+        Ok(())
+    }
+
+    /// Ends a job whatever its state, as far as it can be: for the end of the daemon. Nobody is going to start it.
+    pub fn end(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get(&key) else {
+            return;
+        };
+        match job.status {
+            Status::Concluded => self.forget(key),
+            Status::Created => self.abandon(key),
+            _ if self.check(key, Verb::Cancel).is_ok() => self.force_cancel(key),
+            _ => {}
+        }
+    }
+
+    // Reports of the work.
+
+    /// The work is held, as the pause of this number wanted.
+    pub fn paused(&mut self, key: JobKey, pause: u64) {
+        let Some(job) = self.jobs.get(&key) else {
+            return;
+        };
+        if job.held && job.pause == pause {
+            match job.status {
+                Status::Running => self.transition(key, Status::Paused),
+                Status::Ready => self.transition(key, Status::Standby),
+                _ => {}
+            }
+        }
+    }
+
+    /// All is done but the last step.
+    pub fn ready(&mut self, key: JobKey) {
+        if self.jobs.get(&key).map(|job| job.status) == Some(Status::Running) {
+            self.transition(key, Status::Ready);
+            self.tell(key, Notice::Ready);
+        }
+    }
+
+    /// An I/O error, and what the policy makes of it.
+    pub fn io_error(&mut self, key: JobKey, operation: Operation, action: Action) {
+        if !self.jobs.contains_key(&key) {
+            return;
+        }
+        self.tell(key, Notice::Error(operation, action));
+        if let Action::Stop(io_status) = action {
+            self.hold(key);
+            if let Some(job) = self.jobs.get_mut(&key)
+                && job.io_status == IoStatus::Ok
+            {
+                job.io_status = io_status;
+            }
+        }
+    }
+
+    /// The work is over.
+    pub fn ran(&mut self, key: JobKey, result: std::result::Result<(), String>) {
+        self.over(key, result);
+    }
+
+    /// What can fail of the end has been done.
+    pub fn prepared(&mut self, key: JobKey, result: std::result::Result<(), String>) {
+        let Some(group) = self.group_of(key) else {
+            return;
+        };
+        if let Err(text) = result {
+            self.fail(key, text);
+            self.abort_group(group);
+        }
+        let Some(state) = self.groups.get_mut(&group) else {
+            return;
+        };
+        if let Phase::Preparing(rest) = &mut state.phase {
+            rest.pop_front();
+            match rest.front() {
+                Some(next) if !state.aborting => self.effects.push(Effect::Prepare(*next)),
+                _ => self.finish_group(group),
+            }
+        }
+    }
+
+    /// It is committed or aborted, and cleaned up.
+    pub fn finished(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get(&key) else {
+            return;
+        };
+        let group = job.group;
+        let notice = match job.cancelled {
+            true => Notice::Cancelled,
+            false => Notice::Completed(job.failure.clone()),
+        };
+        if job.started {
+            self.tell(key, notice);
+        }
+        self.conclude(key);
+        self.finish_next(group);
+    }
+
+    // Steps.
+
+    fn tell(&mut self, key: JobKey, notice: Notice) {
+        self.effects.push(Effect::Tell(key, notice));
+    }
+
+    fn transition(&mut self, key: JobKey, next: Status) {
+        let Some(job) = self.jobs.get_mut(&key) else {
+            return;
+        };
+        let now = job.status;
+        assert!(
+            now.may_become(next),
+            "job '{}' cannot go from {now:?} to {next:?}",
+            job.spec.id
+        );
+        job.status = next;
+        if now != next {
+            self.tell(key, Notice::Status(next));
+        }
+    }
+
+    fn group_of(&self, key: JobKey) -> Option<GroupKey> {
+        Some(self.jobs.get(&key)?.group)
+    }
+
+    /// Holds a job. Answers whether it was not held before.
+    fn hold(&mut self, key: JobKey) -> bool {
+        let Some(job) = self.jobs.get_mut(&key) else {
+            return false;
+        };
+        if std::mem::replace(&mut job.held, true) {
+            return false;
+        }
+        job.pause += 1;
+        if job.started {
+            self.effects.push(Effect::Pause(key, job.pause));
+        }
+        true
+    }
+
+    /// Undoes [`Machine::hold`], if it was.
+    fn let_go(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get_mut(&key) else {
+            return;
+        };
+        if !std::mem::replace(&mut job.held, false) {
+            return;
+        }
+        job.io_status = IoStatus::Ok;
+        let (started, status) = (job.started, job.status);
+        match status {
+            Status::Paused => self.transition(key, Status::Running),
+            Status::Standby => self.transition(key, Status::Ready),
+            _ => {}
+        }
+        if started {
+            self.effects.push(Effect::Resume(key));
+        }
+    }
+
+    fn force_cancel(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get_mut(&key) else {
+            return;
+        };
+        if std::mem::replace(&mut job.cancelled, true) {
+            return;
+        }
+        let (group, status) = (job.group, job.status);
+        match status {
+            // Whoever made it starts or abandons it.
+            Status::Created => {}
+            _ if status.is_over() => {
+                self.abort_group(group);
+                self.advance(group);
+            }
+            _ => {
+                self.let_go(key);
+                self.effects.push(Effect::Cancel(key, Cancel::Force));
+            }
+        }
+    }
+
+    /// The work of a job is over, or will never be.
+    fn over(&mut self, key: JobKey, result: std::result::Result<(), String>) {
+        let Some(job) = self.jobs.get(&key) else {
+            return;
+        };
+        let (group, cancelled) = (job.group, job.cancelled);
+        self.let_go(key);
+        match result {
+            Err(text) => self.fail(key, text),
+            Ok(()) if cancelled => self.fail(key, CANCELLED.to_owned()),
+            Ok(()) => {
+                self.transition(key, Status::Waiting);
+                self.advance(group);
+                return;
+            }
+        }
+        self.abort_group(group);
+        self.advance(group);
+    }
+
+    fn fail(&mut self, key: JobKey, text: String) {
+        if let Some(job) = self.jobs.get_mut(&key) {
+            let text = if job.cancelled {
+                CANCELLED.to_owned()
+            } else {
+                text
+            };
+            job.failure.get_or_insert(text);
+        }
+        self.transition(key, Status::Aborting);
+    }
+
+    /// One has failed or was cancelled: so are the others.
+    fn abort_group(&mut self, group: GroupKey) {
+        let Some(state) = self.groups.get_mut(&group) else {
+            return;
+        };
+        if std::mem::replace(&mut state.aborting, true) {
+            return;
+        }
+        for key in state.members.clone() {
+            let Some(job) = self.jobs.get_mut(&key) else {
+                continue;
+            };
+            match job.status.is_over() {
+                // Its own failure is why it ends, if it has one.
+                true => job.cancelled |= job.failure.is_none(),
+                false => self.force_cancel(key),
+            }
+        }
+    }
+
+    /// Goes on with a group, if all work in it is over.
+    fn advance(&mut self, group: GroupKey) {
+        let Some(state) = self.groups.get(&group) else {
+            return;
+        };
+        let is_over = |key| self.jobs.get(key).is_none_or(|job| job.status.is_over());
+        let is_busy = !matches!(state.phase, Phase::Working | Phase::Pending);
+        if is_busy || !state.members.iter().all(is_over) {
+            return;
+        }
+        if state.aborting {
+            self.finish_group(group);
+            return;
+        }
+        let members: Vec<JobKey> = state.members.iter().rev().copied().collect();
+        let mut needs_word = false;
+        for key in members {
+            self.transition(key, Status::Pending);
+            if self
+                .jobs
+                .get(&key)
+                .is_some_and(|job| !job.spec.auto_finalize)
+            {
+                needs_word = true;
+                self.tell(key, Notice::Pending);
+            }
+        }
+        if let Some(state) = self.groups.get_mut(&group) {
+            state.phase = Phase::Pending;
+        }
+        if !needs_word {
+            self.prepare_group(group);
+        }
+    }
+
+    fn prepare_group(&mut self, group: GroupKey) {
+        let Some(state) = self.groups.get_mut(&group) else {
+            return;
+        };
+        let queue: VecDeque<JobKey> = state.members.iter().rev().copied().collect();
+        if let Some(first) = queue.front() {
+            self.effects.push(Effect::Prepare(*first));
+        }
+        state.phase = Phase::Preparing(queue);
+    }
+
+    /// Commits or aborts all members. From here on nothing changes how they end.
+    fn finish_group(&mut self, group: GroupKey) {
+        let Some(state) = self.groups.get_mut(&group) else {
+            return;
+        };
+        let queue: VecDeque<JobKey> = state.members.iter().rev().copied().collect();
+        for key in &queue {
+            if let Some(job) = self.jobs.get_mut(key) {
+                job.is_finishing = true;
+            }
+        }
+        state.phase = Phase::Finishing(queue);
+        self.finish_next(group);
+    }
+
+    fn finish_next(&mut self, group: GroupKey) {
+        loop {
+            let Some(state) = self.groups.get(&group) else {
+                return;
+            };
+            let Phase::Finishing(queue) = &state.phase else {
+                return;
+            };
+            let Some(key) = queue.front().copied() else {
+                self.groups.remove(&group);
+                return;
+            };
+            if state.aborting {
+                self.fail(key, CANCELLED.to_owned());
+            }
+            let job = self.jobs.get(&key);
+            match job.map(|job| (job.failure.is_some(), job.has_task)) {
+                Some((true, true)) => self.effects.push(Effect::Abort(key)),
+                Some((false, _)) => self.effects.push(Effect::Commit(key)),
+                // It never had work: nothing is to be taken back.
+                Some((true, false)) | None => {
+                    self.conclude(key);
+                    continue;
+                }
+            }
+            return;
+        }
+    }
+
+    /// The first in the queue of its group has ended.
+    fn conclude(&mut self, key: JobKey) {
+        let Some(job) = self.jobs.get(&key) else {
+            return;
+        };
+        let (group, stays) = (job.group, job.started && !job.spec.auto_dismiss);
+        if let Some(state) = self.groups.get_mut(&group) {
+            state.members.retain(|member| *member != key);
+            if let Phase::Finishing(queue) = &mut state.phase {
+                queue.pop_front();
+            }
+        }
+        self.transition(key, Status::Concluded);
+        match stays {
+            // For dismissing, which is all that is left to do with it.
+            true => self.set_finishing(key, false),
+            false => self.forget(key),
+        }
+    }
+
+    fn set_finishing(&mut self, key: JobKey, is_finishing: bool) {
+        if let Some(job) = self.jobs.get_mut(&key) {
+            job.is_finishing = is_finishing;
+        }
+    }
+
+    fn forget(&mut self, key: JobKey) {
+        self.transition(key, Status::Null);
+        self.effects.push(Effect::Forget(key));
+        if let Some(job) = self.jobs.remove(&key) {
+            self.ids.remove(&job.spec.id);
+        }
+    }
+}
+
+fn invalid(text: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, text)
+}
+
+#[cfg(test)]
+mod tests;

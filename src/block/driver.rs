@@ -110,6 +110,13 @@ pub trait Requests: Send + Sync {
     /// What lies at `offset`, for as many of the next `len` bytes as share one answer.
     fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>>;
 
+    /// Writes exactly one cluster of the format compressed, or what there is of the disk's last one; as it is where that is not smaller.
+    /// Errors and durability as for `write`; `Unsupported` for what cannot store compressed clusters.
+    fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
+        let _ = (offset, data);
+        Box::pin(async { Err(unsupported("Writing compressed clusters")) })
+    }
+
     /// Changes the size. Shrinking drops the tail; new bytes read as zeroes.
     fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>>;
 }
@@ -355,6 +362,12 @@ pub trait Snapshots: Send + Sync {
         let _ = which;
         Box::pin(async { Err(unsupported("Reading a snapshot")) })
     }
+}
+
+/// A disk whose snapshots can be reached: a node, or a bare driver.
+pub trait SnapshotSource: Send + Sync {
+    /// Its internal snapshots, for formats that have them.
+    fn snapshots(&self) -> Option<&dyn Snapshots>;
 }
 
 /// Does what has been staged.

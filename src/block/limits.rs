@@ -188,3 +188,31 @@ pub const INLINE_WATCH: Duration = Duration::from_secs(1);
 /// Operations that a ring has in the kernel at once; what is beyond waits in its queue. Bounds the memory of
 /// completions, and is far above what a disk needs to be busy.
 pub const MAX_RING_IN_FLIGHT: usize = 1024;
+
+/// Copies: bytes of old content that guests' requests may leave in memory for the target before they wait. A cluster of 64 KiB per
+/// request makes this a thousand requests that find the target slow.
+pub const COPY_GUEST_BYTES: u64 = 64 << 20;
+
+/// Copies: bytes in memory of the copying that goes on by itself. With the guests' share it makes 128 MiB, QEMU's bound.
+pub const COPY_BACKGROUND_BYTES: u64 = 64 << 20;
+
+/// Copies: smallest cluster, and that of targets that have none. QEMU's.
+pub const COPY_CLUSTER: u64 = 64 << 10;
+
+/// Copies: largest cluster that can be asked for: one must fit into the guests' share of the memory.
+pub const COPY_MAX_CLUSTER: u64 = 32 << 20;
+
+/// Copies: bytes per request.
+pub const COPY_CHUNK: u64 = 1 << 20;
+
+/// Copies: requests at once. QEMU's default.
+pub const COPY_WORKERS: u32 = 64;
+
+/// Copies: bytes of the source that are asked for at once whether they are allocated or zero.
+pub const COPY_STATUS_BYTES: u64 = 1 << 30;
+
+/// Copies: how long a request that failed waits before it is tried again, if errors are ignored.
+pub const COPY_RETRY_PAUSE: Duration = Duration::from_millis(100);
+
+/// Copies: how long a guest waits for memory while the target fails, before it is told. Who owns the copy mostly ends it by then.
+pub const COPY_TARGET_PATIENCE: Duration = Duration::from_millis(200);

@@ -56,6 +56,18 @@ const LAYERS: &[Layer] = &[
         never: &["qapi::"],
     },
     Layer {
+        place: "src/block/copy",
+        modules: &["copy", "driver", "io", "error", "units", "limits"],
+        never: &["qapi::", "block::graph"],
+    },
+    Layer {
+        place: "src/block/filters",
+        modules: &[
+            "filters", "copy", "driver", "io", "error", "units", "limits",
+        ],
+        never: &["qapi::", "block::graph"],
+    },
+    Layer {
         place: "src/block/formats/qcow2",
         modules: &[
             "formats", "driver", "events", "io", "error", "units", "limits", "open",

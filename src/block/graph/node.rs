@@ -16,7 +16,7 @@ use super::access::Access;
 use super::counters::{Counters, RequestCount, RequestKind};
 use super::edge::Edge;
 use super::names::NodeName;
-use crate::driver::{Child, Driver};
+use crate::driver::{Child, Driver, SnapshotSource, Snapshots};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Closed, Gate, RangeLock};
 use crate::open::{CacheMode, DetectZeroes, DiscardMode};
@@ -204,6 +204,12 @@ impl Inner {
 impl AsRef<Gate> for Inner {
     fn as_ref(&self) -> &Gate {
         &self.gate
+    }
+}
+
+impl SnapshotSource for Node {
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        self.driver().snapshots()
     }
 }
 

@@ -71,6 +71,14 @@ impl Inner {
         self.counted(RequestKind::Write, len, write).await
     }
 
+    async fn write_compressed(&self, offset: u64, data: Data) -> Result<()> {
+        self.check_writable()?;
+        let len = data.len();
+        self.check_range(offset, len)?;
+        let write = self.driver.write_compressed(offset, data);
+        self.counted(RequestKind::Write, len, write).await
+    }
+
     async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
         self.check_writable()?;
         self.check_range(offset, len)?;
@@ -184,6 +192,12 @@ macro_rules! requests_by_way {
             ) -> BoxFuture<'_, Result<()>> {
                 run(self.way(), move |inside| async move {
                     inside.place().write(offset, data, flags).await
+                })
+            }
+
+            fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().write_compressed(offset, data).await
                 })
             }
 

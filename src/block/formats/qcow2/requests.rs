@@ -98,15 +98,6 @@ impl Qcow2 {
             answer
         })
     }
-
-    /// Writes exactly one cluster compressed, or what there is of the disk's last one; as it is where that is not
-    /// smaller. Errors and durability as for `write`. Cancellation: runs to its end.
-    pub fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.run(move |image| async move {
-            let write = || image.write_compressed(offset, data.clone());
-            image.with_space(write).await
-        }))
-    }
 }
 
 impl Requests for Qcow2 {
@@ -141,6 +132,13 @@ impl Requests for Qcow2 {
         Box::pin(self.run(move |image| async move {
             let zero = || image.write_zeroes(offset, len, flags);
             image.with_space(zero).await
+        }))
+    }
+
+    fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move {
+            let write = || image.write_compressed(offset, data.clone());
+            image.with_space(write).await
         }))
     }
 

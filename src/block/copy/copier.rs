@@ -1,0 +1,363 @@
+//! A copy: its life, and the workers that go through the disk.
+
+use std::future::pending;
+use std::pin::pin;
+use std::sync::Arc;
+
+use tokio::sync::Mutex;
+use tokio::task::JoinSet;
+
+use super::before::BeforeChange;
+use super::map::{Claim, Map};
+use super::plan::{Piece, Plan};
+use super::shared::{Kept, Mode, Shared};
+use super::{CopyHooks, CopyOptions, OnCopyError, PointInTime, Progress, Side, Source, SyncMode};
+use crate::driver::Requests;
+use crate::error::{Error, ErrorKind, Result};
+use crate::io::Data;
+use crate::limits::{
+    COPY_BACKGROUND_BYTES, COPY_CHUNK, COPY_CLUSTER, COPY_MAX_CLUSTER, COPY_RETRY_PAUSE,
+};
+
+/// A copy of a disk.
+///
+/// ```text
+/// new ──> activate (guests stand still) ──> run, to its end or dropped ──> close
+/// ```
+pub struct Copier {
+    shared: Arc<Shared>,
+}
+
+impl Copier {
+    /// Prepares a copy; nothing happens before `activate`.
+    ///
+    /// `InvalidInput` for options that contradict each other, and a target that is smaller than the source. `Unsupported`
+    /// when an internal snapshot is asked for and the source cannot take one.
+    pub fn new(source: Source, target: Arc<dyn Requests>, options: CopyOptions) -> Result<Self> {
+        let cluster = cluster_size(&options)?;
+        if options.max_workers == 0 {
+            return Err(invalid("A copy needs at least one worker"));
+        }
+        let size = source.disk.size();
+        if target.size() < size {
+            return Err(invalid(format!(
+                "A target of {} bytes is too small for a source of {size}",
+                target.size()
+            )));
+        }
+        let unit = options.target_cluster.unwrap_or(0).max(COPY_CLUSTER);
+        let map = Map::new(size, cluster.trailing_zeros());
+        let shared = Shared::new(options, source, target, map, unit);
+        if shared.options.point_in_time == PointInTime::InternalSnapshot {
+            if shared.options.sync == SyncMode::None {
+                return Err(invalid(
+                    "A copy of what guests change cannot read from a snapshot",
+                ));
+            }
+            shared.check_snapshots()?;
+        }
+        Ok(Copier {
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// What the filter above the source needs.
+    pub fn before_change(&self) -> BeforeChange {
+        BeforeChange {
+            shared: self.shared.clone(),
+        }
+    }
+
+    /// The unit of the copy in bytes: guests' requests are widened to it.
+    pub fn cluster_size(&self) -> u64 {
+        self.shared.map.cluster_size()
+    }
+
+    /// How far it is.
+    pub fn progress(&self) -> Progress {
+        self.shared.progress()
+    }
+
+    /// This moment is the point in time. No request to the source may be under way, and none may pass by the filter later.
+    ///
+    /// `InvalidInput` when the source has changed its size since `new`; nothing has happened then.
+    pub fn activate(&self) -> Result<()> {
+        let (prepared, now) = (self.shared.map.size(), self.shared.source.disk.size());
+        if prepared != now {
+            return Err(invalid(format!(
+                "The source has changed its size from {prepared} to {now} bytes"
+            )));
+        }
+        self.shared.set_mode(Mode::Copying);
+        Ok(())
+    }
+
+    /// Copies until the target has everything, durably; with [`SyncMode::None`], until it is dropped. Once at most.
+    ///
+    /// Errors: what `hooks` did not want to be tried again, and what broke the copy in front of a guest's change. Guests pass when it
+    /// has answered. Cancellation: safe, guests pass from then on. Requests to the target may still be under way: whoever
+    /// closes it waits for them. In any case `close` follows.
+    pub async fn run(&self, hooks: Arc<dyn CopyHooks>) -> Result<()> {
+        let _over = LetPass(&self.shared);
+        let run = Run {
+            shared: self.shared.clone(),
+            plan: Arc::default(),
+            hooks,
+        };
+        let result = run.run().await;
+        result.and(self.shared.check())
+    }
+
+    /// Lets guests pass, and deletes the temporary snapshot. Follows `run`, and a copy that never ran. A second call does
+    /// nothing.
+    pub async fn close(&self) -> Result<()> {
+        self.shared.let_pass();
+        self.shared.remove_snapshot().await
+    }
+}
+
+/// Guests pass when the copy is over, whatever its end.
+struct LetPass<'a>(&'a Shared);
+
+impl Drop for LetPass<'_> {
+    fn drop(&mut self) {
+        self.0.let_pass();
+    }
+}
+
+/// The copy's cluster size in bytes, which QEMU finds in the same way.
+fn cluster_size(options: &CopyOptions) -> Result<u64> {
+    let least = options.min_cluster_size;
+    if least != 0 && !least.is_power_of_two() {
+        return Err(invalid("min-cluster-size needs to be a power of 2"));
+    }
+    let target = options.target_cluster.unwrap_or(0);
+    let cluster = least.max(target).max(COPY_CLUSTER);
+    if cluster > COPY_MAX_CLUSTER || !cluster.is_power_of_two() {
+        return Err(invalid(format!(
+            "A copy cannot have clusters of {cluster} bytes; {COPY_MAX_CLUSTER} is the most"
+        )));
+    }
+    Ok(cluster)
+}
+
+fn invalid(message: impl Into<String>) -> Error {
+    Error::new(ErrorKind::InvalidInput, message)
+}
+
+/// A copy that runs; what its tasks share.
+#[derive(Clone)]
+struct Run {
+    shared: Arc<Shared>,
+    plan: Arc<Mutex<Plan>>,
+    hooks: Arc<dyn CopyHooks>,
+}
+
+impl Run {
+    async fn run(self) -> Result<()> {
+        // Tasks end with the set, and the set with this.
+        let mut helpers = JoinSet::new();
+        let run = self.clone();
+        helpers.spawn(async move { run.take_kept().await });
+        let run = self.clone();
+        helpers.spawn(async move {
+            if let Err(error) = run.shared.relieve().await {
+                run.shared.fail(error);
+            }
+            pending().await
+        });
+        match self.shared.options.sync {
+            SyncMode::None => self.failed().await,
+            SyncMode::Full => {}
+            SyncMode::Top => {
+                self.retried(Side::Source, || self.shared.drop_unallocated())
+                    .await
+            }
+        }
+        self.copy_all().await;
+        self.all_kept_is_written().await;
+        self.shared.check()?;
+        self.retried(Side::Target, || self.shared.target.flush())
+            .await;
+        self.shared.check()
+    }
+
+    /// Does something until it succeeds, or the copy has failed with its error.
+    async fn retried<F>(&self, side: Side, action: impl Fn() -> F)
+    where
+        F: Future<Output = Result<()>>,
+    {
+        while self.shared.check().is_ok() {
+            let result = action().await;
+            if side == Side::Target {
+                self.shared.note_target(&result);
+            }
+            match result {
+                Ok(()) => return,
+                Err(error) => self.on_error(side, error).await,
+            }
+        }
+    }
+
+    /// Asks what to do, and does it: afterwards it is tried again, or the copy has failed.
+    async fn on_error(&self, side: Side, error: Error) {
+        match self.hooks.on_error(side, &error).await {
+            OnCopyError::Retry => {}
+            OnCopyError::Ignore => tokio::time::sleep(COPY_RETRY_PAUSE).await,
+            OnCopyError::Fail => self.shared.fail(error),
+        }
+    }
+
+    async fn copy_all(&self) {
+        let chunk = self.chunk();
+        let fitting = (COPY_BACKGROUND_BYTES / chunk).max(1);
+        let count = fitting.min(u64::from(self.shared.options.max_workers));
+        let mut workers = JoinSet::new();
+        for _ in 0..count {
+            let run = self.clone();
+            workers.spawn(async move { run.work(chunk).await });
+        }
+        while workers.join_next().await.is_some() {}
+    }
+
+    /// Bytes per request: whole clusters.
+    fn chunk(&self) -> u64 {
+        let asked = match self.shared.options.max_chunk {
+            0 => COPY_CHUNK,
+            asked => asked.min(COPY_BACKGROUND_BYTES),
+        };
+        let cluster = self.shared.map.cluster_size();
+        (asked / cluster * cluster).max(cluster)
+    }
+
+    async fn work(&self, chunk: u64) {
+        loop {
+            let next = {
+                let mut plan = self.plan.lock().await;
+                self.shared.next_piece(&mut plan, chunk).await
+            };
+            let Some(piece) = next else { return };
+            let bytes = piece.bytes.end - piece.bytes.start;
+            self.hooks.admit(if piece.zero { 0 } else { bytes }).await;
+            self.after_guests().await;
+            match piece.zero {
+                true => self.copy_zeroes(piece).await,
+                false => self.copy_data(piece, chunk).await,
+            }
+        }
+    }
+
+    /// Old content of guests goes first when there is much of it.
+    async fn after_guests(&self) {
+        loop {
+            let mut changed = pin!(self.shared.changed.notified());
+            changed.as_mut().enable();
+            if !self.shared.is_crowded() || self.shared.check().is_err() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    async fn copy_zeroes(&self, piece: Piece) {
+        while let Some(claim) = self.shared.map.claim(piece.bytes.clone(), u64::MAX) {
+            let (offset, len) = (claim.offset(), claim.len());
+            // There is nothing to read: guests need not wait for the target.
+            claim.taken();
+            self.retried(Side::Target, || self.shared.put_zeroes(offset, len))
+                .await;
+            if self.shared.check().is_err() {
+                return;
+            }
+            self.done(len);
+        }
+    }
+
+    async fn copy_data(&self, piece: Piece, chunk: u64) {
+        while let Some(claim) = self.shared.map.claim(piece.bytes.clone(), chunk) {
+            let offset = claim.offset();
+            let Some(data) = self.read(claim).await else {
+                return;
+            };
+            self.write(offset, data).await;
+            if self.shared.check().is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Reads what is claimed. After an error it is pending again, and comes up once more.
+    async fn read(&self, claim: Claim) -> Option<Data> {
+        let reader = self.shared.reader();
+        match reader.read(claim.offset(), claim.len()).await {
+            Ok(data) => {
+                claim.taken();
+                Some(data)
+            }
+            Err(error) => {
+                drop(claim);
+                self.on_error(Side::Source, error).await;
+                None
+            }
+        }
+    }
+
+    async fn write(&self, offset: u64, data: Data) {
+        let len = data.len();
+        let put = || self.shared.put(offset, data.clone());
+        self.retried(Side::Target, put).await;
+        if self.shared.check().is_ok() {
+            self.done(len);
+        }
+    }
+
+    fn done(&self, bytes: u64) {
+        self.shared.add_done(bytes);
+        self.hooks.progress(self.shared.progress());
+    }
+
+    /// Gives the target what guests have left in memory. All at once: their memory bounds it. It goes on when the copy is paused.
+    async fn take_kept(&self) {
+        let mut writes = JoinSet::new();
+        loop {
+            while let Some(kept) = self.shared.next_kept() {
+                let run = self.clone();
+                writes.spawn(async move { run.write_kept(kept).await });
+            }
+            tokio::select! {
+                () = self.shared.keeping.notified() => {}
+                Some(_) = writes.join_next() => {}
+            }
+        }
+    }
+
+    async fn write_kept(&self, kept: Kept) {
+        let bytes = kept.data.len();
+        self.write(kept.offset, kept.data.clone()).await;
+        drop(kept);
+        self.shared.kept_is_written(bytes);
+    }
+
+    async fn all_kept_is_written(&self) {
+        loop {
+            let mut changed = pin!(self.shared.changed.notified());
+            changed.as_mut().enable();
+            if self.shared.is_written() || self.shared.check().is_err() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits until the copy has failed.
+    async fn failed(&self) {
+        loop {
+            let mut changed = pin!(self.shared.changed.notified());
+            changed.as_mut().enable();
+            if self.shared.check().is_err() {
+                return;
+            }
+            changed.await;
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Content on its way into the target: zeroes stay zeroes, clusters are compressed if that is asked for.
+
+use std::ops::Range;
+
+use futures_util::future::try_join_all;
+
+use super::TargetContent;
+use super::shared::Shared;
+use crate::driver::{BoxFuture, WriteFlags, ZeroFlags};
+use crate::error::Result;
+use crate::io::Data;
+
+impl Shared {
+    /// Gives the target what belongs at `offset`, the start of a cluster.
+    pub(super) async fn put(&self, offset: u64, data: Data) -> Result<()> {
+        let runs = runs(&data, self.unit);
+        if let [(_, false)] = runs[..]
+            && !self.options.compress
+        {
+            return self.target.write(offset, data, WriteFlags::default()).await;
+        }
+        let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
+        for (range, zero) in runs {
+            let at = offset + range.start;
+            let len = range.end - range.start;
+            if zero {
+                writes.push(Box::pin(self.put_zeroes(at, len)));
+            } else if self.options.compress {
+                let part = data.slice(range.start, len);
+                self.put_compressed(at, part, &mut writes);
+            } else {
+                let part = data.slice(range.start, len);
+                writes.push(self.target.write(at, part, WriteFlags::default()));
+            }
+        }
+        try_join_all(writes).await.map(drop)
+    }
+
+    /// Makes the target read zeroes, with no more than that takes.
+    pub(super) async fn put_zeroes(&self, offset: u64, len: u64) -> Result<()> {
+        if self.options.target_content == TargetContent::Zero {
+            return Ok(());
+        }
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let status = self.target.block_status(at, end - at).await?;
+            if !status.zero {
+                let flags = ZeroFlags {
+                    may_unmap: true,
+                    ..ZeroFlags::default()
+                };
+                self.target.write_zeroes(at, status.len, flags).await?;
+            }
+            at += status.len;
+        }
+        Ok(())
+    }
+
+    fn put_compressed<'a>(
+        &'a self,
+        offset: u64,
+        mut data: Data,
+        writes: &mut Vec<BoxFuture<'a, Result<()>>>,
+    ) {
+        let cluster = self.options.target_cluster.unwrap_or(self.unit);
+        let mut at = offset;
+        while !data.is_empty() {
+            let part = data.split_to(cluster.min(data.len()));
+            let len = part.len();
+            writes.push(self.target.write_compressed(at, part));
+            at += len;
+        }
+    }
+}
+
+/// The content as runs of units that are all zero, and of those that are not.
+fn runs(data: &Data, unit: u64) -> Vec<(Range<u64>, bool)> {
+    let mut runs: Vec<(Range<u64>, bool)> = Vec::with_capacity(1);
+    let mut at = 0;
+    while at < data.len() {
+        let end = (at + unit).min(data.len());
+        let zero = data.slice(at, end - at).reads_as_zeroes();
+        match runs.last_mut() {
+            Some((range, last)) if *last == zero => range.end = end,
+            _ => runs.push((at..end, zero)),
+        }
+        at = end;
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::io::Segment;
+
+    #[test]
+    fn zero_units_are_told_from_others_wherever_the_segments_end() {
+        let mut data = Data::from(vec![0; 6]);
+        data.push(Segment::Zeroes(3));
+        data.append(Data::from(vec![0, 0, 1, 0, 0, 0]));
+        assert_eq!(
+            runs(&data, 4),
+            [(0..8, true), (8..12, false), (12..15, true)]
+        );
+        assert_eq!(runs(&data, 16), [(0..15, false)]);
+        assert!(runs(&Data::new(), 4).is_empty());
+    }
+}

@@ -1,0 +1,186 @@
+//! The temporary internal snapshot that lets guests go when the target cannot follow.
+//!
+//! It may be taken at any time after the point in time: until then no guest has changed what is still pending, so the
+//! snapshot shows all of that as it was. From the moment that it exists the copy reads there, guests copy nothing more, and the image
+//! keeps old content by itself.
+//!
+//! ```text
+//! Copying ──snapshot taken, reader switched──> Switching ──last reads of the disk itself have ended──> Passing
+//! ```
+//!
+//! The snapshot cannot be deleted while it is read, and is deleted when the copy is over, whatever its end. What a killed process
+//! leaves has a name that begins with [`TEMPORARY_SNAPSHOT`]: nothing needs it any more. The next one that is taken of this disk
+//! clears it away.
+
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::sync::Notify;
+
+use super::shared::{Mode, Shared};
+use super::{PointInTime, SyncMode};
+use crate::driver::{Driver, NewSnapshot, SnapshotSelector, Snapshots};
+use crate::error::{Error, ErrorKind, Result};
+
+/// How the names of temporary snapshots begin. The copy's label and a number follow.
+pub const TEMPORARY_SNAPSHOT: &str = "x-qblockd-temporary:";
+
+/// Who wants the snapshot, and what has become of it.
+#[derive(Default)]
+pub(super) struct Relief {
+    wanted: Notify,
+    /// It is certain that there will be none.
+    impossible: AtomicBool,
+    taken: Mutex<Option<Taken>>,
+}
+
+#[derive(Clone)]
+struct Taken {
+    which: SnapshotSelector,
+    /// `None` once it is closed.
+    view: Option<Arc<dyn Driver>>,
+}
+
+impl Relief {
+    /// A guest waits for memory.
+    pub(super) fn wanted(&self) {
+        self.wanted.notify_one();
+    }
+
+    /// Whether a snapshot may still let guests go.
+    pub(super) fn may_come(&self) -> bool {
+        !self.impossible.load(Ordering::Acquire)
+    }
+
+    fn taken(&self) -> MutexGuard<'_, Option<Taken>> {
+        self.taken.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Shared {
+    /// Whether the source can take a temporary snapshot.
+    pub(super) fn check_snapshots(&self) -> Result<&dyn Snapshots> {
+        let Some(snapshots) = self.source.snapshots.snapshots() else {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "The source has no internal snapshots",
+            ));
+        };
+        snapshots.check().map(|()| snapshots)
+    }
+
+    /// Takes the snapshot when it is time. Answers with an error only where the copy must have it.
+    pub(super) async fn relieve(&self) -> Result<()> {
+        let must = self.options.point_in_time == PointInTime::InternalSnapshot;
+        let never = self.options.point_in_time == PointInTime::CopyBeforeWrite
+            || self.options.sync == SyncMode::None;
+        if never {
+            self.no_relief();
+            return Ok(());
+        }
+        if !must {
+            if self.check_snapshots().is_err() {
+                self.no_relief();
+                return Ok(());
+            }
+            self.relief.wanted.notified().await;
+        }
+        match self.switch().await {
+            Err(error) if must => Err(error),
+            Err(error) => {
+                log::info!(
+                    "copy: guests wait for the target, because no snapshot could be taken: {error}"
+                );
+                self.no_relief();
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    fn no_relief(&self) {
+        self.relief.impossible.store(true, Ordering::Release);
+        self.changed.notify_waiters();
+    }
+
+    async fn switch(&self) -> Result<()> {
+        let snapshots = self.check_snapshots()?;
+        clear_away(snapshots).await;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let now = now.unwrap_or_default();
+        let new = NewSnapshot {
+            name: format!(
+                "{TEMPORARY_SNAPSHOT}{}.{}",
+                self.options.label,
+                now.as_nanos()
+            ),
+            date_sec: now.as_secs() as u32,
+            date_nsec: now.subsec_nanos(),
+            vm_clock_nsec: 0,
+        };
+        let which = SnapshotSelector {
+            id: None,
+            name: Some(new.name.clone()),
+        };
+        // Noted first: if this is dropped in its middle, `remove_snapshot` finds out what has happened.
+        *self.relief.taken() = Some(Taken {
+            which: which.clone(),
+            view: None,
+        });
+        snapshots.create(new).await?;
+        let view = snapshots.view(which.clone()).await?;
+        if let Some(taken) = &mut *self.relief.taken() {
+            taken.view = Some(view.clone());
+        }
+        self.set_reader(view);
+        let earlier = self.map.next_claim();
+        if self.mode() == Mode::Copying {
+            self.set_mode(Mode::Switching);
+        }
+        loop {
+            let mut ended = pin!(self.map.ended());
+            ended.as_mut().enable();
+            if !self.map.is_reading_before(earlier) {
+                break;
+            }
+            ended.await;
+        }
+        self.set_mode(Mode::Passing);
+        Ok(())
+    }
+
+    /// Deletes the snapshot, if one was taken. Nobody reads it any more.
+    pub(super) async fn remove_snapshot(&self) -> Result<()> {
+        let Some(taken) = self.relief.taken().take() else {
+            return Ok(());
+        };
+        self.set_reader(self.source.disk.clone());
+        if let Some(view) = taken.view {
+            view.close().await?;
+        }
+        let Ok(snapshots) = self.check_snapshots() else {
+            return Ok(());
+        };
+        match snapshots.delete(taken.which).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            deleted => deleted.map(drop),
+        }
+    }
+}
+
+/// Deletes what killed processes have left; those of other copies that run are being viewed.
+async fn clear_away(snapshots: &dyn Snapshots) {
+    let left = snapshots.list().into_iter();
+    for info in left.filter(|info| info.name.starts_with(TEMPORARY_SNAPSHOT)) {
+        let which = SnapshotSelector {
+            id: Some(info.id),
+            name: Some(info.name.clone()),
+        };
+        match snapshots.delete(which).await {
+            Ok(_) => log::info!("copy: deleted temporary snapshot '{}'", info.name),
+            Err(error) => log::debug!("copy: snapshot '{}' stays: {error}", info.name),
+        }
+    }
+}

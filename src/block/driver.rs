@@ -119,15 +119,6 @@ pub trait Requests: Send + Sync {
 
     /// Changes the size. Shrinking drops the tail; new bytes read as zeroes.
     fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>>;
-
-    /// A handle for one client alone, where it matters which one asks: see [`Requests::hang_up`].
-    fn for_client(&self) -> Option<Arc<dyn Requests>> {
-        None
-    }
-
-    /// The client of this handle is gone, or is sent away: its requests that wait for somebody's decision (on a drive whose machine
-    /// stands still) fail now, and so do later ones that would have to. Those under way end as they do.
-    fn hang_up(&self) {}
 }
 
 /// What queries show of a driver. Strings as QEMU prints them.
@@ -383,7 +374,7 @@ pub trait SnapshotSource: Send + Sync {
 async fn complete(mut change: Box<dyn SnapshotChange>) -> Result<()> {
     change.prepare().await?;
     change.commit().await?;
-    change.finish();
+    drop(change.finish());
     Ok(())
 }
 
@@ -417,15 +408,56 @@ pub trait SnapshotChange: Send + Sync {
     /// write. No step may follow.
     fn prepare(&mut self) -> BoxFuture<'_, Result<()>>;
 
+    /// What `commit` will write, once all is prepared, for whoever has to do it after a crash; everything else that comes before
+    /// that write is done now. `None` when it will write nothing. To be followed by `commit` or `roll_back`.
+    fn switch(&mut self) -> BoxFuture<'_, Result<Option<HeaderSwitch>>>;
+
     /// Makes the change with one durable write of the image's header. After an error nothing has changed.
     fn commit(&mut self) -> BoxFuture<'_, Result<()>>;
 
-    /// Takes back a commit, because another image's has failed. On error the image takes no more changes until it is
-    /// opened again.
+    /// Takes back a commit, because another image's has failed, or what `switch` has done; does nothing before that. On error the
+    /// image takes no more changes until it is opened again.
     fn roll_back(&mut self) -> BoxFuture<'_, Result<()>>;
 
-    /// The change stays; requests go on.
-    fn finish(self: Box<Self>);
+    /// The change stays; requests go on. Those that have to change the header again wait until the answer is dropped: until
+    /// then the file holds what [`SnapshotChange::switch`] says.
+    fn finish(self: Box<Self>) -> HeaderHeld;
+}
+
+/// The one write that changes an image: how the beginning of its file differs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HeaderSwitch {
+    /// The first sector of the file as it is.
+    pub before: Vec<u8>,
+    /// As it will be; as long.
+    pub after: Vec<u8>,
+}
+
+impl HeaderSwitch {
+    /// The bytes that differ: where they begin, and what they will be.
+    pub fn difference(&self) -> (usize, &[u8]) {
+        let differs = |at: &usize| self.before.get(*at) != self.after.get(*at);
+        let first = (0..self.after.len()).find(differs).unwrap_or(0);
+        let end = (0..self.after.len())
+            .rfind(differs)
+            .map_or(first, |last| last + 1);
+        (first, self.after.get(first..end).unwrap_or_default())
+    }
+}
+
+/// The header of an image does not change while this exists.
+pub struct HeaderHeld(#[allow(dead_code, reason = "dropped")] Option<Box<dyn Send + Sync>>);
+
+impl HeaderHeld {
+    /// Held by `guard`.
+    pub fn by(guard: impl Send + Sync + 'static) -> Self {
+        HeaderHeld(Some(Box::new(guard)))
+    }
+
+    /// Of an image whose header nobody needs to hold.
+    pub fn not() -> Self {
+        HeaderHeld(None)
+    }
 }
 
 /// A driver's handle on a layer below it.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use crate::copy::BeforeChange;
 use crate::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, NewSnapshot, Preallocation, RequestLimits,
-    Requests, SnapshotChange, SnapshotInfo, SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, HeaderHeld, HeaderSwitch, NewSnapshot,
+    Preallocation, RequestLimits, Requests, SnapshotChange, SnapshotInfo, SnapshotSelector,
+    Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
@@ -178,6 +179,10 @@ impl SnapshotChange for Change {
         self.inner.prepare()
     }
 
+    fn switch(&mut self) -> BoxFuture<'_, Result<Option<HeaderSwitch>>> {
+        self.inner.switch()
+    }
+
     fn commit(&mut self) -> BoxFuture<'_, Result<()>> {
         self.inner.commit()
     }
@@ -186,7 +191,7 @@ impl SnapshotChange for Change {
         self.inner.roll_back()
     }
 
-    fn finish(self: Box<Self>) {
-        self.inner.finish();
+    fn finish(self: Box<Self>) -> HeaderHeld {
+        self.inner.finish()
     }
 }

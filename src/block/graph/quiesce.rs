@@ -5,8 +5,10 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::join_all;
+use tokio::time::{Instant, timeout_at};
 
 use super::change::place;
 use super::node::{Node, Quiesced};
@@ -16,17 +18,45 @@ use super::node::{Node, Quiesced};
 ///
 /// Nodes of which none stands on another drain at the same time. Cancellation: requests go on.
 pub async fn quiesce_all(nodes: &[Arc<Node>]) -> Vec<Quiesced> {
+    let held = level_by_level(nodes, |_, node| async {
+        Ok::<_, std::convert::Infallible>(node.quiesce().await)
+    });
+    match held.await {
+        Ok(held) => held,
+        Err(never) => match never {},
+    }
+}
+
+/// As [`quiesce_all`], for so long at most: then requests go on, and the place in `nodes` of one that is not done is the error.
+pub async fn quiesce_all_within(
+    nodes: &[Arc<Node>],
+    limit: Duration,
+) -> Result<Vec<Quiesced>, usize> {
+    let end = Instant::now() + limit;
+    level_by_level(nodes, |place, node| async move {
+        let quiesced = timeout_at(end, node.quiesce()).await;
+        quiesced.map_err(|_| place)
+    })
+    .await
+}
+
+async fn level_by_level<'n, E, F: Future<Output = Result<Quiesced, E>>>(
+    nodes: &'n [Arc<Node>],
+    quiesce: impl Fn(usize, &'n Node) -> F,
+) -> Result<Vec<Quiesced>, E> {
     let places = from_the_top(nodes);
     let mut held: Vec<(usize, Quiesced)> = Vec::with_capacity(nodes.len());
     for level in places.chunk_by(|one, other| one.0 == other.0) {
-        let level = level.iter().map(|(_, place)| async move {
-            let node = &nodes[*place];
-            (*place, node.quiesce().await)
+        let level = level.iter().map(|(_, place)| {
+            let quiesced = quiesce(*place, &nodes[*place]);
+            async move { Ok((*place, quiesced.await?)) }
         });
-        held.extend(join_all(level).await);
+        for quiesced in join_all(level).await {
+            held.push(quiesced?);
+        }
     }
     held.sort_unstable_by_key(|(place, _)| *place);
-    held.into_iter().map(|(_, quiesced)| quiesced).collect()
+    Ok(held.into_iter().map(|(_, quiesced)| quiesced).collect())
 }
 
 /// The nodes as (height, place), the highest first.

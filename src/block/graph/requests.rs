@@ -52,7 +52,6 @@ impl Inner {
     async fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
         self.check_writable()?;
         self.check_range(offset, data.len())?;
-        self.counters.writes_up_to(offset + data.len());
         let behaviour = self.behaviour();
         let flags = WriteFlags {
             fua: flags.fua || behaviour.cache.writethrough,
@@ -83,7 +82,6 @@ impl Inner {
     async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
         self.check_writable()?;
         self.check_range(offset, len)?;
-        self.counters.writes_up_to(offset + len);
         let behaviour = self.behaviour();
         let flags = ZeroFlags {
             may_unmap: flags.may_unmap && behaviour.discard == DiscardMode::Unmap,
@@ -127,16 +125,19 @@ impl Inner {
 }
 
 /// Enters by `way` and does `request` inside.
-fn run<T, F>(way: Way, request: impl FnOnce(Inside) -> F + Send + 'static) -> RunToEnd<Result<T>>
+fn run<T, F>(
+    way: Way,
+    request: impl FnOnce(Inside) -> F + Send + 'static,
+) -> BoxFuture<'static, Result<T>>
 where
     T: Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
-    RunToEnd::new(async move {
+    Box::pin(RunToEnd::new(async move {
         let inside = way.enter().await;
         inside.place().check_open()?;
         request(inside).await
-    })
+    }))
 }
 
 async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()> {
@@ -161,52 +162,9 @@ async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()>
     }
 }
 
-/// The data path of what has `way` in and a `target` at present. Each request comes in two forms: as users know it, and without the box
-/// around it for what puts it into one of its own.
+/// The data path of what has `way` in and a `target` at present.
 macro_rules! requests_by_way {
     ($place:ty) => {
-        impl $place {
-            pub(super) fn start_read(&self, offset: u64, len: u64) -> RunToEnd<Result<Data>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().read(offset, len).await
-                })
-            }
-
-            pub(super) fn start_write(
-                &self,
-                offset: u64,
-                data: Data,
-                flags: WriteFlags,
-            ) -> RunToEnd<Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().write(offset, data, flags).await
-                })
-            }
-
-            pub(super) fn start_write_zeroes(
-                &self,
-                offset: u64,
-                len: u64,
-                flags: ZeroFlags,
-            ) -> RunToEnd<Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().write_zeroes(offset, len, flags).await
-                })
-            }
-
-            pub(super) fn start_discard(&self, offset: u64, len: u64) -> RunToEnd<Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().discard(offset, len).await
-                })
-            }
-
-            pub(super) fn start_flush(&self) -> RunToEnd<Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().flush().await
-                })
-            }
-        }
-
         impl Requests for $place {
             fn size(&self) -> u64 {
                 self.target().driver.size()
@@ -221,7 +179,9 @@ macro_rules! requests_by_way {
             }
 
             fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
-                Box::pin(self.start_read(offset, len))
+                run(self.way(), move |inside| async move {
+                    inside.place().read(offset, len).await
+                })
             }
 
             fn write(
@@ -230,13 +190,15 @@ macro_rules! requests_by_way {
                 data: Data,
                 flags: WriteFlags,
             ) -> BoxFuture<'_, Result<()>> {
-                Box::pin(self.start_write(offset, data, flags))
+                run(self.way(), move |inside| async move {
+                    inside.place().write(offset, data, flags).await
+                })
             }
 
             fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
-                Box::pin(run(self.way(), move |inside| async move {
+                run(self.way(), move |inside| async move {
                     inside.place().write_compressed(offset, data).await
-                }))
+                })
             }
 
             fn write_zeroes(
@@ -245,21 +207,27 @@ macro_rules! requests_by_way {
                 len: u64,
                 flags: ZeroFlags,
             ) -> BoxFuture<'_, Result<()>> {
-                Box::pin(self.start_write_zeroes(offset, len, flags))
+                run(self.way(), move |inside| async move {
+                    inside.place().write_zeroes(offset, len, flags).await
+                })
             }
 
             fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
-                Box::pin(self.start_discard(offset, len))
+                run(self.way(), move |inside| async move {
+                    inside.place().discard(offset, len).await
+                })
             }
 
             fn flush(&self) -> BoxFuture<'_, Result<()>> {
-                Box::pin(self.start_flush())
+                run(self.way(), move |inside| async move {
+                    inside.place().flush().await
+                })
             }
 
             fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
-                Box::pin(run(self.way(), move |inside| async move {
+                run(self.way(), move |inside| async move {
                     inside.place().block_status(offset, len).await
-                }))
+                })
             }
 
             fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {

@@ -248,6 +248,12 @@ impl Place {
     }
 }
 
+/// Where the new content of an existing file is made, and the former one kept until it is not needed; `path` without links.
+pub fn beside(path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    path.with_file_name(format!(".{name}.qblockd-{}", std::process::id()))
+}
+
 /// A new file beside the one whose place it is to take. Dropped, it is gone.
 struct Beside {
     path: PathBuf,
@@ -258,9 +264,7 @@ impl Beside {
     /// Makes it, with the permissions of the other.
     fn make(path: PathBuf) -> io::Result<Beside> {
         let permissions = fs::metadata(&path)?.permissions();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let name = format!(".{name}.qblockd-{}", std::process::id());
-        let beside = path.with_file_name(name);
+        let beside = beside(&path);
         let file = HostFile::create_new(&beside)?;
         let made = Identity::of(&file.metadata()?);
         let temporary = Created {

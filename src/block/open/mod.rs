@@ -30,7 +30,7 @@ use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS};
 use crate::protocols::file::{File, FileAccess};
 use crate::protocols::null::Null;
 
-pub use create::{Created, Existing, NewContent, NewImage, create_image};
+pub use create::{Created, Existing, NewContent, NewImage, beside, create_image};
 pub use options::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,
     NodeOptions, NodeRef, NullOptions, Qcow2Cache, Qcow2Options, RawOptions, UnnamedFormat,

@@ -486,7 +486,7 @@ impl Runner {
                 return self.refused(&error);
             }
             Ok(()) if end == End::RollBack => change.roll_back().await.map_err(text)?,
-            Ok(()) => change.finish(),
+            Ok(()) => drop(change.finish()),
         }
         let passing = match end {
             End::RollBack => Some(world),

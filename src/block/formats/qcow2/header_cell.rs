@@ -3,8 +3,10 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use tokio::sync::OwnedMutexGuard;
+
 use super::header::{Header, Rewrite, SECTOR, Stage};
-use crate::driver::{Child, WriteFlags};
+use crate::driver::{Child, HeaderSwitch, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 
@@ -14,7 +16,7 @@ pub(crate) struct HeaderCell {
     file: Child,
     current: Mutex<Arc<Header>>,
     /// Held over a change, so that changes follow each other.
-    writer: tokio::sync::Mutex<()>,
+    writer: Arc<tokio::sync::Mutex<()>>,
     /// A failed change could not be taken back: what is on disk is unknown.
     broken: AtomicBool,
 }
@@ -25,7 +27,7 @@ impl HeaderCell {
         HeaderCell {
             file,
             current: Mutex::new(Arc::new(header)),
-            writer: tokio::sync::Mutex::new(()),
+            writer: Arc::default(),
             broken: AtomicBool::new(false),
         }
     }
@@ -46,20 +48,48 @@ impl HeaderCell {
         let old = self.get();
         let mut new = Header::clone(&old);
         change(&mut new);
-        let (before, after) = (old.fixed_fields(), new.fixed_fields());
-        let differs = |at: &usize| before.get(*at) != after.get(*at);
-        let (Some(first), Some(last)) = (
-            (0..after.len()).find(differs),
-            (0..after.len()).rfind(differs),
-        ) else {
+        let Some(change) = difference(&old, &new) else {
             return Ok(());
         };
-        assert!(last < SECTOR && before.len() == after.len());
-        self.switch(first, &after[first..=last], &before[first..=last])
+        self.switch(change.at, &change.after, &change.before)
             .await?;
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         *current = Arc::new(new);
         Ok(())
+    }
+
+    /// What `update` would make of the first sector, as far as the file has one; `None` when nothing would change.
+    pub(crate) async fn preview(
+        &self,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<Option<HeaderSwitch>> {
+        let old = self.get();
+        let mut new = Header::clone(&old);
+        change(&mut new);
+        let Some(Difference { at, after, .. }) = difference(&old, &new) else {
+            return Ok(None);
+        };
+        let size = self.file.size().min(SECTOR as u64);
+        let before = self.file.read(0, size).await?.to_bytes().to_vec();
+        let mut sector = before.clone();
+        match sector.get_mut(at..at + after.len()) {
+            Some(bytes) => bytes.copy_from_slice(&after),
+            None => {
+                return Err(Error::new(
+                    ErrorKind::Corrupt,
+                    "The image's header is cut off",
+                ));
+            }
+        }
+        Ok(Some(HeaderSwitch {
+            before,
+            after: sector,
+        }))
+    }
+
+    /// Keeps others from changing the header until the answer is dropped. `None` when one is being made.
+    pub(crate) fn hold(&self) -> Option<OwnedMutexGuard<()>> {
+        self.writer.clone().try_lock_owned().ok()
     }
 
     /// Changes the header in any way, its extensions and the backing file's name too; see [`Rewrite`]. At every moment, a
@@ -143,4 +173,24 @@ impl HeaderCell {
             .write(at as u64, data, WriteFlags::default())
             .await
     }
+}
+
+/// The bytes of fixed fields that differ between two headers of one layout.
+struct Difference {
+    at: usize,
+    before: Vec<u8>,
+    after: Vec<u8>,
+}
+
+fn difference(old: &Header, new: &Header) -> Option<Difference> {
+    let (before, after) = (old.fixed_fields(), new.fixed_fields());
+    let differs = |at: &usize| before.get(*at) != after.get(*at);
+    let first = (0..after.len()).find(differs)?;
+    let last = (0..after.len()).rfind(differs)?;
+    assert!(last < SECTOR && before.len() == after.len());
+    Some(Difference {
+        at: first,
+        before: before[first..=last].to_vec(),
+        after: after[first..=last].to_vec(),
+    })
 }

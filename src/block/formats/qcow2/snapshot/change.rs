@@ -16,7 +16,10 @@ use tokio::sync::Mutex;
 
 use super::settling::{self, activated, sum};
 use super::table::SnapshotTable;
-use crate::driver::{BoxFuture, NewSnapshot, SnapshotChange, SnapshotInfo, SnapshotSelector};
+use crate::driver::{
+    BoxFuture, HeaderHeld, HeaderSwitch, NewSnapshot, SnapshotChange, SnapshotInfo,
+    SnapshotSelector,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::bitmaps::{Marked, Resize};
@@ -38,6 +41,7 @@ const MAX_HOLES: usize = 32;
 /// The handle on a change. The change itself lives on while a step runs to its end that nobody waits for.
 #[derive(Debug)]
 pub(super) struct Change {
+    image: Arc<Image>,
     staged: Arc<Mutex<Staged>>,
     size: Arc<AtomicU64>,
 }
@@ -70,6 +74,30 @@ pub(super) struct StagedL1 {
     pub(super) offset: HostOffset,
     /// Without COPIED.
     pub(super) entries: Arc<[u64]>,
+}
+
+/// The fields of the header that a change switches, as they will be.
+struct NewFields {
+    size: u64,
+    l1_size: u32,
+    l1_table_offset: HostOffset,
+    nb_snapshots: u32,
+    snapshots_offset: HostOffset,
+    /// Refcounts are owed from then on.
+    dirty: bool,
+}
+
+impl NewFields {
+    fn set(&self, header: &mut Header) {
+        header.size = self.size;
+        header.l1_size = self.l1_size;
+        header.l1_table_offset = self.l1_table_offset;
+        header.nb_snapshots = self.nb_snapshots;
+        header.snapshots_offset = self.snapshots_offset;
+        if self.dirty {
+            header.incompatible.0 |= Incompatible::DIRTY;
+        }
+    }
 }
 
 /// References that one L2 table takes over from another, so that no counter changes.
@@ -166,6 +194,7 @@ impl Change {
             _alone: alone,
         };
         Ok(Change {
+            image: staged.image.clone(),
             staged: Arc::new(Mutex::new(staged)),
             size,
         })
@@ -213,8 +242,16 @@ impl SnapshotChange for Change {
         self.step(|staged| Box::pin(staged.roll_back()))
     }
 
-    fn finish(self: Box<Self>) {
-        // Dropping it does it.
+    fn switch(&mut self) -> BoxFuture<'_, Result<Option<HeaderSwitch>>> {
+        self.step(|staged| Box::pin(staged.preview()))
+    }
+
+    fn finish(self: Box<Self>) -> HeaderHeld {
+        // The gate is closed: nobody is changing it. Dropping the change does the rest.
+        self.image
+            .header
+            .hold()
+            .map_or_else(HeaderHeld::not, HeaderHeld::by)
     }
 }
 
@@ -255,6 +292,13 @@ impl Staged {
         self.image.write_back().await?;
         self.phase = Phase::Prepared;
         Ok(())
+    }
+
+    async fn preview(&mut self) -> Result<Option<HeaderSwitch>> {
+        self.expect(Phase::Prepared)?;
+        self.mark_bitmaps().await?;
+        let new = self.new_fields();
+        self.image.header.preview(|header| new.set(header)).await
     }
 
     /// Writes the table to free clusters; nothing points to it yet.
@@ -382,32 +426,28 @@ impl Staged {
         settling.apply(image.g, &changes, &self.before, &self.before);
     }
 
+    /// What the switch makes of the header.
+    fn new_fields(&self) -> NewFields {
+        let g = self.image.g;
+        let settles = !self.changes.is_empty() || !self.activated().is_empty();
+        NewFields {
+            size: self.size(),
+            l1_size: self.active.entries.len() as u32,
+            l1_table_offset: self.active.offset,
+            nb_snapshots: self.table.entries().len() as u32,
+            snapshots_offset: match &self.new_table {
+                Some(area) => g.host_offset(area.run().start),
+                None => HostOffset(0),
+            },
+            dirty: self.counting == Counting::Behind && settles,
+        }
+    }
+
     async fn commit(&mut self) -> Result<()> {
         self.expect(Phase::Prepared)?;
         self.mark_bitmaps().await?;
-        let g = self.image.g;
-        let snapshots_offset = match &self.new_table {
-            Some(area) => g.host_offset(area.run().start),
-            None => HostOffset(0),
-        };
-        let count = self.table.entries().len() as u32;
-        let (size, active) = (self.size(), &self.active);
-        let settles = !self.changes.is_empty() || !self.activated().is_empty();
-        let dirty = self.counting == Counting::Behind && settles;
-        let switched = self
-            .image
-            .header
-            .update(|header| {
-                header.size = size;
-                header.l1_size = active.entries.len() as u32;
-                header.l1_table_offset = active.offset;
-                header.nb_snapshots = count;
-                header.snapshots_offset = snapshots_offset;
-                if dirty {
-                    header.incompatible.0 |= Incompatible::DIRTY;
-                }
-            })
-            .await;
+        let new = self.new_fields();
+        let switched = self.image.header.update(|header| new.set(header)).await;
         self.phase = match switched {
             Ok(()) => Phase::Committed,
             Err(_) if self.image.header.check().is_err() => Phase::Unknown,
@@ -421,7 +461,7 @@ impl Staged {
 
     /// Before the guest sees other bytes: marks the bitmaps that would say that nothing has changed, or have another size.
     async fn mark_bitmaps(&mut self) -> Result<()> {
-        if self.reverts {
+        if self.reverts && self.marked.is_none() {
             let resize = Resize {
                 old: self.image.size(),
                 new: self.size(),
@@ -444,6 +484,10 @@ impl Staged {
     }
 
     async fn roll_back(&mut self) -> Result<()> {
+        if let Phase::Steps | Phase::Prepared = self.phase {
+            self.unmark_bitmaps().await;
+            return Ok(());
+        }
         self.expect(Phase::Committed)?;
         let old = self.old.clone();
         let switched = self

@@ -186,10 +186,8 @@ fn reported(events: &mut Receiver<NodeEvent>) -> Vec<Corruption> {
     let next = || events.try_recv().ok();
     let corruption = |event: NodeEvent| {
         assert_eq!(event.node, "node");
-        match event.what {
-            Happening::ImageCorrupted(corruption) => corruption,
-            other => panic!("{other:?}"),
-        }
+        let Happening::ImageCorrupted(corruption) = event.what;
+        corruption
     };
     std::iter::from_fn(next).map(corruption).collect()
 }

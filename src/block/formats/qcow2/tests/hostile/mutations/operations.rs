@@ -144,7 +144,7 @@ async fn carry_out(mut change: Box<dyn SnapshotChange>, random: &mut fastrand::R
     match random.u8(..4) {
         0 => drop(change.roll_back().await),
         1 => drop(change),
-        _ => change.finish(),
+        _ => drop(change.finish()),
     }
 }
 

@@ -50,6 +50,8 @@ pub struct Config {
     pub steps: Vec<Step>,
     /// Where the process id is written.
     pub pidfile: Option<PathBuf>,
+    /// Where transactions are written down.
+    pub state_dir: Option<PathBuf>,
     /// Whether the daemon leaves the terminal.
     pub daemonize: bool,
 }
@@ -142,9 +144,16 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
         let Ok(value) = value.into_string() else {
             return Err(ConfigError(format!("--{option}: the value is not UTF-8")));
         };
-        if option == "pidfile" {
-            config.pidfile = Some(value.into());
-            continue;
+        match option.as_str() {
+            "pidfile" => {
+                config.pidfile = Some(value.into());
+                continue;
+            }
+            "state-dir" => {
+                config.state_dir = Some(value.into());
+                continue;
+            }
+            _ => {}
         }
         let text = format!("--{option} {value}");
         match action(&option, &value) {
@@ -159,7 +168,15 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
 fn is_known(name: &str) -> bool {
     matches!(
         name,
-        "blockdev" | "chardev" | "drive" | "export" | "monitor" | "nbd-server" | "pidfile" | "qmp"
+        "blockdev"
+            | "chardev"
+            | "drive"
+            | "export"
+            | "monitor"
+            | "nbd-server"
+            | "pidfile"
+            | "qmp"
+            | "state-dir"
     )
 }
 

@@ -11,9 +11,8 @@
 //! * `control_loop`, `service`: events, and where commands come from
 //! * [`exports`]: exports as state
 //! * `jobs`: how jobs stand in line with commands
-//! * `machine`: drives that stop and go on
 //! * `lookup`: what clients mean by a device
-//! * `startup`, `drives`, `sockets`: the start
+//! * `startup`, `drives`, `sockets`: the start; `state`: what it finds of a crash
 //! * `background`, `pidfile`: what makes a process a daemon
 
 mod background;
@@ -24,11 +23,11 @@ mod drives;
 pub mod exports;
 mod jobs;
 pub(crate) mod lookup;
-mod machine;
 mod pidfile;
 mod service;
 mod sockets;
 mod startup;
+mod state;
 #[cfg(test)]
 pub(crate) mod testing;
 
@@ -120,6 +119,9 @@ async fn live(config: Config) -> Result<(), String> {
 
 /// The start, and what happens when it is done.
 async fn start(cx: Cx, config: Config) -> Result<(), QmpError> {
+    if let Some(folder) = &config.state_dir {
+        state::open(&cx, folder).await?;
+    }
     let mut started = startup::follow(&cx, &config).await?;
     let pidfile = config.pidfile.as_deref().map(PidFile::create).transpose();
     let belongings = Belongings {

@@ -7,6 +7,7 @@
 //! * [`monitor`]: QMP on sockets
 //! * [`commands`]: one file per family of commands
 //! * `transaction`: several actions as one
+//! * [`journal`]: what a crash in a transaction is recovered by
 //! * [`exports`]: ways out of the graph
 //! * [`jobs`]: work that goes on behind the command which began it
 //! * [`listen`]: listening sockets
@@ -19,6 +20,7 @@ pub mod config;
 pub mod daemon;
 pub mod exports;
 pub mod jobs;
+pub mod journal;
 pub mod limits;
 pub mod listen;
 pub mod monitor;

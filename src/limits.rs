@@ -151,3 +151,7 @@ pub const TRANSACTION_DRAIN: Duration = Duration::from_secs(10);
 
 /// Guests that waited longer for a transaction are worth a warning.
 pub const TRANSACTION_LONG_HOLD: Duration = Duration::from_millis(50);
+
+/// How long a disk, or the journal, may take for one step of a transaction while guests are held. Steps write little; a disk that
+/// needs longer hangs, and those of others go on without it.
+pub const TRANSACTION_STEP: Duration = Duration::from_secs(10);

@@ -4,6 +4,7 @@
 //!   resolve, prepare 1 -> resolve, prepare 2 -> ...     guests run; may take its time
 //!     -> hold all disks, once
 //!          -> stage 1, 2, ... -> make durable           all that can fail has been done
+//!          -> write the journal's commit                from here on it happens, whatever else does
 //!          -> switch the headers of images              one write for each
 //!          -> commit 1, 2, ...                          on the control loop; edges are led elsewhere
 //!     -> let go
@@ -12,31 +13,40 @@
 //!   an error anywhere before the commit: let go -> abort ..., 2, 1 -> the error
 //! ```
 //!
+//! A header that cannot be switched takes everything back as long as guests are held; the journal says so first. Every wait while
+//! they are held has a limit. `docs/crash-safety.md` has what a crash leaves at each point.
+//!
 //! Each action is about what those before it leave: `device` is looked up in the [`Plan`]. Commands that are actions, too,
 //! are transactions of one action: there is one way to do it.
 //!
 //! * `plan`: what the actions so far will leave
+//! * `preparing`: what actions prepare with
 //! * `held`: the disks that are held still, with the changes of their internal snapshots
 //! * `snapshot`: the actions on internal snapshots
 
 mod held;
 mod plan;
+mod preparing;
 mod snapshot;
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use block::driver::{BoxFuture, SnapshotInfo};
+use block::driver::{BoxFuture, HeaderHeld, SnapshotInfo};
 use block::graph::Node;
 use block::io::RunToEnd;
 use futures_util::FutureExt;
 use qapi::rt::QmpError;
 
 use crate::daemon::{Control, Cx, internal_error};
+use crate::journal::Entry;
 use crate::limits;
+use preparing::journal_error;
 
 pub(crate) use held::Held;
 pub(crate) use plan::Plan;
+pub(crate) use preparing::Preparing;
 pub(crate) use snapshot::{Operation, SnapshotAction};
 
 /// A part of a transaction.
@@ -93,14 +103,6 @@ pub(crate) struct Effect {
     pub(crate) snapshot: Option<SnapshotInfo>,
 }
 
-/// What actions prepare with.
-pub(crate) struct Preparing {
-    /// The way to the control loop.
-    pub(crate) cx: Cx,
-    /// What the actions before this one, and itself, will leave.
-    pub(crate) plan: Plan,
-}
-
 /// A disk of a transaction.
 #[derive(Debug, Clone)]
 pub(crate) struct Disk {
@@ -110,6 +112,8 @@ pub(crate) struct Disk {
     pub(crate) node: Arc<Node>,
     /// Its internal snapshots are changed.
     changes: bool,
+    /// Which of the images in the journal it is.
+    journaled: Option<usize>,
 }
 
 /// The `abort` action: makes every transaction that has it fail. For tests of clients.
@@ -132,14 +136,12 @@ pub(crate) async fn run(cx: &Cx, actions: Vec<Box<dyn Action>>) -> Result<Vec<Ef
 async fn carry_out(cx: Cx, actions: Vec<Box<dyn Action>>) -> Result<Vec<Effect>, QmpError> {
     let mut running = Running {
         actions: Vec::with_capacity(actions.len()),
-        with: Preparing {
-            cx,
-            plan: Plan::default(),
-        },
+        with: Preparing::new(cx).await?,
+        is_left: false,
     };
     let done = running.attempt(actions).await;
     match done {
-        Ok(()) => Ok(running.finish().await),
+        Ok(headers) => Ok(running.finish(headers).await),
         Err(error) => {
             running.abort().await;
             Err(error)
@@ -152,22 +154,61 @@ struct Running {
     /// Those that are prepared, or were to be.
     actions: Vec<Box<dyn Action>>,
     with: Preparing,
+    /// An image could not be made what it was: its journal stays, and the next start tries again.
+    is_left: bool,
 }
 
 impl Running {
-    async fn attempt(&mut self, actions: Vec<Box<dyn Action>>) -> Result<(), QmpError> {
+    async fn attempt(
+        &mut self,
+        actions: Vec<Box<dyn Action>>,
+    ) -> Result<Vec<HeaderHeld>, QmpError> {
         for action in actions {
             self.prepare(action).await?;
         }
-        let disks = std::mem::take(&mut self.with.plan.disks);
+        let mut disks = std::mem::take(&mut self.with.plan.disks);
+        self.with.stage(&mut disks).await?;
         let mut held = Held::begin(disks).await?;
+        match self.stage_and_switch(&mut held).await {
+            Ok(()) => Ok(self.commit(held).await),
+            Err(error) => Err(self.roll_back(held, error).await),
+        }
+    }
+
+    /// While guests are held: does all that can fail, and then switches the headers of images.
+    async fn stage_and_switch(&mut self, held: &mut Held) -> Result<(), QmpError> {
         for action in &mut self.actions {
-            guarded(action.stage(&mut held)).await?;
+            guarded(action.stage(held)).await?;
         }
         held.prepare().await?;
-        held.commit().await?;
-        self.commit(held).await;
-        Ok(())
+        if let Some(entry) = &mut self.with.entry {
+            let switches = held.switches().await?.into_iter();
+            let switches = switches.map(|(place, switch)| (place, switch.before, switch.after));
+            let written = limited(entry.commit(switches.collect())).await;
+            written.map_err(|error| journal_error(&error))?;
+        }
+        held.commit().await
+    }
+
+    /// Takes back what was staged, and lets guests go on. What the journal says comes first: should it be cut off here, the next
+    /// start must not do what was undone.
+    async fn roll_back(&mut self, held: Held, error: QmpError) -> QmpError {
+        if let Some(entry) = &mut self.with.entry
+            && let Err(error) = limited(entry.revoke()).await
+        {
+            let uuid = entry.uuid();
+            log::error!("the journal of transaction {uuid}, which has failed, is wrong: {error}");
+        }
+        let left = held.roll_back().await;
+        if left.devices.is_empty() {
+            return error;
+        }
+        self.is_left = true;
+        QmpError::generic(format!(
+            "{}; and what was done to '{}' could not be taken back, see the daemon's log",
+            error.desc,
+            left.devices.join("', '")
+        ))
     }
 
     /// Resolves and prepares the next action.
@@ -187,8 +228,8 @@ impl Running {
         }
     }
 
-    /// All headers are switched: it has happened, and the graph is to follow.
-    async fn commit(&mut self, held: Held) {
+    /// All headers are switched: it has happened, and the graph is to follow. Answers what keeps the headers as they are.
+    async fn commit(&mut self, held: Held) -> Vec<HeaderHeld> {
         let mut actions = std::mem::take(&mut self.actions);
         let count = actions.len();
         let committed = self.with.cx.commit(move |control| {
@@ -201,21 +242,30 @@ impl Running {
             Ok((actions, held))
         });
         // Without an answer the daemon ends, and its graph with it.
-        if let Ok((actions, held)) = committed.await {
-            self.actions = actions;
-            let waited = held.release();
-            let level = match waited > limits::TRANSACTION_LONG_HOLD {
-                true => log::Level::Warn,
-                false => log::Level::Info,
-            };
-            log::log!(
-                level,
-                "transaction of {count} actions: guests waited {waited:.1?}"
-            );
-        }
+        let Ok((actions, held)) = committed.await else {
+            return Vec::new();
+        };
+        self.actions = actions;
+        let (waited, headers) = held.release();
+        let level = match waited > limits::TRANSACTION_LONG_HOLD {
+            true => log::Level::Warn,
+            false => log::Level::Info,
+        };
+        log::log!(
+            level,
+            "transaction of {count} actions: guests waited {waited:.1?}"
+        );
+        headers
     }
 
-    async fn finish(mut self) -> Vec<Effect> {
+    /// Guests run. The headers of images stay what the journal says they are until it has ended: after a crash meanwhile, the next
+    /// start finds them as it expects.
+    async fn finish(mut self, headers: Vec<HeaderHeld>) -> Vec<Effect> {
+        self.with.keep_files().await;
+        if let Some(entry) = self.with.entry.take() {
+            end(entry).await;
+        }
+        drop(headers);
         for action in &mut self.actions {
             action.finish(&self.with.cx).await;
         }
@@ -226,7 +276,28 @@ impl Running {
         for action in self.actions.iter_mut().rev() {
             action.abort(&self.with.cx).await;
         }
+        self.with.remove_files().await;
+        if let Some(entry) = self.with.entry.take()
+            && !self.is_left
+        {
+            end(entry).await;
+        }
     }
+}
+
+async fn end(entry: Entry) {
+    let uuid = entry.uuid().to_owned();
+    if let Err(error) = limited(entry.end()).await {
+        log::error!(
+            "the journal of transaction {uuid}, which is over, could not be ended: {error}"
+        );
+    }
+}
+
+/// Waits for the disk of the journal as long as for others.
+async fn limited<T>(written: impl Future<Output = io::Result<T>>) -> io::Result<T> {
+    let written = tokio::time::timeout(limits::TRANSACTION_STEP, written).await;
+    written.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// A panic is a failure like any other: what the others did must be taken back.

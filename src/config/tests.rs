@@ -22,6 +22,7 @@ fn steps_keep_their_order_and_text() {
         "--blockdev",
         "null-co,node-name=n",
         "--pidfile=p",
+        "--state-dir=s",
         "--qmp",
         "unix:q",
         "--daemonize",
@@ -30,6 +31,7 @@ fn steps_keep_their_order_and_text() {
     let texts: Vec<&str> = config.steps.iter().map(|step| step.text.as_str()).collect();
     assert_eq!(texts, ["--blockdev null-co,node-name=n", "--qmp unix:q"]);
     assert_eq!(config.pidfile, Some("p".into()));
+    assert_eq!(config.state_dir, Some("s".into()));
     assert!(config.daemonize);
 }
 
@@ -64,7 +66,7 @@ fn every_known_option_has_an_action() {
     for word in USAGE.split_whitespace() {
         if let Some(name) = word.strip_prefix("--")
             && is_known(name)
-            && name != "pidfile"
+            && !["pidfile", "state-dir"].contains(&name)
         {
             let message = action(name, "\u{1}").err().unwrap_or_default();
             assert!(!message.contains("unrecognized"), "{name}");

@@ -21,6 +21,8 @@ A storage daemon that speaks QMP: serves disk images over NBD, takes and deletes
                          serve QMP
   --nbd-server unix:<path>|tcp:<host>:<port>
                          serve NBD
+  --state-dir <folder>   where transactions are written down, so that they are all or nothing across a crash, too.
+                         What one has cut off is finished or taken back at the next start
 
 As in qemu-storage-daemon; values are key=value lists or, with nodes and exports, JSON:
 

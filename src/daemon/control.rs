@@ -1,5 +1,7 @@
 //! The control state: what commands look at and change. It has one owner, the control loop.
 
+use std::sync::Arc;
+
 use qapi::events;
 use qapi::types::ShutdownCause;
 
@@ -11,6 +13,7 @@ use super::exports::Exports;
 use super::pidfile::PidFile;
 use super::sockets::DefaultSockets;
 use crate::jobs::Jobs;
+use crate::journal::Journal;
 use crate::monitor::{self, Events};
 
 /// Everything that commands act on.
@@ -23,6 +26,8 @@ pub struct Control {
     pub jobs: Jobs,
     /// What files are opened with.
     pub io: IoContext,
+    /// Where transactions are written down; `None` without a state directory.
+    pub journal: Option<Arc<Journal>>,
     /// The monitors; taken out when the daemon ends.
     pub(super) monitors: monitor::Server,
     /// Files to remove at the end.
@@ -62,6 +67,7 @@ impl Control {
             exports,
             jobs,
             io: IoContext::new(),
+            journal: None,
             monitors,
             belongings: Belongings::default(),
             events,
@@ -72,6 +78,12 @@ impl Control {
     /// Tells every client.
     pub fn emit(&self, event: impl Into<qapi::Event>) {
         self.events.emit(wire(event.into()));
+    }
+
+    /// Tells every client that comes, until one has seen it; then calls `seen`. Called once, at the start.
+    pub(super) fn keep(&self, events: Vec<qapi::Event>, seen: impl FnOnce() + Send + 'static) {
+        self.events
+            .keep(events.into_iter().map(wire).collect(), seen);
     }
 
     /// Ends the daemon when the running command has ended. The first cause counts.
@@ -99,7 +111,6 @@ impl Control {
         });
         let device = drive.map(|drive| drive.id.clone()).unwrap_or_default();
         match what {
-            Happening::GuestErrors => {}
             Happening::ImageCorrupted(Corruption {
                 message,
                 place,
@@ -118,8 +129,6 @@ impl Control {
                 });
             }
         }
-        // Whatever has come: if the channel was full, what has happened to drives has no event of its own.
-        self.tell_of_machine();
     }
 }
 

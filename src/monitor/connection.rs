@@ -234,6 +234,9 @@ impl Connection {
                 () = self.stopping() => return,
                 () = self.outbox.room() => {}
             }
+            if let Some(subscription) = self.subscription.get() {
+                subscription.heard();
+            }
             match message.message {
                 Ok(value) => self.execute_in_band(value).await,
                 Err(error) => self.reply(None, Err(error.into())),

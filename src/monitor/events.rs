@@ -7,6 +7,7 @@
 //! ```
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -75,6 +76,8 @@ struct State {
     // Locked while outboxes are pushed to, so that all clients see the same order. Outboxes lock
     // nothing else.
     outboxes: Vec<Arc<Outbox>>,
+    /// Events that every new client gets until one has seen them.
+    kept: Option<Kept>,
     windows: HashMap<(&'static str, String), Window>,
 }
 
@@ -83,6 +86,19 @@ struct Window {
     ends: Instant,
     /// The last event that came while the window was open.
     last: Option<Stamped>,
+}
+
+/// Events that are sent until they have been seen.
+struct Kept {
+    events: Vec<Stamped>,
+    /// Told when they have.
+    seen: Box<dyn FnOnce() + Send>,
+}
+
+impl std::fmt::Debug for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(&self.events).finish()
+    }
 }
 
 /// An event and when it happened, which a delay does not change.
@@ -145,12 +161,29 @@ impl Events {
         }
     }
 
+    /// Sends events to every client when it has ended its negotiation, until one sends another command behind them: then they have
+    /// been seen, and `seen` is called. Called once, before there are clients.
+    pub fn keep(&self, events: Vec<Event>, seen: impl FnOnce() + Send + 'static) {
+        let at = SystemTime::now();
+        let events = events.into_iter().map(|event| Stamped { event, at });
+        self.hub.lock().kept = Some(Kept {
+            events: events.collect(),
+            seen: Box::new(seen),
+        });
+    }
+
     /// Delivers events to an outbox until the subscription is dropped.
     pub(super) fn subscribe(&self, outbox: &Arc<Outbox>) -> Subscription {
-        self.hub.lock().outboxes.push(Arc::clone(outbox));
+        let mut state = self.hub.lock();
+        state.outboxes.push(Arc::clone(outbox));
+        let kept = state.kept.iter().flat_map(|kept| &kept.events);
+        for stamped in kept {
+            outbox.push_event(stamped.text(outbox.style()));
+        }
         Subscription {
             events: self.clone(),
             outbox: Arc::clone(outbox),
+            owes: AtomicBool::new(state.kept.is_some()),
         }
     }
 }
@@ -160,6 +193,21 @@ impl Events {
 pub(super) struct Subscription {
     events: Events,
     outbox: Arc<Outbox>,
+    /// The client was sent kept events, and has not said anything since.
+    owes: AtomicBool,
+}
+
+impl Subscription {
+    /// The client has sent a command: it goes on behind the events that it got when it came.
+    pub(super) fn heard(&self) {
+        if !self.owes.swap(false, Ordering::Relaxed) {
+            return;
+        }
+        let kept = self.events.hub.lock().kept.take();
+        if let Some(Kept { seen, .. }) = kept {
+            seen();
+        }
+    }
 }
 
 impl Drop for Subscription {

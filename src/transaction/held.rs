@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::driver::{BoxFuture, Requests as _, SnapshotChange};
+use block::driver::{BoxFuture, HeaderHeld, HeaderSwitch, Requests as _, SnapshotChange};
 use block::error::{Error, ErrorKind, Result};
-use block::graph::{Node, Quiesced};
+use block::graph::{Node, Quiesced, quiesce_all_within};
 use futures_util::future::join_all;
 use qapi::rt::QmpError;
 use tokio::time::timeout;
@@ -29,6 +29,13 @@ struct HeldDisk {
     failure: String,
 }
 
+/// What is left when not all could be taken back.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    /// What the client calls the disks.
+    pub(super) devices: Vec<String>,
+}
+
 impl Held {
     /// Holds all disks still at the same time, and begins to change snapshots: requests wait for the slowest, not for the sum.
     ///
@@ -37,7 +44,15 @@ impl Held {
     pub(super) async fn begin(disks: Vec<Disk>) -> std::result::Result<Held, QmpError> {
         flush_ahead(&disks).await;
         let since = Instant::now();
-        let quiesced = quiesce_all(&disks).await?;
+        let nodes: Vec<Arc<Node>> = disks.iter().map(|disk| disk.node.clone()).collect();
+        let quiesced = quiesce_all_within(&nodes, limits::TRANSACTION_DRAIN).await;
+        let quiesced = quiesced.map_err(|slow| {
+            let device = disks.get(slow).map_or("", |disk| &disk.device);
+            let seconds = limits::TRANSACTION_DRAIN.as_secs();
+            QmpError::generic(format!(
+                "Device '{device}' has not finished its requests within {seconds} s"
+            ))
+        })?;
         // Behind the last of these all disks show the same moment.
         let changes = join_all(disks.iter().map(begin_change)).await;
         let held = disks.into_iter().zip(quiesced).zip(changes);
@@ -59,8 +74,8 @@ impl Held {
         self.find(node).map(|held| &held.quiesced)
     }
 
-    #[allow(dead_code, reason = "new layers need it")]
     /// The size that a disk will have in bytes: a revert to a snapshot may change it.
+    #[allow(dead_code, reason = "new layers need it")]
     pub(crate) fn size(&self, node: &Arc<Node>) -> u64 {
         match self.find(node).and_then(|held| held.change.as_ref()) {
             Some(Ok(change)) => change.size(),
@@ -103,89 +118,102 @@ impl Held {
         join_all(prepared).await.into_iter().collect()
     }
 
-    /// Makes all changes, or none: if one cannot be made, those that were are rolled back.
+    /// What the commit will write, as (place among the images of the journal, switch). Images that are in no journal are left out.
+    pub(super) async fn switches(
+        &mut self,
+    ) -> std::result::Result<Vec<(usize, HeaderSwitch)>, QmpError> {
+        let disks = self.disks.iter_mut();
+        let switches = disks.map(|held| async {
+            let place = held.disk.journaled;
+            let switch = held.run(|change| change.switch()).await?;
+            Ok(place.zip(switch))
+        });
+        let switches: std::result::Result<Vec<_>, QmpError> =
+            join_all(switches).await.into_iter().collect();
+        Ok(switches?.into_iter().flatten().collect())
+    }
+
+    /// Makes all changes. After an error some have been made, which is to be followed by [`Held::roll_back`].
     pub(super) async fn commit(&mut self) -> std::result::Result<(), QmpError> {
         let disks = self.disks.iter_mut();
         let committed = disks.map(|held| held.run(|change| change.commit()));
-        let committed = join_all(committed).await;
-        let Some(error) = committed.iter().find_map(|result| result.as_ref().err()) else {
-            return Ok(());
-        };
-        let made = self.disks.iter_mut().zip(&committed);
-        let made = made.filter_map(|(held, result)| result.is_ok().then_some(held));
-        let left = join_all(made.map(HeldDisk::roll_back)).await;
-        let left: Vec<&str> = left.into_iter().flatten().collect();
-        Err(match left.is_empty() {
-            true => error.clone(),
-            false => QmpError::generic(format!(
-                "{}; and what was done to '{}' could not be taken back, see the daemon's log",
-                error.desc,
-                left.join("', '")
-            )),
-        })
+        join_all(committed).await.into_iter().collect()
     }
 
-    /// The changes stay, and requests go on. Answers how long they waited.
-    pub(super) fn release(self) -> Duration {
+    /// Takes back what was made, and lets requests go on.
+    ///
+    /// A disk that hangs is left to a task of its own, which takes its change back when it is done; until then it is left.
+    pub(super) async fn roll_back(self) -> Left {
+        let disks = self.disks.into_iter().map(async |mut held| {
+            if let Ok(left) = timeout(limits::TRANSACTION_STEP, held.roll_back()).await {
+                return left.then_some(held.disk.device);
+            }
+            let device = held.disk.device.clone();
+            log::error!("device '{device}' hangs in a transaction that has failed");
+            // It ends when the disk answers, or with the process.
+            tokio::spawn(async move { held.roll_back().await });
+            Some(device)
+        });
+        let left = join_all(disks).await;
+        Left {
+            devices: left.into_iter().flatten().collect(),
+        }
+    }
+
+    /// The changes stay, and requests go on. Answers how long they waited, and what holds the headers of the images.
+    pub(super) fn release(self) -> (Duration, Vec<HeaderHeld>) {
         let Held { disks, since } = self;
+        let mut headers = Vec::new();
         for held in disks {
             if let Some(Ok(change)) = held.change {
-                change.finish();
+                headers.push(change.finish());
             }
         }
-        since.elapsed()
+        (since.elapsed(), headers)
     }
 }
 
 impl HeldDisk {
-    /// Runs a part of the change. One that could not be begun has failed an action and does not come here.
-    async fn run<'h>(
+    /// Runs a part of the change, for as long as guests may be made to wait. One that could not be begun has failed an action and
+    /// does not come here.
+    async fn run<'h, T: Default>(
         &'h mut self,
-        part: impl FnOnce(&'h mut dyn SnapshotChange) -> BoxFuture<'h, Result<()>>,
-    ) -> std::result::Result<(), QmpError> {
+        part: impl FnOnce(&'h mut dyn SnapshotChange) -> BoxFuture<'h, Result<T>>,
+    ) -> std::result::Result<T, QmpError> {
         let HeldDisk {
             change, failure, ..
         } = self;
         let Some(Ok(change)) = change else {
-            return Ok(());
+            return Ok(T::default());
         };
         let part = async {
-            let done = part(&mut **change).await;
-            done.map_err(|error| QmpError::generic(format!("{failure}: {error}")))
+            let seconds = limits::TRANSACTION_STEP.as_secs();
+            match timeout(limits::TRANSACTION_STEP, part(&mut **change)).await {
+                Ok(done) => done.map_err(|error| error.to_string()),
+                Err(_) => Err(format!("the disk has not answered within {seconds} s")),
+            }
+            .map_err(|error| QmpError::generic(format!("{failure}: {error}")))
         };
         guarded(part).await
     }
 
-    /// Takes back a change that was made. Answers the disk's name if that fails.
-    async fn roll_back(&mut self) -> Option<&str> {
+    /// Takes back a change, as far as it was made. Answers whether that fails.
+    async fn roll_back(&mut self) -> bool {
         let Some(Ok(change)) = &mut self.change else {
-            return None;
+            return false;
         };
-        let error = change.roll_back().await.err()?;
+        let Err(error) = change.roll_back().await else {
+            return false;
+        };
         let Disk { device, node, .. } = &self.disk;
         log::error!(
-            "device '{device}': the snapshot operations of a transaction that failed on another disk could not be taken \
+            "device '{device}': the snapshot operations of a transaction that has failed could not be taken \
              back: {error}. They may have happened to '{}'. Its snapshots cannot be changed before it has been opened \
              again; look at them then",
             node.driver().info().filename
         );
-        Some(device)
+        true
     }
-}
-
-/// Holds back requests to all disks, and waits for those under way.
-async fn quiesce_all(disks: &[Disk]) -> std::result::Result<Vec<Quiesced>, QmpError> {
-    let quiesced = disks.iter().map(|disk| async {
-        let quiesced = timeout(limits::TRANSACTION_DRAIN, disk.node.quiesce()).await;
-        quiesced.map_err(|_| {
-            QmpError::generic(format!(
-                "Device '{}' has not finished its requests within {} s",
-                disk.device,
-                limits::TRANSACTION_DRAIN.as_secs()
-            ))
-        })
-    });
-    join_all(quiesced).await.into_iter().collect()
 }
 
 /// Read-only disks and formats without snapshots have failed the action before.
@@ -193,13 +221,18 @@ async fn begin_change(disk: &Disk) -> Option<Result<Box<dyn SnapshotChange>>> {
     if !disk.changes {
         return None;
     }
-    Some(match disk.node.driver().snapshots() {
-        Some(snapshots) => snapshots.change().await,
-        None => Err(Error::new(
+    let Some(snapshots) = disk.node.driver().snapshots() else {
+        return Some(Err(Error::new(
             ErrorKind::Unsupported,
             "The format has no internal snapshots",
-        )),
-    })
+        )));
+    };
+    let begun = timeout(limits::TRANSACTION_STEP, snapshots.change()).await;
+    Some(begun.unwrap_or_else(|_| {
+        let seconds = limits::TRANSACTION_STEP.as_secs();
+        let text = format!("the disk has not answered within {seconds} s");
+        Err(Error::new(ErrorKind::Io, text))
+    }))
 }
 
 /// Makes durable what has been written, while guests go on, until a flush ends soon: the flushes of a snapshot, for which

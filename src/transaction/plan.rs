@@ -90,6 +90,7 @@ impl Plan {
                     device: device.to_owned(),
                     node: node.clone(),
                     changes: false,
+                    journaled: None,
                 });
                 self.disks.len() - 1
             }

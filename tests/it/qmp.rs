@@ -32,16 +32,6 @@ fn drives() {
 }
 
 #[test]
-fn errors() {
-    golden("errors");
-}
-
-#[test]
-fn stats() {
-    golden("stats");
-}
-
-#[test]
 fn resize() {
     golden("resize");
 }

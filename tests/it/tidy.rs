@@ -45,8 +45,20 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         place: "src/transaction",
-        modules: &["transaction", "exports", "jobs", "daemon", "limits"],
+        modules: &[
+            "transaction",
+            "journal",
+            "exports",
+            "jobs",
+            "daemon",
+            "limits",
+        ],
         never: &["tokio::net", "std::net", "std::thread"],
+    },
+    Layer {
+        place: "src/journal",
+        modules: &["journal", "limits"],
+        never: &["qapi::", "block::graph"],
     },
     Layer {
         place: "src/block/graph",

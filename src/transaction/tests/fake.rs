@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex};
 
 use block::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, NewSnapshot, Preallocation, RequestLimits,
-    Requests, SnapshotChange, SnapshotInfo, SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, HeaderHeld, HeaderSwitch, NewSnapshot,
+    Preallocation, RequestLimits, Requests, SnapshotChange, SnapshotInfo, SnapshotSelector,
+    Snapshots, WriteFlags, ZeroFlags,
 };
 use block::error::{Error, ErrorKind, Result};
 use block::graph::{Behaviour, Node, NodeName, Opened};
@@ -144,6 +145,10 @@ impl SnapshotChange for FakeChange {
         Box::pin(async { self.disk.run("prepare", Fault::Prepare) })
     }
 
+    fn switch(&mut self) -> BoxFuture<'_, Result<Option<HeaderSwitch>>> {
+        Box::pin(async { Ok(None) })
+    }
+
     fn commit(&mut self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
             assert!(
@@ -158,8 +163,9 @@ impl SnapshotChange for FakeChange {
         Box::pin(async { self.disk.run("roll back", Fault::RollBack) })
     }
 
-    fn finish(mut self: Box<Self>) {
+    fn finish(mut self: Box<Self>) -> HeaderHeld {
         self.end = "finish";
+        HeaderHeld::not()
     }
 }
 

@@ -93,7 +93,6 @@ pub(crate) enum NbdErrno {
     NoSpc = 28,
     Overflow = 75,
     NotSup = 95,
-    Shutdown = 108,
 }
 
 impl NbdErrno {
@@ -111,8 +110,6 @@ impl NbdErrno {
             NbdErrno::Overflow
         } else if is(&[Errno::OPNOTSUPP]) {
             NbdErrno::NotSup
-        } else if is(&[Errno::SHUTDOWN]) {
-            NbdErrno::Shutdown
         } else if is(&[Errno::INVAL]) {
             NbdErrno::Inval
         } else {

@@ -1,0 +1,235 @@
+//! The lines of a journal.
+
+use std::fs::Metadata;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::report::Report;
+
+/// Which file it is, whatever its name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identity {
+    /// The file system that it is in; of a block device, which device it is.
+    pub device: u64,
+    /// Its number there; 0 for a block device, whose node may be made anew.
+    pub inode: u64,
+}
+
+impl Identity {
+    /// Of the file with this metadata.
+    pub fn of(metadata: &Metadata) -> Self {
+        match metadata.file_type().is_block_device() {
+            true => Identity {
+                device: metadata.rdev(),
+                inode: 0,
+            },
+            false => Identity {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            },
+        }
+    }
+}
+
+/// When a file was changed last: seconds since 1970, and nanoseconds. `None` for a device, which does not tell.
+pub(super) fn modified(metadata: &Metadata) -> Option<(i64, i64)> {
+    metadata
+        .is_file()
+        .then(|| (metadata.mtime(), metadata.mtime_nsec()))
+}
+
+/// An image that a transaction will change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StagedImage {
+    /// Its path, from the root.
+    pub path: PathBuf,
+    /// Which file that is.
+    pub file: Identity,
+    /// Where the image begins in the file, in bytes.
+    pub offset: u64,
+}
+
+/// The write that switches an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSwitch {
+    /// The image.
+    pub image: StagedImage,
+    /// When its file was changed last before that. What has been changed later was changed by somebody else.
+    pub modified: Option<(i64, i64)>,
+    /// Its first sector as it is.
+    #[serde(with = "hex")]
+    pub before: Vec<u8>,
+    /// The same as it will be.
+    #[serde(with = "hex")]
+    pub after: Vec<u8>,
+}
+
+/// A file that a transaction makes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Creation {
+    /// Its path, from the root.
+    pub path: PathBuf,
+    /// What was there before, if anything was.
+    pub former: Option<Identity>,
+    /// It was an empty file: the new content is put into it.
+    pub was_empty: bool,
+    /// Where what was there is kept meanwhile, or what takes its place is made.
+    pub beside: Option<PathBuf>,
+}
+
+/// A line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "kebab-case")]
+pub(super) enum Record {
+    /// The first.
+    Begin {
+        /// Of this form of the journal.
+        version: u32,
+        uuid: String,
+        /// Seconds since 1970.
+        time: u64,
+    },
+    /// These images will be changed: what a crash leaves in them is to be looked for.
+    Stages { images: Vec<StagedImage> },
+    /// A file is about to be made.
+    Creates(Creation),
+    /// It is made.
+    Created { path: PathBuf, file: Identity },
+    /// From here on everything is to happen.
+    Commit { switches: Vec<ImageSwitch> },
+    /// From here on nothing is.
+    Abort,
+    /// Nothing is left to do.
+    Done,
+    /// A start has done what was to be done.
+    Recovered { report: Report },
+}
+
+/// The present form.
+pub(super) const VERSION: u32 = 1;
+
+impl Record {
+    /// The line.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        // Cannot fail: all keys are texts, and paths were checked to be.
+        let json = serde_json::to_string(self).unwrap_or_default();
+        format!("{:08x} {json}\n", crc32(json.as_bytes())).into_bytes()
+    }
+
+    /// The lines up to the first that is not whole, and how many bytes they take.
+    pub(super) fn decode_all(bytes: &[u8]) -> (Vec<Record>, usize) {
+        let mut records = Vec::new();
+        let mut end = 0;
+        for line in bytes.split_inclusive(|byte| *byte == b'\n') {
+            let Some(record) = Record::decode(line) else {
+                break;
+            };
+            records.push(record);
+            end += line.len();
+        }
+        (records, end)
+    }
+
+    fn decode(line: &[u8]) -> Option<Record> {
+        let text = std::str::from_utf8(line.strip_suffix(b"\n")?).ok()?;
+        let (crc, json) = text.split_once(' ')?;
+        if u32::from_str_radix(crc, 16).ok()? != crc32(json.as_bytes()) {
+            return None;
+        }
+        serde_json::from_str(json).ok()
+    }
+}
+
+/// The CRC of Ethernet and zip.
+fn crc32(bytes: &[u8]) -> u32 {
+    let step = |crc: u32, byte: &u8| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0xedb8_8320 & 0_u32.wrapping_sub(crc & 1))
+        })
+    };
+    !bytes.iter().fold(!0, step)
+}
+
+/// Bytes as text.
+mod hex {
+    use serde::de::Error as _;
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+        let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        serializer.serialize_str(&text)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<u8>, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let pair = |at: usize| {
+            let digits = text.get(at..at + 2)?;
+            u8::from_str_radix(digits, 16).ok()
+        };
+        let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(pair).collect();
+        bytes.ok_or_else(|| D::Error::custom("not hexadecimal"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_crc_is_the_usual_one() {
+        assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+    }
+
+    #[test]
+    fn a_torn_line_and_what_follows_it_do_not_count() {
+        let records = [
+            Record::Begin {
+                version: VERSION,
+                uuid: "u".to_owned(),
+                time: 1,
+            },
+            Record::Commit {
+                switches: vec![ImageSwitch {
+                    image: StagedImage {
+                        path: "/a \"b\"\n.qcow2".into(),
+                        file: Identity {
+                            device: 1,
+                            inode: u64::MAX,
+                        },
+                        offset: 0,
+                    },
+                    modified: Some((-1, 5)),
+                    before: vec![0, 1, 0xab, 0xff],
+                    after: vec![0; 4],
+                }],
+            },
+            Record::Abort,
+        ];
+        let bytes: Vec<u8> = records.iter().flat_map(Record::encode).collect();
+        assert_eq!(Record::decode_all(&bytes), (records.to_vec(), bytes.len()));
+        let ends: Vec<usize> = records
+            .iter()
+            .scan(0, |at, record| {
+                *at += record.encode().len();
+                Some(*at)
+            })
+            .collect();
+        for len in 0..bytes.len() {
+            let whole = ends.iter().filter(|end| **end <= len).count();
+            // As a crash leaves it in space that was written before.
+            let mut torn = bytes[..len].to_vec();
+            torn.resize(bytes.len() + 100, 0);
+            assert_eq!(Record::decode_all(&torn).0, records[..whole], "{len}");
+        }
+        for at in 0..bytes.len() {
+            let mut wrong = bytes.clone();
+            wrong[at] ^= 1;
+            let whole = ends.iter().filter(|end| **end <= at).count();
+            assert_eq!(Record::decode_all(&wrong).0, records[..whole], "{at}");
+        }
+    }
+}

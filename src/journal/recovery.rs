@@ -1,0 +1,436 @@
+//! The start behind a crash: transactions that were cut off are finished or taken back before an image is served.
+//!
+//! | the journal has | images | files that were made |
+//! |---|---|---|
+//! | no commit | are as they were; space that was taken for the change is given back | are removed; what they replaced comes back |
+//! | a commit | are switched, those that are not yet | stay |
+//! | a commit and an abort | are switched back, those that are | are removed; what they replaced comes back |
+//!
+//! Every step can be done again, so that a crash meanwhile does no harm. An image is only touched when it is the file that it was,
+//! nobody else has it open, and its header is either the old or the new one; it is only switched when nothing was
+//! written to the file since. Everything else is reported, and left as it is.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block::driver::{Child, Driver as _, HeaderSwitch, Requests as _, WriteFlags};
+use block::error::{Error, ErrorKind};
+use block::formats::qcow2::check::{CheckOptions, Repair, repair};
+use block::io::IoContext;
+use block::open::{Aio, CacheMode, FileOptions, Locking};
+use block::protocols::file::{File, FileAccess};
+
+use super::Journal;
+use super::entry::blocking;
+use super::record::{Creation, Identity, ImageSwitch, Record, StagedImage, modified};
+use super::report::{FileResult, ImageResult, Outcome, RecoveredFile, RecoveredImage, Report};
+
+/// A transaction that was cut off, and what has been done about it.
+#[derive(Debug)]
+pub struct Recovered {
+    /// For clients and the log.
+    pub report: Report,
+    path: PathBuf,
+}
+
+impl Recovered {
+    /// Somebody has read the report: it is forgotten, unless another start may do more.
+    pub fn seen(self) {
+        if self.report.is_worth_another_try() {
+            return;
+        }
+        if let Err(error) = fs::remove_file(&self.path) {
+            log::warn!("'{}' stays: {error}", self.path.display());
+        }
+    }
+}
+
+/// Finishes or takes back what a crash has cut off. Answers what nobody has read about yet.
+///
+/// Errors only where the state directory itself cannot be read or written.
+pub async fn recover(journal: &Journal, io: &IoContext) -> io::Result<Vec<Recovered>> {
+    let mut recovered = Vec::new();
+    for path in journal.entries()? {
+        let Some(plan) = Plan::read(&path)? else {
+            fs::remove_file(&path)?;
+            continue;
+        };
+        let report = match plan.earlier.clone() {
+            Some(report) if !report.is_worth_another_try() => report,
+            _ => {
+                let report = plan.carry_out(io).await;
+                write_down(&path, &report)?;
+                report
+            }
+        };
+        log_report(&report, &path);
+        recovered.push(Recovered { report, path });
+    }
+    Ok(recovered)
+}
+
+/// Puts the report behind what there is, durably.
+fn write_down(path: &Path, report: &Report) -> io::Result<()> {
+    use std::os::unix::fs::FileExt as _;
+    let end = Record::decode_all(&fs::read(path)?).1;
+    let record = Record::Recovered {
+        report: report.clone(),
+    };
+    let file = fs::OpenOptions::new().write(true).open(path)?;
+    file.write_all_at(&record.encode(), end as u64)?;
+    file.sync_data()
+}
+
+fn log_report(report: &Report, path: &Path) {
+    let Report {
+        uuid,
+        outcome,
+        images,
+        files,
+    } = report;
+    match outcome {
+        Outcome::RolledForward => {
+            log::warn!("transaction {uuid} was cut off and has been finished")
+        }
+        Outcome::Removed => log::warn!("transaction {uuid} was cut off and has been taken back"),
+        Outcome::Degraded => log::error!(
+            "transaction {uuid} was cut off, and not all of it could be put right: see '{}'",
+            path.display()
+        ),
+    }
+    let detail = |detail: &Option<String>| detail.clone().unwrap_or_default();
+    for image in images.iter().filter(|image| !image.result.is_right()) {
+        let (path, result) = (image.path.display(), image.result);
+        log::error!(
+            "transaction {uuid}: image '{path}': {result:?} {}",
+            detail(&image.detail)
+        );
+    }
+    for file in files.iter().filter(|file| !file.result.is_right()) {
+        let (path, result) = (file.path.display(), file.result);
+        log::error!(
+            "transaction {uuid}: file '{path}': {result:?} {}",
+            detail(&file.detail)
+        );
+    }
+}
+
+/// Where a transaction is to go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Forward,
+    Back,
+}
+
+/// What a journal says.
+#[derive(Debug)]
+struct Plan {
+    uuid: String,
+    staged: Vec<StagedImage>,
+    creations: Vec<(Creation, Option<Identity>)>,
+    switches: Vec<ImageSwitch>,
+    direction: Direction,
+    /// What an earlier start has done.
+    earlier: Option<Report>,
+}
+
+impl Plan {
+    /// `None` where there is nothing to do.
+    fn read(path: &Path) -> io::Result<Option<Plan>> {
+        let (records, _) = Record::decode_all(&fs::read(path)?);
+        let mut records = records.into_iter();
+        let Some(Record::Begin { version, uuid, .. }) = records.next() else {
+            // It was torn before anything was done.
+            return Ok(None);
+        };
+        if version != super::record::VERSION {
+            let text = format!("'{}' was written by another version", path.display());
+            return Err(io::Error::other(text));
+        }
+        let mut plan = Plan {
+            uuid,
+            staged: Vec::new(),
+            creations: Vec::new(),
+            switches: Vec::new(),
+            direction: Direction::Back,
+            earlier: None,
+        };
+        for record in records {
+            match record {
+                Record::Begin { .. } => {}
+                Record::Stages { images } => plan.staged = images,
+                Record::Creates(creation) => plan.creations.push((creation, None)),
+                Record::Created { path, file } => {
+                    let mut creations = plan.creations.iter_mut();
+                    if let Some(creation) = creations.find(|(creation, _)| creation.path == path) {
+                        creation.1 = Some(file);
+                    }
+                }
+                Record::Commit { switches } => {
+                    plan.switches = switches;
+                    plan.direction = Direction::Forward;
+                }
+                Record::Abort => plan.direction = Direction::Back,
+                Record::Done => return Ok(None),
+                Record::Recovered { report } => plan.earlier = Some(report),
+            }
+        }
+        Ok(Some(plan))
+    }
+
+    async fn carry_out(&self, io: &IoContext) -> Report {
+        let mut images = Vec::new();
+        for switch in &self.switches {
+            images.push(self.switch(io, switch).await);
+        }
+        let mut files = Vec::new();
+        for (creation, made) in self.creations.iter().rev() {
+            let (creation, made, direction) = (creation.clone(), *made, self.direction);
+            let path = creation.path.clone();
+            let done = blocking(move || settle_file(&creation, made, direction)).await;
+            let (result, detail) = match done {
+                Ok(result) => (result, None),
+                Err(error) => (FileResult::Failed, Some(error.to_string())),
+            };
+            files.push(RecoveredFile {
+                path,
+                result,
+                detail,
+            });
+        }
+        if self.direction == Direction::Back {
+            for image in &self.staged {
+                reclaim(io, image).await;
+            }
+        }
+        let right = images.iter().all(|image| image.result.is_right())
+            && files.iter().all(|file| file.result.is_right());
+        Report {
+            uuid: self.uuid.clone(),
+            outcome: match (right, self.direction) {
+                (false, _) => Outcome::Degraded,
+                (true, Direction::Forward) => Outcome::RolledForward,
+                (true, Direction::Back) => Outcome::Removed,
+            },
+            images,
+            files,
+        }
+    }
+
+    async fn switch(&self, io: &IoContext, switch: &ImageSwitch) -> RecoveredImage {
+        let path = &switch.image.path;
+        let goes_with_its_file = self.direction == Direction::Back
+            && self.creations.iter().any(|(made, _)| made.path == *path);
+        let (result, detail) = match goes_with_its_file {
+            true => (ImageResult::Unchanged, None),
+            false => switch_image(io, switch, self.direction).await,
+        };
+        RecoveredImage {
+            path: path.clone(),
+            result,
+            detail,
+        }
+    }
+}
+
+/// The image's file, locked, if it is the one that it was.
+async fn open_image(
+    io: &IoContext,
+    image: &StagedImage,
+) -> Result<File, (ImageResult, Option<String>)> {
+    let failed = |text: String| (ImageResult::Failed, Some(text));
+    let metadata = match fs::metadata(&image.path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err((ImageResult::Missing, None));
+        }
+        Err(error) => return Err(failed(error.to_string())),
+    };
+    if Identity::of(&metadata) != image.file {
+        return Err((ImageResult::Replaced, None));
+    }
+    let options = FileOptions {
+        filename: image.path.to_string_lossy().into_owned(),
+        aio: Aio::Threads,
+        locking: Locking::Auto,
+    };
+    let access = FileAccess {
+        read_only: false,
+        auto_read_only: false,
+        cache: CacheMode::default(),
+    };
+    let opened = File::open(io, &options, access).await;
+    opened.map_err(|error| failed(error.to_string()))
+}
+
+/// Makes an image what it has to be.
+async fn switch_image(
+    io: &IoContext,
+    switch: &ImageSwitch,
+    direction: Direction,
+) -> (ImageResult, Option<String>) {
+    let file = match open_image(io, &switch.image).await {
+        Ok(file) => file,
+        Err(failed) => return failed,
+    };
+    let result = switch_header(&file, switch, direction).await;
+    // Written bytes are durable, or the result is an error.
+    let _ = file.close().await;
+    match result {
+        Ok(result) => (result, None),
+        Err(error) => (ImageResult::Failed, Some(error.to_string())),
+    }
+}
+
+async fn switch_header(
+    file: &File,
+    switch: &ImageSwitch,
+    direction: Direction,
+) -> Result<ImageResult, Error> {
+    let offset = switch.image.offset;
+    let end = offset + switch.before.len() as u64;
+    if switch.before.len() != switch.after.len() || end > file.size() {
+        return Ok(ImageResult::Changed);
+    }
+    let sector = file.read(offset, end - offset).await?.to_bytes();
+    let (is, result) = match direction {
+        Direction::Forward => (&switch.before, ImageResult::Switched),
+        Direction::Back => (&switch.after, ImageResult::SwitchedBack),
+    };
+    let wanted = match direction {
+        Direction::Forward => &switch.after,
+        Direction::Back => &switch.before,
+    };
+    if sector[..] == wanted[..] {
+        return Ok(ImageResult::Unchanged);
+    }
+    if sector[..] != is[..] {
+        return Ok(ImageResult::Changed);
+    }
+    if direction == Direction::Forward && is_newer(switch)? {
+        return Ok(ImageResult::Changed);
+    }
+    let write = HeaderSwitch {
+        before: is.clone(),
+        after: wanted.clone(),
+    };
+    let (at, bytes) = write.difference();
+    file.write(
+        offset + at as u64,
+        bytes.to_vec().into(),
+        WriteFlags::default(),
+    )
+    .await?;
+    file.flush().await?;
+    Ok(result)
+}
+
+/// Whether something was written to the file behind the commit, which the switch would mix with what it knows of.
+fn is_newer(switch: &ImageSwitch) -> Result<bool, Error> {
+    let path = &switch.image.path;
+    let metadata = fs::metadata(path)
+        .map_err(|error| Error::io(format!("Could not look at '{}'", path.display()), &error))?;
+    // A power failure may have kept an older time of the file.
+    Ok(modified(&metadata) > switch.modified)
+}
+
+/// Gives back what a change that does not happen has taken in an image. A leak does no harm, so errors are logged.
+async fn reclaim(io: &IoContext, image: &StagedImage) {
+    let Ok(file) = open_image(io, image).await else {
+        return;
+    };
+    let file = Arc::new(file);
+    let options = CheckOptions {
+        discard_leaks: true,
+        ..CheckOptions::default()
+    };
+    let path = image.path.display();
+    if image.offset == 0 {
+        match repair(&Child::new(file.clone()), Repair::Leaks, &options).await {
+            Ok(report) if report.leaks_fixed > 0 => {
+                log::info!(
+                    "'{path}': {} leaked clusters were freed",
+                    report.leaks_fixed
+                );
+            }
+            Ok(_) => {}
+            // It is repaired when it is opened.
+            Err(error) if error.kind() == ErrorKind::Corrupt => log::debug!("'{path}': {error}"),
+            Err(error) => log::warn!("'{path}' may have leaked clusters: {error}"),
+        }
+    }
+    let _ = file.close().await;
+}
+
+/// Makes a file what it has to be, and its name durable.
+fn settle_file(
+    creation: &Creation,
+    made: Option<Identity>,
+    direction: Direction,
+) -> io::Result<FileResult> {
+    let Creation {
+        path,
+        former,
+        was_empty,
+        beside,
+    } = creation;
+    let there = identity(path)?;
+    let aside = match beside {
+        Some(beside) => identity(beside)?.map(|file| (beside, file)),
+        None => None,
+    };
+    let result = match (direction, former) {
+        (Direction::Forward, _) => {
+            // What was replaced is not needed any more.
+            if let (Some((beside, file)), Some(former)) = (aside, former)
+                && file == *former
+            {
+                fs::remove_file(beside)?;
+            }
+            FileResult::Kept
+        }
+        (Direction::Back, None) => match there {
+            None => FileResult::Unchanged,
+            Some(there) if made.is_some_and(|made| made != there) => FileResult::Replaced,
+            Some(_) => {
+                fs::remove_file(path)?;
+                FileResult::Removed
+            }
+        },
+        (Direction::Back, Some(former)) => match aside {
+            // It has been swapped with what was made.
+            Some((beside, file)) if file == *former => {
+                fs::rename(beside, path)?;
+                FileResult::Restored
+            }
+            // It has not been swapped yet.
+            Some((beside, _)) if there == Some(*former) => {
+                fs::remove_file(beside)?;
+                FileResult::Removed
+            }
+            Some(_) => FileResult::Replaced,
+            None if there == Some(*former) && *was_empty => {
+                fs::OpenOptions::new().write(true).open(path)?.set_len(0)?;
+                FileResult::Restored
+            }
+            // A device that was formatted in place, or nothing was made yet.
+            None if there == Some(*former) => FileResult::Unchanged,
+            None => FileResult::Replaced,
+        },
+    };
+    if let Some(folder) = path.parent() {
+        fs::File::open(folder)?.sync_all()?;
+    }
+    Ok(result)
+}
+
+/// Which file is there.
+fn identity(path: &Path) -> io::Result<Option<Identity>> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(Some(Identity::of(&metadata))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}

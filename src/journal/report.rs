@@ -1,0 +1,131 @@
+//! What a start has done about a transaction that a crash has cut off.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// All of it, about one transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The name of the transaction.
+    pub uuid: String,
+    /// What has become of it.
+    pub outcome: Outcome,
+    /// Its images.
+    pub images: Vec<RecoveredImage>,
+    /// The files that it made.
+    pub files: Vec<RecoveredFile>,
+}
+
+/// What has become of a transaction.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// It has happened, on all images.
+    RolledForward,
+    /// It has not happened, and nothing is left of it.
+    Removed,
+    /// Something could not be put right, and was left as it was.
+    Degraded,
+}
+
+/// An image of the transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveredImage {
+    /// Where it was.
+    pub path: PathBuf,
+    /// What was done.
+    pub result: ImageResult,
+    /// The error, where one is behind it.
+    pub detail: Option<String>,
+}
+
+/// What has become of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageResult {
+    /// It has been switched.
+    Switched,
+    /// It was what it has to be.
+    Unchanged,
+    /// It has been switched back.
+    SwitchedBack,
+    /// It is not there.
+    Missing,
+    /// There is another file in its place.
+    Replaced,
+    /// Somebody has changed it since.
+    Changed,
+    /// Somebody is using it, or it cannot be read or written.
+    Failed,
+}
+
+/// A file that the transaction made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveredFile {
+    /// Where it is or was.
+    pub path: PathBuf,
+    /// What was done.
+    pub result: FileResult,
+    /// The error, where one is behind it.
+    pub detail: Option<String>,
+}
+
+/// What has become of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FileResult {
+    /// It stays: the transaction has happened.
+    Kept,
+    /// It has been removed.
+    Removed,
+    /// What it had replaced is back.
+    Restored,
+    /// It was not there, or had not replaced anything yet.
+    Unchanged,
+    /// There is another file in its place.
+    Replaced,
+    /// It cannot be removed.
+    Failed,
+}
+
+impl ImageResult {
+    /// Whether the image is as the outcome of the transaction says.
+    pub fn is_right(self) -> bool {
+        match self {
+            ImageResult::Switched | ImageResult::Unchanged | ImageResult::SwitchedBack => true,
+            ImageResult::Missing
+            | ImageResult::Replaced
+            | ImageResult::Changed
+            | ImageResult::Failed => false,
+        }
+    }
+
+    /// Whether another start may find it otherwise.
+    fn is_worth_another_try(self) -> bool {
+        matches!(self, ImageResult::Missing | ImageResult::Failed)
+    }
+}
+
+impl FileResult {
+    /// Whether the file is as the outcome of the transaction says.
+    pub fn is_right(self) -> bool {
+        match self {
+            FileResult::Kept
+            | FileResult::Removed
+            | FileResult::Restored
+            | FileResult::Unchanged => true,
+            FileResult::Replaced | FileResult::Failed => false,
+        }
+    }
+}
+
+impl Report {
+    /// Whether another start may do more.
+    pub(super) fn is_worth_another_try(&self) -> bool {
+        let images = self.images.iter();
+        let mut images = images.map(|image| image.result.is_worth_another_try());
+        let mut files = self.files.iter();
+        images.any(|again| again) || files.any(|file| file.result == FileResult::Failed)
+    }
+}

@@ -1,0 +1,392 @@
+//! Starts behind crashes at each point of a transaction over images in files.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use block::driver::{Child, Driver as _, HeaderSwitch, NewSnapshot, Snapshots as _};
+use block::formats::qcow2::check::check;
+use block::formats::qcow2::create::{CreateOptions, create};
+use block::formats::qcow2::{OpenOptions, Qcow2};
+use block::io::IoContext;
+use block::open::{Aio, CacheMode, FileOptions, Locking, beside};
+use block::protocols::file::{File, FileAccess};
+
+use super::record::Identity;
+use super::*;
+
+/// A folder with images, and a state directory.
+struct Lab {
+    folder: tempfile::TempDir,
+    io: IoContext,
+}
+
+/// An image as a crash leaves it whose switch was prepared.
+struct Staged {
+    path: PathBuf,
+    switch: HeaderSwitch,
+}
+
+async fn open_file(io: &IoContext, path: &Path) -> Arc<File> {
+    let options = FileOptions {
+        filename: path.to_str().unwrap().to_owned(),
+        aio: Aio::Threads,
+        locking: Locking::On,
+    };
+    let access = FileAccess {
+        read_only: false,
+        auto_read_only: false,
+        cache: CacheMode::default(),
+    };
+    Arc::new(File::open(io, &options, access).await.unwrap())
+}
+
+/// An image, and its file, which is to be closed behind it.
+async fn open_image(io: &IoContext, path: &Path) -> (Arc<Qcow2>, Arc<File>) {
+    let file = open_file(io, path).await;
+    let opening = Qcow2::open(Child::new(file.clone()), OpenOptions::default()).await;
+    (opening.unwrap().finish(None).await.unwrap(), file)
+}
+
+impl Lab {
+    fn new() -> Lab {
+        Lab {
+            folder: tempfile::tempdir().unwrap(),
+            io: IoContext::new(),
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        fs::canonicalize(self.folder.path()).unwrap().join(name)
+    }
+
+    fn journal(&self) -> Journal {
+        Journal::open(&self.path("state")).unwrap()
+    }
+
+    /// Makes an image and prepares a snapshot `new` of it.
+    async fn stage(&self, name: &str) -> Staged {
+        let path = self.path(name);
+        fs::write(&path, b"").unwrap();
+        let file = open_file(&self.io, &path).await;
+        create(&Child::new(file.clone()), &CreateOptions::new(1 << 20))
+            .await
+            .unwrap();
+        file.close().await.unwrap();
+        let (image, file) = open_image(&self.io, &path).await;
+        let mut change = image.change().await.unwrap();
+        change.create(NewSnapshot::named("new")).await.unwrap();
+        change.prepare().await.unwrap();
+        let switch = change.switch().await.unwrap().unwrap();
+        let left = fs::read(&path).unwrap();
+        drop(change);
+        image.close().await.unwrap();
+        file.close().await.unwrap();
+        fs::write(&path, left).unwrap();
+        Staged { path, switch }
+    }
+
+    /// The journal of a transaction over the images, up to its commit.
+    async fn stages(&self, staged: &[Staged]) -> Entry {
+        let mut entry = self.journal().begin().await.unwrap();
+        let image = |staged: &Staged| StagedImage {
+            path: staged.path.clone(),
+            file: Identity::of(&fs::metadata(&staged.path).unwrap()),
+            offset: 0,
+        };
+        let images = staged.iter().map(image).collect();
+        entry.stages(images).await.unwrap();
+        entry
+    }
+
+    async fn commits(&self, staged: &[Staged]) -> Entry {
+        let mut entry = self.stages(staged).await;
+        let switches = staged.iter().enumerate().map(|(place, staged)| {
+            let HeaderSwitch { before, after } = staged.switch.clone();
+            (place, before, after)
+        });
+        entry.commit(switches.collect()).await.unwrap();
+        entry
+    }
+
+    /// A start: what it reports, and that the next one would do nothing.
+    async fn recover(&self) -> Report {
+        let journal = self.journal();
+        let mut recovered = recover(&journal, &self.io).await.unwrap();
+        assert_eq!(recovered.len(), 1);
+        let report = recovered.remove(0).report;
+        // Nobody has seen it: it is told again, and nothing is done again.
+        let again = recover(&journal, &self.io).await.unwrap().remove(0);
+        if !report.is_worth_another_try() {
+            assert_eq!(again.report, report);
+        }
+        again.seen();
+        let left = recover(&journal, &self.io).await.unwrap().len();
+        assert_eq!(left, usize::from(report.is_worth_another_try()));
+        report
+    }
+
+    /// Whether an image, which must be sound and without leaks, has the snapshot.
+    async fn has_snapshot(&self, name: &str) -> bool {
+        let path = self.path(name);
+        let (image, file) = open_image(&self.io, &path).await;
+        let list = image.list();
+        image.close().await.unwrap();
+        assert!(
+            check(&Child::new(file.clone())).await.unwrap().is_clean(),
+            "{name}"
+        );
+        file.close().await.unwrap();
+        !list.is_empty()
+    }
+}
+
+fn put(staged: &Staged, sector: &[u8]) {
+    use std::os::unix::fs::FileExt as _;
+    let file = fs::OpenOptions::new().write(true).open(&staged.path);
+    file.unwrap().write_all_at(sector, 0).unwrap();
+}
+
+fn results(report: &Report) -> Vec<ImageResult> {
+    report.images.iter().map(|image| image.result).collect()
+}
+
+#[tokio::test]
+async fn without_a_commit_nothing_has_happened_and_nothing_is_leaked() {
+    let lab = Lab::new();
+    let staged = [lab.stage("a").await, lab.stage("b").await];
+    drop(lab.stages(&staged).await);
+    let file = open_file(&lab.io, &lab.path("a")).await;
+    let left = check(&Child::new(file.clone())).await.unwrap();
+    assert!(left.leaks > 0, "a prepared change has taken space");
+    file.close().await.unwrap();
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Removed);
+    for name in ["a", "b"] {
+        assert!(!lab.has_snapshot(name).await);
+    }
+}
+
+#[tokio::test]
+async fn with_a_commit_every_image_is_switched() {
+    for switched in 0..3 {
+        let lab = Lab::new();
+        let staged = [lab.stage("a").await, lab.stage("b").await];
+        drop(lab.commits(&staged).await);
+        for staged in &staged[..switched] {
+            put(staged, &staged.switch.after);
+        }
+        let report = lab.recover().await;
+        assert_eq!(report.outcome, Outcome::RolledForward);
+        let mut expected = vec![ImageResult::Unchanged; switched];
+        expected.resize(2, ImageResult::Switched);
+        assert_eq!(results(&report), expected);
+        for name in ["a", "b"] {
+            assert!(lab.has_snapshot(name).await);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_commit_that_was_revoked_is_taken_back() {
+    for switched in 0..3 {
+        let lab = Lab::new();
+        let staged = [lab.stage("a").await, lab.stage("b").await];
+        let mut entry = lab.commits(&staged).await;
+        entry.revoke().await.unwrap();
+        drop(entry);
+        for staged in &staged[..switched] {
+            put(staged, &staged.switch.after);
+        }
+        let report = lab.recover().await;
+        assert_eq!(report.outcome, Outcome::Removed);
+        let mut expected = vec![ImageResult::SwitchedBack; switched];
+        expected.resize(2, ImageResult::Unchanged);
+        assert_eq!(results(&report), expected);
+        for name in ["a", "b"] {
+            assert!(!lab.has_snapshot(name).await);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_torn_commit_is_none_and_a_transaction_that_has_ended_needs_nothing() {
+    let lab = Lab::new();
+    let staged = [lab.stage("a").await, lab.stage("b").await];
+    drop(lab.commits(&staged).await);
+    let journal = lab.journal();
+    let path = journal.entries().unwrap().remove(0);
+    let mut bytes = fs::read(&path).unwrap();
+    let end = bytes.iter().rposition(|byte| *byte == b'\n').unwrap();
+    bytes[end - 600..end - 88].fill(0);
+    fs::write(&path, bytes).unwrap();
+    drop(journal);
+    assert_eq!(lab.recover().await.outcome, Outcome::Removed);
+    assert!(!lab.has_snapshot("a").await);
+
+    let entry = lab.commits(&staged).await;
+    let path = lab.path("state").join(format!("{}.{SUFFIX}", entry.uuid()));
+    let kept = lab.path("kept");
+    fs::hard_link(&path, &kept).unwrap();
+    entry.end().await.unwrap();
+    assert!(!path.exists());
+    // The name was not durably gone.
+    fs::rename(&kept, &path).unwrap();
+    let journal = lab.journal();
+    assert!(recover(&journal, &lab.io).await.unwrap().is_empty());
+    assert!(!path.exists());
+    drop(journal);
+    assert!(!lab.has_snapshot("a").await);
+}
+
+#[tokio::test]
+async fn what_is_not_as_it_was_left_is_reported_and_not_touched() {
+    let lab = Lab::new();
+    let names = ["fine", "missing", "replaced", "header", "data", "locked"];
+    let mut staged = Vec::new();
+    for name in names {
+        staged.push(lab.stage(name).await);
+    }
+    drop(lab.commits(&staged).await);
+    fs::rename(lab.path("missing"), lab.path("elsewhere")).unwrap();
+    fs::copy(lab.path("replaced"), lab.path("copy")).unwrap();
+    fs::rename(lab.path("copy"), lab.path("replaced")).unwrap();
+    let mut header = staged[3].switch.before.clone();
+    header[511] ^= 1;
+    put(&staged[3], &header);
+    // As another program does that writes guest data in place.
+    let data = fs::OpenOptions::new().write(true).open(lab.path("data"));
+    let later = SystemTime::now() + std::time::Duration::from_secs(1);
+    data.unwrap().set_modified(later).unwrap();
+    let user = open_file(&lab.io, &lab.path("locked")).await;
+    let untouched = ["elsewhere", "replaced", "header", "data", "locked"];
+    let before = untouched.map(|name| fs::read(lab.path(name)).unwrap());
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Degraded);
+    let expected = [
+        ImageResult::Switched,
+        ImageResult::Missing,
+        ImageResult::Replaced,
+        ImageResult::Changed,
+        ImageResult::Changed,
+        ImageResult::Failed,
+    ];
+    assert_eq!(results(&report), expected);
+    let detail = report.images[5].detail.as_deref().unwrap_or_default();
+    assert!(detail.contains("Is another process using"), "{detail}");
+    assert_eq!(
+        untouched.map(|name| fs::read(lab.path(name)).unwrap()),
+        before
+    );
+    // What comes back is finished by the next start.
+    user.close().await.unwrap();
+    fs::rename(lab.path("elsewhere"), lab.path("missing")).unwrap();
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Degraded);
+    assert_eq!(results(&report)[1], ImageResult::Switched);
+    assert_eq!(results(&report)[5], ImageResult::Switched);
+    for name in ["fine", "missing", "locked"] {
+        assert!(lab.has_snapshot(name).await);
+    }
+}
+
+/// How far the making of a file was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Making {
+    Announced,
+    Beside,
+    Made,
+}
+
+/// Makes a file as `create_image` does, up to a point.
+async fn make(entry: &mut Entry, path: &Path, until: Making) {
+    let was = fs::read(path).ok();
+    let aside = beside(path);
+    entry.creates(path.to_owned(), aside.clone()).await.unwrap();
+    if until == Making::Announced {
+        return;
+    }
+    match was.as_deref() {
+        None | Some(b"") => fs::write(path, b"new").unwrap(),
+        Some(_) => {
+            fs::write(&aside, b"new").unwrap();
+            if until == Making::Beside {
+                return;
+            }
+            let swapped = lab_swap(&aside, path);
+            swapped.unwrap();
+        }
+    }
+    entry.created(path.to_owned()).await.unwrap();
+}
+
+fn lab_swap(one: &Path, other: &Path) -> rustix::io::Result<()> {
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, one, CWD, other, RenameFlags::EXCHANGE)
+}
+
+#[tokio::test]
+async fn files_that_were_made_go_or_stay_and_what_they_replaced_comes_back() {
+    for until in [Making::Announced, Making::Beside, Making::Made] {
+        for commits in [false, true] {
+            if commits && until < Making::Made {
+                continue;
+            }
+            let lab = Lab::new();
+            fs::write(lab.path("empty"), b"").unwrap();
+            fs::write(lab.path("full"), b"old").unwrap();
+            let inode = fs::metadata(lab.path("full")).unwrap().ino();
+            let mut entry = lab.journal().begin().await.unwrap();
+            for name in ["fresh", "empty", "full"] {
+                make(&mut entry, &lab.path(name), until).await;
+            }
+            if commits {
+                entry.commit(Vec::new()).await.unwrap();
+            }
+            drop(entry);
+            let report = lab.recover().await;
+            let content = |name: &str| fs::read(lab.path(name)).ok();
+            let now = ["fresh", "empty", "full"].map(content);
+            let text = |text: &str| Some(text.as_bytes().to_vec());
+            let expected = match commits {
+                true => [text("new"), text("new"), text("new")],
+                false => [None, text(""), text("old")],
+            };
+            assert_eq!(now, expected, "{until:?} {report:?}");
+            let same = fs::metadata(lab.path("full")).unwrap().ino() == inode;
+            assert_eq!(same, !commits);
+            assert!(!beside(&lab.path("full")).exists(), "{until:?}");
+            let outcome = match commits {
+                true => Outcome::RolledForward,
+                false => Outcome::Removed,
+            };
+            assert_eq!(report.outcome, outcome);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_of_somebody_else_stays() {
+    let lab = Lab::new();
+    let mut entry = lab.journal().begin().await.unwrap();
+    make(&mut entry, &lab.path("fresh"), Making::Made).await;
+    drop(entry);
+    fs::write(lab.path("other"), b"other").unwrap();
+    fs::rename(lab.path("other"), lab.path("fresh")).unwrap();
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Degraded);
+    assert_eq!(report.files[0].result, FileResult::Replaced);
+    assert_eq!(fs::read(lab.path("fresh")).unwrap(), b"other");
+}
+
+#[tokio::test]
+async fn one_daemon_has_the_state_directory() {
+    let lab = Lab::new();
+    let journal = lab.journal();
+    let error = Journal::open(&lab.path("state")).unwrap_err();
+    assert_eq!(error.to_string(), "another daemon uses it");
+    drop(journal);
+    lab.journal();
+}

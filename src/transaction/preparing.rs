@@ -1,0 +1,190 @@
+//! What actions prepare with: the plan, new image files, and the journal of both.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use block::driver::Requests as _;
+use block::graph::Node;
+use block::io::IoContext;
+use block::open::{Created, Existing, NewImage, beside, create_image};
+use qapi::rt::QmpError;
+
+use super::{Disk, Plan};
+use crate::daemon::Cx;
+use crate::daemon::lookup::from_engine;
+use crate::journal::{Entry, Identity, Journal, StagedImage};
+
+/// What actions prepare with.
+pub(crate) struct Preparing {
+    /// The way to the control loop.
+    pub(crate) cx: Cx,
+    /// What the actions before this one, and itself, will leave.
+    pub(crate) plan: Plan,
+    /// What files are opened with.
+    pub(crate) io: IoContext,
+    /// Where transactions are written down, if anywhere.
+    journal: Option<Arc<Journal>>,
+    /// The journal of this one, once there is something to write.
+    pub(super) entry: Option<Entry>,
+    created: Vec<Created>,
+}
+
+/// An image file that a transaction has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(dead_code, reason = "new layers and backup targets are made with it")]
+pub(crate) struct Made {
+    /// Where it is, without links.
+    pub(crate) path: PathBuf,
+    /// Whether the transaction has made it.
+    pub(crate) is_new: bool,
+}
+
+impl Preparing {
+    pub(super) async fn new(cx: Cx) -> Result<Self, QmpError> {
+        let parts = cx.commit(|control| Ok((control.io.clone(), control.journal.clone())));
+        let (io, journal) = parts.await?;
+        Ok(Preparing {
+            cx,
+            plan: Plan::default(),
+            io,
+            journal,
+            entry: None,
+            created: Vec::new(),
+        })
+    }
+
+    /// Makes an image file, durably. When the transaction fails, and after a crash before its commit, there is what was there
+    /// before; close what has it open in `abort`.
+    #[allow(dead_code, reason = "new layers and backup targets are made with it")]
+    pub(crate) async fn create_image(
+        &mut self,
+        image: &NewImage,
+        existing: Existing,
+    ) -> Result<Made, QmpError> {
+        let path = final_path(&image.filename);
+        if let Some(entry) = self.entry().await? {
+            // Where there can be no file, its creation says why.
+            if let Ok(path) = &path {
+                let written = entry.creates(path.clone(), beside(path)).await;
+                written.map_err(|error| journal_error(&error))?;
+            }
+        }
+        let created = create_image(&self.io, image, existing).await;
+        let created = created.map_err(from_engine)?;
+        let made = Made {
+            path: created.path().to_owned(),
+            is_new: created.is_new(),
+        };
+        self.created.push(created);
+        if let Some(entry) = &mut self.entry
+            && made.is_new
+        {
+            let written = entry.created(made.path.clone()).await;
+            written.map_err(|error| journal_error(&error))?;
+        }
+        Ok(made)
+    }
+
+    /// The journal of the transaction, if there is a state directory.
+    async fn entry(&mut self) -> Result<Option<&mut Entry>, QmpError> {
+        if let (None, Some(journal)) = (&self.entry, &self.journal) {
+            let begun = journal.begin().await;
+            self.entry = Some(begun.map_err(|error| journal_error(&error))?);
+        }
+        Ok(self.entry.as_mut())
+    }
+
+    /// Writes down which images will be changed, if more than one write will decide the transaction.
+    pub(super) async fn stage(&mut self, disks: &mut [Disk]) -> Result<(), QmpError> {
+        let changed = disks.iter_mut().filter(|disk| disk.changes);
+        let changed: Vec<&mut Disk> = changed.collect();
+        if self.journal.is_none() || (changed.len() < 2 && self.created.is_empty()) {
+            return Ok(());
+        }
+        let mut images = Vec::new();
+        for disk in changed {
+            match image_file(&disk.node).await {
+                Some(image) => {
+                    disk.journaled = Some(images.len());
+                    images.push(image);
+                }
+                None => log::warn!(
+                    "device '{}' is no file of this host: a crash may leave a transaction half done on it",
+                    disk.device
+                ),
+            }
+        }
+        if let Some(entry) = self.entry().await? {
+            let written = entry.stages(images).await;
+            written.map_err(|error| journal_error(&error))?;
+        }
+        Ok(())
+    }
+
+    /// The transaction has happened: files that were made stay.
+    pub(super) async fn keep_files(&mut self) {
+        let created = std::mem::take(&mut self.created);
+        blocking(move || created.into_iter().for_each(Created::keep)).await;
+    }
+
+    /// The transaction has failed: files that were made go, the last one first. Nobody has them open.
+    pub(super) async fn remove_files(&mut self) {
+        let created = std::mem::take(&mut self.created);
+        blocking(move || created.into_iter().rev().for_each(drop)).await;
+    }
+}
+
+/// Does what waits for a disk where waiting does no harm.
+async fn blocking(work: impl FnOnce() + Send + 'static) {
+    if let Err(error) = tokio::task::spawn_blocking(work).await {
+        log::error!("files of a transaction: {error}");
+    }
+}
+
+/// The journal could not be written: without it nothing is done that a crash could cut off.
+pub(super) fn journal_error(error: &io::Error) -> QmpError {
+    QmpError::generic(format!(
+        "Could not write the journal of the transaction: {error}"
+    ))
+}
+
+/// Where a new file will be, links followed.
+fn final_path(filename: &str) -> io::Result<PathBuf> {
+    let path = Path::new(filename);
+    match std::fs::canonicalize(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let folder = match path.parent() {
+                Some(folder) if folder != Path::new("") => folder,
+                _ => Path::new("."),
+            };
+            let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+            Ok(std::fs::canonicalize(folder)?.join(name))
+        }
+        found => found,
+    }
+}
+
+/// The file of the host that an image lies in. `None` where it lies elsewhere.
+async fn image_file(node: &Node) -> Option<StagedImage> {
+    const SECTOR: u64 = 512;
+    let mut offset = 0;
+    let mut below = node.link("file")?;
+    // A filter shows the image below it.
+    if node.driver().info().driver == "copy-before-write" {
+        below = below.link("file")?;
+    }
+    loop {
+        let info = below.driver().info();
+        if matches!(info.driver, "file" | "host_device") {
+            let path = std::fs::canonicalize(info.filename).ok()?;
+            let file = Identity::of(&std::fs::metadata(&path).ok()?);
+            // The journal is text.
+            path.to_str()?;
+            return Some(StagedImage { path, file, offset });
+        }
+        offset = below.block_status(offset, SECTOR).await.ok()?.host_offset?;
+        let next = below.link("file")?;
+        below = next;
+    }
+}

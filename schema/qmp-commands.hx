@@ -483,8 +483,8 @@ EQMP
 
     {
         .name       = "transaction",
-        .args_type  = "actions:q,properties:q?",
-        .params     = "actions [properties]",
+        .args_type  = "actions:q,properties:q?,x-dry-run:b?",
+        .params     = "actions [properties] [x-dry-run]",
         .help       = "carry out several actions, all or none",
         .mhandler.cmd_new = qmp_marshal_input_transaction,
     },
@@ -504,7 +504,10 @@ Arguments:
     "abort", which always fails (json-string)
   - "data": the arguments of the command of that name (json-object)
 - "properties": what holds for the transaction (json-object, optional)
-  - "completion-mode": only "individual" (json-string, optional)
+  - "completion-mode": "individual" (default) or "grouped", for actions that begin
+    jobs: when one fails the others are cancelled (json-string, optional)
+- "x-dry-run": answer what each action would do, or why it cannot be done, and
+  change nothing (json-bool, optional)
 
 Examples:
 

@@ -22,8 +22,10 @@
 //! * `plan`: what the actions so far will leave
 //! * `preparing`: what actions prepare with
 //! * `held`: the disks that are held still, with the changes of their internal snapshots
+//! * `dry_run`: what would happen
 //! * `snapshot`: the actions on internal snapshots
 
+mod dry_run;
 mod held;
 mod plan;
 mod preparing;
@@ -42,8 +44,10 @@ use qapi::rt::QmpError;
 use crate::daemon::{Control, Cx, internal_error};
 use crate::journal::Entry;
 use crate::limits;
+use held::Guests;
 use preparing::journal_error;
 
+pub(crate) use dry_run::{Preview, dry_run};
 pub(crate) use held::Held;
 pub(crate) use plan::Plan;
 pub(crate) use preparing::Preparing;
@@ -101,6 +105,21 @@ pub(crate) trait Action: Send {
 pub(crate) struct Effect {
     /// The internal snapshot that it takes, deletes or reverts to.
     pub(crate) snapshot: Option<SnapshotInfo>,
+    /// The file that it makes or opens.
+    pub(crate) filename: Option<String>,
+    /// The node that it puts into the graph.
+    pub(crate) node_name: Option<String>,
+    /// The job that it begins.
+    pub(crate) job_id: Option<String>,
+}
+
+/// How jobs of one transaction end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Completion {
+    /// Each by itself.
+    Individual,
+    /// All of them, or none.
+    Grouped,
 }
 
 /// A disk of a transaction.
@@ -129,24 +148,23 @@ impl Action for Abort {
 ///
 /// # Cancellation
 /// When the future is dropped the transaction goes on to its end: some disks done and others not is what nobody wants.
-pub(crate) async fn run(cx: &Cx, actions: Vec<Box<dyn Action>>) -> Result<Vec<Effect>, QmpError> {
-    RunToEnd::new(carry_out(cx.clone(), actions)).await
-}
-
-async fn carry_out(cx: Cx, actions: Vec<Box<dyn Action>>) -> Result<Vec<Effect>, QmpError> {
-    let mut running = Running {
-        actions: Vec::with_capacity(actions.len()),
-        with: Preparing::new(cx).await?,
-        is_left: false,
-    };
-    let done = running.attempt(actions).await;
-    match done {
-        Ok(headers) => Ok(running.finish(headers).await),
-        Err(error) => {
-            running.abort().await;
-            Err(error)
+pub(crate) async fn run(
+    cx: &Cx,
+    actions: Vec<Box<dyn Action>>,
+    completion: Completion,
+) -> Result<Vec<Effect>, QmpError> {
+    let cx = cx.clone();
+    RunToEnd::new(async move {
+        let mut running = Running::new(cx, completion).await?;
+        match running.attempt(actions).await {
+            Ok(headers) => Ok(running.finish(headers).await),
+            Err(error) => {
+                running.abort().await;
+                Err(error)
+            }
         }
-    }
+    })
+    .await
 }
 
 /// A transaction under way.
@@ -159,6 +177,14 @@ struct Running {
 }
 
 impl Running {
+    async fn new(cx: Cx, completion: Completion) -> Result<Self, QmpError> {
+        Ok(Running {
+            actions: Vec::new(),
+            with: Preparing::new(cx, completion).await?,
+            is_left: false,
+        })
+    }
+
     async fn attempt(
         &mut self,
         actions: Vec<Box<dyn Action>>,
@@ -168,7 +194,7 @@ impl Running {
         }
         let mut disks = std::mem::take(&mut self.with.plan.disks);
         self.with.stage(&mut disks).await?;
-        let mut held = Held::begin(disks).await?;
+        let mut held = Held::begin(disks, Guests::Wait).await?;
         match self.stage_and_switch(&mut held).await {
             Ok(()) => Ok(self.commit(held).await),
             Err(error) => Err(self.roll_back(held, error).await),

@@ -5,35 +5,108 @@ use qapi::commands::Transaction as Arguments;
 use qapi::handlers::Transaction;
 use qapi::rt::QmpError;
 use qapi::types::{
-    Abort, AbortWrapper, BlockdevSnapshotInternal, BlockdevSnapshotInternalRef,
-    BlockdevSnapshotInternalRefWrapper, BlockdevSnapshotInternalWrapper, TransactionAction,
-    TransactionActionBranch, TransactionProperties,
+    Abort, AbortWrapper, ActionCompletionMode, BlockdevSnapshotInternal,
+    BlockdevSnapshotInternalRef, BlockdevSnapshotInternalRefWrapper,
+    BlockdevSnapshotInternalWrapper, TransactionAction, TransactionActionBranch,
+    TransactionActionKind, TransactionActionPreview, TransactionProperties, TransactionResult,
 };
 
-use super::Handlers;
+use super::{Handlers, convert};
 use crate::daemon::Cx;
-use crate::transaction::{self, Action, Effect, Operation, SnapshotAction};
+use crate::transaction::{self, Action, Completion, Effect, Operation, Preview, SnapshotAction};
 
 impl Transaction<Cx> for Handlers {
-    async fn transaction(cx: &Cx, args: Arguments) -> Result<(), QmpError> {
+    async fn transaction(cx: &Cx, args: Arguments) -> Result<TransactionResult, QmpError> {
         let Arguments {
             actions,
             properties,
+            x_dry_run,
         } = args;
-        // The one mode there is needs nothing.
-        let TransactionProperties { completion_mode: _ } =
-            properties.unwrap_or(TransactionProperties {
-                completion_mode: None,
-            });
+        let completion = completion(&actions, properties)?;
+        let kinds: Vec<_> = actions.iter().map(kind).collect();
         let actions = actions.into_iter().map(action).collect();
-        transaction::run(cx, actions).await.map(|_| ())
+        if x_dry_run != Some(true) {
+            transaction::run(cx, actions, completion).await?;
+            return Ok(TransactionResult { x_actions: None });
+        }
+        let previews = transaction::dry_run(cx, actions, completion).await?;
+        let previews = kinds.into_iter().zip(previews);
+        Ok(TransactionResult {
+            x_actions: Some(previews.map(|(kind, shown)| preview(kind, shown)).collect()),
+        })
+    }
+}
+
+/// How jobs are to end; refused for actions that begin none, with QEMU's sentence.
+fn completion(
+    actions: &[TransactionAction],
+    properties: Option<TransactionProperties>,
+) -> Result<Completion, QmpError> {
+    let mode = properties.and_then(|properties| {
+        let TransactionProperties { completion_mode } = properties;
+        completion_mode
+    });
+    match mode {
+        None | Some(ActionCompletionMode::Individual) => Ok(Completion::Individual),
+        Some(ActionCompletionMode::Grouped) => {
+            match actions.iter().map(kind).find(|kind| !begins_job(*kind)) {
+                None => Ok(Completion::Grouped),
+                Some(kind) => Err(QmpError::generic(format!(
+                    "Action '{}' does not support transaction property completion-mode = grouped",
+                    kind.as_str()
+                ))),
+            }
+        }
+    }
+}
+
+fn begins_job(kind: TransactionActionKind) -> bool {
+    match kind {
+        TransactionActionKind::Abort
+        | TransactionActionKind::BlockdevSnapshotInternalSync
+        | TransactionActionKind::XBlockdevSnapshotDeleteInternalSync
+        | TransactionActionKind::XBlockdevSnapshotRevert => false,
+    }
+}
+
+fn kind(action: &TransactionAction) -> TransactionActionKind {
+    match &action.r#type {
+        TransactionActionBranch::Abort(_) => TransactionActionKind::Abort,
+        TransactionActionBranch::BlockdevSnapshotInternalSync(_) => {
+            TransactionActionKind::BlockdevSnapshotInternalSync
+        }
+        TransactionActionBranch::XBlockdevSnapshotDeleteInternalSync(_) => {
+            TransactionActionKind::XBlockdevSnapshotDeleteInternalSync
+        }
+        TransactionActionBranch::XBlockdevSnapshotRevert(_) => {
+            TransactionActionKind::XBlockdevSnapshotRevert
+        }
+    }
+}
+
+/// What an action would do, out.
+fn preview(action: TransactionActionKind, preview: Preview) -> TransactionActionPreview {
+    let Preview { effect, error } = preview;
+    let Effect {
+        snapshot,
+        filename,
+        node_name,
+        job_id,
+    } = effect;
+    TransactionActionPreview {
+        action,
+        error: error.map(|error| error.desc),
+        snapshot: snapshot.map(convert::snapshot),
+        filename,
+        node_name,
+        job_id,
     }
 }
 
 /// Runs a command that is an action too: a transaction of it alone.
 pub(super) async fn run_one(cx: &Cx, wire: TransactionActionBranch) -> Result<Effect, QmpError> {
     let action = action(TransactionAction { r#type: wire });
-    let effects = transaction::run(cx, vec![action]).await?;
+    let effects = transaction::run(cx, vec![action], Completion::Individual).await?;
     Ok(effects.into_iter().next().unwrap_or_default())
 }
 

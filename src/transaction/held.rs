@@ -17,14 +17,27 @@ use crate::limits;
 pub(crate) struct Held {
     disks: Vec<HeldDisk>,
     since: Instant,
+    /// Which action is being staged.
+    pub(super) action: usize,
+}
+
+/// What guests do while actions are staged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Guests {
+    /// Those of all disks wait from one moment on.
+    Wait,
+    /// They go on, but for what the change of their own disk holds back.
+    GoOn,
 }
 
 /// The fields are in the order in which they are let go of.
 struct HeldDisk {
     /// `None` where snapshots are not changed. Why there is none is told to the first action that wants to change them.
     change: Option<Result<Box<dyn SnapshotChange>>>,
-    quiesced: Quiesced,
+    quiesced: Option<Quiesced>,
     disk: Disk,
+    /// Which action began to change its snapshots.
+    first: usize,
     /// How a message begins that the change as a whole has failed: as if its first step had.
     failure: String,
 }
@@ -41,18 +54,16 @@ impl Held {
     ///
     /// A disk that does not answer what it was sent before within [`limits::TRANSACTION_DRAIN`] makes it fail: others must
     /// not wait for a device that hangs. Requests go on then.
-    pub(super) async fn begin(disks: Vec<Disk>) -> std::result::Result<Held, QmpError> {
+    pub(super) async fn begin(
+        disks: Vec<Disk>,
+        guests: Guests,
+    ) -> std::result::Result<Held, QmpError> {
         flush_ahead(&disks).await;
         let since = Instant::now();
-        let nodes: Vec<Arc<Node>> = disks.iter().map(|disk| disk.node.clone()).collect();
-        let quiesced = quiesce_all_within(&nodes, limits::TRANSACTION_DRAIN).await;
-        let quiesced = quiesced.map_err(|slow| {
-            let device = disks.get(slow).map_or("", |disk| &disk.device);
-            let seconds = limits::TRANSACTION_DRAIN.as_secs();
-            QmpError::generic(format!(
-                "Device '{device}' has not finished its requests within {seconds} s"
-            ))
-        })?;
+        let quiesced: Vec<Option<Quiesced>> = match guests {
+            Guests::Wait => quiesce(&disks).await?.into_iter().map(Some).collect(),
+            Guests::GoOn => disks.iter().map(|_| None).collect(),
+        };
         // Behind the last of these all disks show the same moment.
         let changes = join_all(disks.iter().map(begin_change)).await;
         let held = disks.into_iter().zip(quiesced).zip(changes);
@@ -60,18 +71,20 @@ impl Held {
             change,
             quiesced,
             disk,
+            first: 0,
             failure: String::new(),
         });
         Ok(Held {
             disks: disks.collect(),
             since,
+            action: 0,
         })
     }
 
-    /// What shows that a node is held still.
+    /// What shows that a node is held still. `None` in a dry run.
     #[allow(dead_code, reason = "graph changes need it")]
     pub(crate) fn quiesced(&self, node: &Arc<Node>) -> Option<&Quiesced> {
-        self.find(node).map(|held| &held.quiesced)
+        self.find(node)?.quiesced.as_ref()
     }
 
     /// The size that a disk will have in bytes: a revert to a snapshot may change it.
@@ -96,14 +109,16 @@ impl Held {
     ) -> Result<&mut dyn SnapshotChange> {
         let mut disks = self.disks.iter_mut();
         let held = disks.find(|held| Arc::ptr_eq(&held.disk.node, node));
-        let Some((change, text)) =
-            held.and_then(|held| Some((held.change.as_mut()?, &mut held.failure)))
+        let action = self.action;
+        let Some((change, text, first)) =
+            held.and_then(|held| Some((held.change.as_mut()?, &mut held.failure, &mut held.first)))
         else {
             // An action that changes what it did not name.
             return Err(Error::new(ErrorKind::InvalidInput, "The disk is not held"));
         };
         if text.is_empty() {
             failure.clone_into(text);
+            *first = action;
         }
         match change {
             Ok(change) => Ok(&mut **change),
@@ -116,6 +131,17 @@ impl Held {
         let disks = self.disks.iter_mut();
         let prepared = disks.map(|held| held.run(|change| change.prepare()));
         join_all(prepared).await.into_iter().collect()
+    }
+
+    /// As [`Held::prepare`], and whatever fails: (action that began the change, its error).
+    pub(super) async fn try_prepare(&mut self) -> Vec<(usize, QmpError)> {
+        let disks = self.disks.iter_mut();
+        let prepared = disks.map(|held| async {
+            let first = held.first;
+            let prepared = held.run(|change| change.prepare()).await;
+            prepared.err().map(|error| (first, error))
+        });
+        join_all(prepared).await.into_iter().flatten().collect()
     }
 
     /// What the commit will write, as (place among the images of the journal, switch). Images that are in no journal are left out.
@@ -162,7 +188,7 @@ impl Held {
 
     /// The changes stay, and requests go on. Answers how long they waited, and what holds the headers of the images.
     pub(super) fn release(self) -> (Duration, Vec<HeaderHeld>) {
-        let Held { disks, since } = self;
+        let Held { disks, since, .. } = self;
         let mut headers = Vec::new();
         for held in disks {
             if let Some(Ok(change)) = held.change {
@@ -214,6 +240,19 @@ impl HeldDisk {
         );
         true
     }
+}
+
+/// Holds requests to all disks back, from one moment on.
+async fn quiesce(disks: &[Disk]) -> std::result::Result<Vec<Quiesced>, QmpError> {
+    let nodes: Vec<Arc<Node>> = disks.iter().map(|disk| disk.node.clone()).collect();
+    let quiesced = quiesce_all_within(&nodes, limits::TRANSACTION_DRAIN).await;
+    quiesced.map_err(|slow| {
+        let device = disks.get(slow).map_or("", |disk| &disk.device);
+        let seconds = limits::TRANSACTION_DRAIN.as_secs();
+        QmpError::generic(format!(
+            "Device '{device}' has not finished its requests within {seconds} s"
+        ))
+    })
 }
 
 /// Read-only disks and formats without snapshots have failed the action before.

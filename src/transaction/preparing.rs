@@ -10,9 +10,10 @@ use block::io::IoContext;
 use block::open::{Created, Existing, NewImage, beside, create_image};
 use qapi::rt::QmpError;
 
-use super::{Disk, Plan};
+use super::{Completion, Disk, Plan};
 use crate::daemon::Cx;
 use crate::daemon::lookup::from_engine;
+use crate::jobs::GroupKey;
 use crate::journal::{Entry, Identity, Journal, StagedImage};
 
 /// What actions prepare with.
@@ -23,6 +24,9 @@ pub(crate) struct Preparing {
     pub(crate) plan: Plan,
     /// What files are opened with.
     pub(crate) io: IoContext,
+    /// The group that the transaction's jobs are of, when they end together.
+    #[allow(dead_code, reason = "for actions that begin jobs")]
+    pub(crate) group: Option<GroupKey>,
     /// Where transactions are written down, if anywhere.
     journal: Option<Arc<Journal>>,
     /// The journal of this one, once there is something to write.
@@ -41,13 +45,20 @@ pub(crate) struct Made {
 }
 
 impl Preparing {
-    pub(super) async fn new(cx: Cx) -> Result<Self, QmpError> {
-        let parts = cx.commit(|control| Ok((control.io.clone(), control.journal.clone())));
-        let (io, journal) = parts.await?;
+    pub(super) async fn new(cx: Cx, completion: Completion) -> Result<Self, QmpError> {
+        let parts = cx.commit(move |control| {
+            let group = match completion {
+                Completion::Individual => None,
+                Completion::Grouped => Some(control.jobs.new_group()),
+            };
+            Ok((control.io.clone(), control.journal.clone(), group))
+        });
+        let (io, journal, group) = parts.await?;
         Ok(Preparing {
             cx,
             plan: Plan::default(),
             io,
+            group,
             journal,
             entry: None,
             created: Vec::new(),

@@ -220,6 +220,7 @@ impl Action for SnapshotAction {
     fn effect(&self) -> Effect {
         Effect {
             snapshot: self.about.clone(),
+            ..Effect::default()
         }
     }
 }

@@ -99,6 +99,11 @@ fn selected(name: &str) -> SnapshotSelector {
     }
 }
 
+/// Runs a transaction without jobs.
+pub(super) async fn run(cx: &Cx, actions: Vec<Box<dyn Action>>) -> Result<Vec<Effect>, QmpError> {
+    super::run(cx, actions, Completion::Individual).await
+}
+
 #[tokio::test]
 async fn each_phase_is_over_before_the_next_begins() {
     let (cx, log) = (testing::running(), Log::default());
@@ -231,6 +236,44 @@ async fn a_commit_that_fails_takes_the_others_back() {
     let (error, log) = with_faults(&[Fault::CommitPanics]).await;
     assert!(error.starts_with("Internal error"), "{error}");
     assert_eq!(log, format!("{committed}, commit c, {END}"));
+}
+
+#[tokio::test]
+async fn a_dry_run_tries_every_action_and_leaves_nothing() {
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "a", &[Fault::Create], &log).await;
+    fake::disk(&cx, "b", &[Fault::Prepare], &log).await;
+    let actions = vec![
+        recorder("fine", Fate::Works, &log),
+        recorder("unknown", Fate::FailsIn("resolve"), &log),
+        recorder("unfit", Fate::FailsIn("prepare"), &log),
+        create("a", "x"),
+        create("b", "x"),
+        recorder("late", Fate::PanicsIn("stage"), &log),
+    ];
+    let previews = dry_run(&cx, actions, Completion::Individual).await.unwrap();
+    let text = |preview: &Preview| preview.error.as_ref().map(|error| error.desc.clone());
+    let errors: Vec<Option<String>> = previews.iter().map(text).collect();
+    let failed = |device: &str, why: &str| {
+        let text = format!("Failed to create snapshot 'x' on device '{device}': {why}: no");
+        Some(text)
+    };
+    let no = Some("no".to_owned());
+    assert_eq!(errors[..3], [None, no.clone(), no]);
+    assert_eq!(
+        errors[3..5],
+        [failed("a", "create x of"), failed("b", "prepare")]
+    );
+    assert!(errors[5].as_ref().unwrap().starts_with("Internal error"));
+    let named = previews[4].effect.snapshot.as_ref();
+    assert_eq!(named.map(|info| info.name.as_str()), Some("x"));
+    assert_eq!(
+        log.take(),
+        "resolve fine, prepare fine, resolve unknown, drop unknown, resolve unfit, prepare unfit, resolve late, \
+         prepare late, flush a, flush b, change a, change b, stage fine, create x of a fails, create x of b, stage late, \
+         prepare a, prepare b fails, roll back a, drop a, roll back b, drop b, abort late, abort unfit, abort fine, \
+         drop fine, drop unfit, drop late"
+    );
 }
 
 /// Keeps log lines for the test to look at.

@@ -47,6 +47,11 @@ fn transactions() {
 }
 
 #[test]
+fn dry_run() {
+    golden("dry-run");
+}
+
+#[test]
 fn revert() {
     let Some(()) = harness::need(&["nbdinfo"]) else {
         return;

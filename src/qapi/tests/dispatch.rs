@@ -112,8 +112,11 @@ impl handlers::BlockExport<Counter> for Fake {
 }
 
 impl handlers::Transaction<Counter> for Fake {
-    async fn transaction(cx: &Counter, _: args::Transaction) -> Result<(), QmpError> {
-        cx.count(())
+    async fn transaction(
+        cx: &Counter,
+        _: args::Transaction,
+    ) -> Result<types::TransactionResult, QmpError> {
+        cx.count(types::TransactionResult { x_actions: None })
     }
 }
 

@@ -20,6 +20,8 @@ const NOT_IN_QSD: &[&str] = &[
 /// What is ours in types that QSD has too: optional members, and values of enumerations that only clients send. Clients ignore
 /// what they do not know in a reply, and need not send it.
 const OURS: &[&str] = &[
+    "x-actions",
+    "x-dry-run",
     "x-blockdev-snapshot-delete-internal-sync",
     "x-blockdev-snapshot-revert",
     "x-snapshot",

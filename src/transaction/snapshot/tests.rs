@@ -9,8 +9,9 @@ use block::protocols::memory::Memory;
 
 use super::*;
 use crate::daemon::{Cx, testing};
+use crate::transaction::Abort;
 use crate::transaction::tests::fake;
-use crate::transaction::{Abort, run};
+use crate::transaction::tests::run;
 
 /// A qcow2 disk `disk` on the memory.
 async fn disk(cx: &Cx, memory: &Arc<Memory>) -> Arc<Node> {

@@ -1,0 +1,75 @@
+//! What a transaction would do: it is prepared and staged as far as that goes, and abandoned.
+//!
+//! Every action is tried, on what those before it leave that can be done. Space is taken and files are made, so that what is missing
+//! is found; all of it goes again. Guests of all disks together are not held: those of a disk whose snapshots are changed wait
+//! while that is staged, as for a snapshot of it alone.
+
+use qapi::rt::QmpError;
+
+use super::held::{Guests, Held};
+use super::{Action, Completion, Effect, Running, guarded};
+use crate::daemon::Cx;
+
+/// What an action would do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Preview {
+    /// As far as it is known.
+    pub(crate) effect: Effect,
+    /// Why it cannot be done.
+    pub(crate) error: Option<QmpError>,
+}
+
+/// Tries all actions, and leaves everything as it was.
+///
+/// # Cancellation
+/// When the future is dropped, everything is taken back all the same.
+pub(crate) async fn dry_run(
+    cx: &Cx,
+    actions: Vec<Box<dyn Action>>,
+    completion: Completion,
+) -> Result<Vec<Preview>, QmpError> {
+    let cx = cx.clone();
+    block::io::RunToEnd::new(async move {
+        let mut running = Running::new(cx, completion).await?;
+        let previews = running.try_all(actions).await;
+        running.abort().await;
+        Ok(previews)
+    })
+    .await
+}
+
+impl Running {
+    async fn try_all(&mut self, actions: Vec<Box<dyn Action>>) -> Vec<Preview> {
+        let mut errors: Vec<Option<QmpError>> = Vec::new();
+        // Those that were resolved: their places among all.
+        let mut places = Vec::new();
+        for (place, action) in actions.into_iter().enumerate() {
+            let resolved = self.actions.len();
+            errors.push(self.prepare(action).await.err());
+            if self.actions.len() > resolved {
+                places.push(place);
+            }
+        }
+        let disks = std::mem::take(&mut self.with.plan.disks);
+        if let Ok(mut held) = Held::begin(disks, Guests::GoOn).await {
+            for (action, place) in self.actions.iter_mut().zip(&places) {
+                held.action = *place;
+                if errors[*place].is_none() {
+                    errors[*place] = guarded(action.stage(&mut held)).await.err();
+                }
+            }
+            for (place, error) in held.try_prepare().await {
+                errors[place].get_or_insert(error);
+            }
+            held.roll_back().await;
+        }
+        let mut effects = vec![Effect::default(); errors.len()];
+        for (action, place) in self.actions.iter().zip(places) {
+            effects[place] = action.effect();
+        }
+        let previews = effects.into_iter().zip(errors);
+        previews
+            .map(|(effect, error)| Preview { effect, error })
+            .collect()
+    }
+}

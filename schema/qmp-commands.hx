@@ -130,7 +130,7 @@ EQMP
     {
         .name       = "query-status",
         .args_type  = "",
-        .help       = "show whether the daemon is up",
+        .help       = "show whether the machine runs",
         .mhandler.cmd_new = qmp_marshal_input_query_status,
     },
 
@@ -138,17 +138,64 @@ SQMP
 query-status
 ------------
 
-Tell whether the daemon is up.
+Tell whether the guests of drives are served.
 
 Return a json-object with:
 
-- "running": true (json-bool)
-- "status": the state, "running" (json-string)
+- "running": whether they are (json-bool)
+- "status": "running", "paused" (by stop), or "io-error" if a request has
+  failed whose drive stops the machine then (json-string)
 
 Example:
 
 -> { "execute": "query-status" }
 <- { "return": { "running": true, "status": "running" } }
+
+EQMP
+
+    {
+        .name       = "stop",
+        .args_type  = "",
+        .help       = "stop the machine",
+        .mhandler.cmd_new = qmp_marshal_input_stop,
+    },
+
+SQMP
+stop
+----
+
+Stop the machine: requests to drives wait from now on. Those under way are
+finished and made durable before the answer. Commands and jobs go on.
+
+Arguments: None.
+
+Example:
+
+-> { "execute": "stop" }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "cont",
+        .args_type  = "",
+        .help       = "let the machine go on",
+        .mhandler.cmd_new = qmp_marshal_input_cont,
+    },
+
+SQMP
+cont
+----
+
+Let the machine go on. Requests that have stopped it are sent again. If what
+has stopped it is still the matter, it stops again.
+
+Arguments: None.
+
+Example:
+
+-> { "execute": "cont" }
+<- { "return": {} }
 
 EQMP
 
@@ -197,6 +244,9 @@ Return a json-array of json-objects, each with:
 - "type": always "unknown" (json-string)
 - "removable": whether the medium can be taken out (json-bool)
 - "locked": whether the medium is held fast (json-bool)
+- "io-status": "ok", or after an error that has stopped the machine "failed" or
+  "nospace" (json-string, absent if no error of the drive does that)
+- "qdev": the id again, as that of a device (json-string)
 - "inserted": the root node, as query-named-block-nodes shows it
   (json-object, absent without a medium)
 
@@ -204,8 +254,8 @@ Example:
 
 -> { "execute": "query-block" }
 <- { "return": [ {
-        "device": "ide-hd0", "type": "unknown",
-        "removable": false, "locked": false,
+        "device": "ide-hd0", "qdev": "ide-hd0", "type": "unknown",
+        "removable": false, "locked": false, "io-status": "ok",
         "inserted": {
             "file": "disk.qcow2", "node-name": "#block012",
             "ro": false, "drv": "qcow2", "backing_file_depth": 0,
@@ -229,6 +279,71 @@ Example:
                               "lazy-refcounts": false, "refcount-bits": 16,
                               "corrupt": false, "extended-l2": false } }
             } } } ] }
+
+EQMP
+
+    {
+        .name       = "query-blockstats",
+        .args_type  = "query-nodes:b?",
+        .params     = "[query-nodes]",
+        .help       = "show what drives have done",
+        .mhandler.cmd_new = qmp_marshal_input_query_blockstats,
+    },
+
+SQMP
+query-blockstats
+----------------
+
+Tell what the guests of drives have asked for, and how long it took.
+
+Arguments:
+
+- "query-nodes": tell what all nodes have done instead (json-bool, optional)
+
+Return a json-array of json-objects, each with:
+
+- "device", "qdev": the drive's id (json-string, only of drives)
+- "node-name": the root node (json-string, absent without a medium)
+- "stats": a json-object; among its members, all of them json-int, are
+    - "rd_bytes", "wr_bytes", "unmap_bytes": bytes read, written, discarded
+    - "rd_operations", "wr_operations", "unmap_operations", "flush_operations":
+      requests that succeeded
+    - "rd_total_time_ns", "wr_total_time_ns", "unmap_total_time_ns",
+      "flush_total_time_ns": the time that they took, in nanoseconds
+    - "wr_highest_offset": the offset behind the highest byte written
+    - "failed_rd_operations" and so on: requests whose guest was told of a
+      failure
+    - "invalid_rd_operations" and so on: requests that made no sense
+- "parent": the node below that has the data, in the same form (json-object,
+  optional)
+- "backing": the image that backs it, in the same form (json-object, optional)
+
+Example:
+
+-> { "execute": "query-blockstats" }
+<- { "return": [ {
+        "device": "ide-hd0", "qdev": "ide-hd0", "node-name": "#block012",
+        "stats": {
+            "rd_bytes": 4096, "wr_bytes": 65536,
+            "zone_append_bytes": 0, "unmap_bytes": 0,
+            "rd_operations": 1, "wr_operations": 1,
+            "zone_append_operations": 0,
+            "flush_operations": 1, "unmap_operations": 0,
+            "rd_total_time_ns": 3465673, "wr_total_time_ns": 313253,
+            "zone_append_total_time_ns": 0,
+            "flush_total_time_ns": 49653, "unmap_total_time_ns": 0,
+            "wr_highest_offset": 65536,
+            "rd_merged": 0, "wr_merged": 0,
+            "zone_append_merged": 0, "unmap_merged": 0,
+            "idle_time_ns": 2953431879,
+            "failed_rd_operations": 0, "failed_wr_operations": 0,
+            "failed_zone_append_operations": 0,
+            "failed_flush_operations": 0, "failed_unmap_operations": 0,
+            "invalid_rd_operations": 0, "invalid_wr_operations": 0,
+            "invalid_zone_append_operations": 0,
+            "invalid_flush_operations": 0, "invalid_unmap_operations": 0,
+            "account_invalid": true, "account_failed": true,
+            "timed_stats": [ ] } } ] }
 
 EQMP
 

@@ -3,6 +3,7 @@
 //! * [`control`]: sessions, versions, the end
 //! * `nodes`: adding, deleting and resizing nodes
 //! * `queries`: what there is
+//! * `machine`: stopping and continuing guests
 //! * `snapshots`: internal snapshots
 //! * `transactions`: several commands as one
 //! * [`nbd`]: the NBD server and its exports
@@ -10,6 +11,7 @@
 
 pub mod control;
 mod convert;
+mod machine;
 pub mod nbd;
 mod nodes;
 mod queries;

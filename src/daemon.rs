@@ -11,6 +11,7 @@
 //! * `control_loop`, `service`: events, and where commands come from
 //! * [`exports`]: exports as state
 //! * `jobs`: how jobs stand in line with commands
+//! * `machine`: drives that stop and go on
 //! * `lookup`: what clients mean by a device
 //! * `startup`, `drives`, `sockets`: the start; `state`: what it finds of a crash
 //! * `background`, `pidfile`: what makes a process a daemon
@@ -23,6 +24,7 @@ mod drives;
 pub mod exports;
 mod jobs;
 pub(crate) mod lookup;
+mod machine;
 mod pidfile;
 mod service;
 mod sockets;

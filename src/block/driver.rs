@@ -119,6 +119,15 @@ pub trait Requests: Send + Sync {
 
     /// Changes the size. Shrinking drops the tail; new bytes read as zeroes.
     fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>>;
+
+    /// A handle for one client alone, where it matters which one asks: see [`Requests::hang_up`].
+    fn for_client(&self) -> Option<Arc<dyn Requests>> {
+        None
+    }
+
+    /// The client of this handle is gone, or is sent away: its requests that wait for somebody's decision (on a drive whose machine
+    /// stands still) fail now, and so do later ones that would have to. Those under way end as they do.
+    fn hang_up(&self) {}
 }
 
 /// What queries show of a driver. Strings as QEMU prints them.

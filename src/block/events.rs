@@ -1,4 +1,4 @@
-//! What happens to nodes by itself, on its way up: plain data in a bounded channel, for the owner of the graph.
+//! What happens to nodes and drives by itself, on its way up: plain data in a bounded channel, for the owner of the graph.
 //!
 //! ```text
 //!   driver ── Reporter (knows the node's name) ──> channel ──> Receiver: whoever owns the graph
@@ -17,7 +17,7 @@ use crate::limits::MAX_WAITING_EVENTS;
 /// Something that has happened to a node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NodeEvent {
-    /// The node's name, given or made up.
+    /// The node's name, given or made up; the drive's id for what happens to a drive.
     pub node: String,
     /// What it was.
     pub what: Happening,
@@ -28,6 +28,8 @@ pub struct NodeEvent {
 pub enum Happening {
     /// Damage was found in an image.
     ImageCorrupted(Corruption),
+    /// Requests of a drive's guests have failed; the drive has the details.
+    GuestErrors,
 }
 
 /// Damage of an image. Of each image the first that is harmless for now is reported, and the first that is not.

@@ -17,6 +17,9 @@ pub const MAX_NODES: usize = 10_000;
 /// clients need not see everything.
 pub const MAX_WAITING_EVENTS: usize = 1024;
 
+/// Failed requests of a drive that wait for the owner of the graph. Clients are told of one in a second anyway.
+pub const MAX_UNTOLD_ERRORS: usize = 16;
+
 /// The longest read that a node takes, in bytes. A read answers with memory of its own size, so this bounds
 /// what a single request can make the process allocate. Callers split what is longer.
 pub const MAX_REQUEST: u64 = 64 << 20;

@@ -1,10 +1,8 @@
 //! Sessions, versions, introspection, and the end of the daemon.
 
-use qapi::handlers::{Control, Introspect, RunState};
+use qapi::handlers::{Control, Introspect};
 use qapi::rt::QmpError;
-use qapi::types::{
-    CommandInfo, RunState as State, SchemaInfo, StatusInfo, VersionInfo, VersionTriple,
-};
+use qapi::types::{CommandInfo, SchemaInfo, VersionInfo, VersionTriple};
 
 use super::Handlers;
 use crate::daemon::{Cx, StopCause};
@@ -49,16 +47,6 @@ impl Control<Cx> for Handlers {
             Ok(())
         })
         .await
-    }
-}
-
-impl RunState<Cx> for Handlers {
-    /// There is no guest whose state it could be; what is served is served.
-    async fn query_status(_cx: &Cx) -> Result<StatusInfo, QmpError> {
-        Ok(StatusInfo {
-            running: true,
-            status: State::Running,
-        })
     }
 }
 

@@ -5,11 +5,13 @@
 //!
 //! * `node_options`: `BlockdevOptions` in
 //! * `device_info`: what queries show, out
+//! * `stats`: what drives and nodes have done, out
 //! * `address`: socket addresses in
 
 mod address;
 mod device_info;
 mod node_options;
+mod stats;
 
 use block::driver::SnapshotInfo;
 use qapi::types;
@@ -22,6 +24,7 @@ pub(super) use crate::daemon::lookup::{device, device_or_node, node};
 pub(super) use address::{address, legacy_address};
 pub(super) use device_info::{Depth, device_info};
 pub(super) use node_options::node_options;
+pub(super) use stats::{drive_stats, node_stats};
 
 /// How an export is removed.
 pub(super) fn remove_mode(mode: Option<types::BlockExportRemoveMode>) -> RemoveMode {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use block::graph::is_well_formed;
+use block::graph::{Drive, Graph, is_well_formed};
 use qapi::commands::{BlockExportDel, NbdServerRemove, NbdServerStart};
 use qapi::handlers::BlockExport;
 use qapi::rt::QmpError;
@@ -12,6 +12,7 @@ use qapi::types::{
 };
 
 use super::{Handlers, convert};
+use crate::daemon::exports::Exported;
 use crate::daemon::{Control, Cx};
 use crate::exports::ExportInfo;
 use crate::exports::nbd::{NbdExportOptions, NbdServer};
@@ -54,7 +55,7 @@ impl BlockExport<Cx> for Handlers {
             let export = Export {
                 name: id.clone(),
                 id,
-                node_name: node.name().to_owned(),
+                disk: device,
                 description,
                 // As it always was: a read-only node is exported read-only, whatever is asked for.
                 writable: writable.unwrap_or(false) && !node.behaviour().read_only,
@@ -82,7 +83,7 @@ impl BlockExport<Cx> for Handlers {
         let export = Export {
             name: name.unwrap_or_else(|| node_name.clone()),
             id,
-            node_name,
+            disk: node_name,
             description,
             writable: writable.unwrap_or(false),
             writethrough: writethrough.unwrap_or(false),
@@ -163,7 +164,8 @@ async fn start(
 struct Export {
     id: String,
     name: String,
-    node_name: String,
+    /// A node's name or a drive's id.
+    disk: String,
     description: Option<String>,
     writable: bool,
     writethrough: bool,
@@ -174,7 +176,7 @@ fn add(control: &mut Control, export: Export) -> Result<(), QmpError> {
     let Export {
         id,
         name,
-        node_name,
+        disk,
         description,
         writable,
         writethrough,
@@ -187,8 +189,8 @@ fn add(control: &mut Control, export: Export) -> Result<(), QmpError> {
             "Block export id '{id}' is already in use"
         )));
     }
-    let node = convert::node(&control.graph, &node_name)?;
-    let behaviour = node.behaviour();
+    let disk = Exported::find(&control.graph, &disk)?;
+    let behaviour = disk.node.behaviour();
     if behaviour.read_only && writable {
         return Err(QmpError::generic(
             "Cannot export read-only node as writable",
@@ -198,14 +200,29 @@ fn add(control: &mut Control, export: Export) -> Result<(), QmpError> {
         id,
         name,
         description,
-        node_name,
+        node_name: disk.node.name().to_owned(),
         writable,
         writethrough: writethrough || behaviour.cache.writethrough,
     };
     control
         .exports
-        .add(&mut control.graph, options, &node)
+        .add(&mut control.graph, options, &disk)
         .map_err(convert::from_engine)
+}
+
+impl Exported {
+    /// The drive of this id, or the node of this name. What goes by a drive's id is treated as what its guest does.
+    fn find(graph: &Graph, name: &str) -> Result<Self, QmpError> {
+        let drive = graph.drive(name);
+        let node = match drive {
+            Some(_) => convert::device(graph, name),
+            None => convert::node(graph, name),
+        };
+        Ok(Exported {
+            node: node?,
+            guest: drive.map(Drive::client),
+        })
+    }
 }
 
 async fn remove(

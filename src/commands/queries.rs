@@ -2,11 +2,13 @@
 
 use std::sync::Arc;
 
-use block::graph::{Graph, Node};
-use qapi::commands::QueryNamedBlockNodes;
+use block::graph::{Drive, Graph, IoStatus, Node};
+use qapi::commands::{QueryBlockstats, QueryNamedBlockNodes};
+use qapi::handlers;
 use qapi::rt::QmpError;
-use qapi::types::{BlockDeviceInfo, BlockInfo};
+use qapi::types::{BlockDeviceInfo, BlockDeviceIoStatus, BlockInfo, BlockStats};
 
+use super::Handlers;
 use super::convert::{self, Depth};
 use crate::daemon::Cx;
 
@@ -16,12 +18,14 @@ pub(super) async fn drives(cx: &Cx) -> Result<Vec<BlockInfo>, QmpError> {
 }
 
 fn drive_list(graph: &Graph) -> Vec<BlockInfo> {
-    let info = |drive: &block::graph::Drive| BlockInfo {
+    let info = |drive: &Drive| BlockInfo {
         device: drive.id.clone(),
         // What QEMU says of a drive whose bus it does not know.
         r#type: "unknown".to_owned(),
         removable: false,
         locked: false,
+        io_status: drive.io_status().map(io_status),
+        qdev: Some(drive.id.clone()),
         inserted: drive
             .node()
             .map(|root| convert::device_info(&root, Depth::WholeChain)),
@@ -44,4 +48,29 @@ pub(super) async fn nodes(
         Ok(control.graph.nodes().rev().map(info).collect())
     })
     .await
+}
+
+impl handlers::BlockStats<Cx> for Handlers {
+    async fn query_blockstats(cx: &Cx, args: QueryBlockstats) -> Result<Vec<BlockStats>, QmpError> {
+        let QueryBlockstats { query_nodes } = args;
+        cx.commit(move |control| {
+            let graph = &control.graph;
+            Ok(match query_nodes {
+                Some(true) => {
+                    let nodes = graph.nodes().rev();
+                    nodes.map(|node| convert::node_stats(node)).collect()
+                }
+                _ => graph.drives().iter().map(convert::drive_stats).collect(),
+            })
+        })
+        .await
+    }
+}
+
+fn io_status(status: IoStatus) -> BlockDeviceIoStatus {
+    match status {
+        IoStatus::Ok => BlockDeviceIoStatus::Ok,
+        IoStatus::Failed => BlockDeviceIoStatus::Failed,
+        IoStatus::NoSpace => BlockDeviceIoStatus::Nospace,
+    }
 }

@@ -1,6 +1,6 @@
 //! `--drive`: QEMU's -drive, without the parts that belong to a machine.
 
-use block::graph::OnError;
+use block::graph::{ErrorPolicy, OnError};
 use block::open::{Aio, CacheMode, DetectZeroes, DiscardMode};
 use qapi::rt::decode::{Decoded, Members, boolean, name, size, string};
 use qapi::rt::{Path, Value};
@@ -28,10 +28,8 @@ pub struct DriveOptions {
     pub discard: DiscardMode,
     /// What happens to written zeroes.
     pub detect_zeroes: DetectZeroes,
-    /// What is to happen when a write fails.
-    pub write_error: OnError,
-    /// What is to happen when a read fails.
-    pub read_error: OnError,
+    /// What is to happen when requests fail.
+    pub policy: ErrorPolicy,
 }
 
 /// The format of a drive's image.
@@ -78,6 +76,7 @@ impl DriveOptions {
 }
 
 fn decode(members: &mut Members<'_>) -> Decoded<DriveOptions> {
+    let usual = ErrorPolicy::default();
     // `if`, `media` and `index` place a drive in a machine; there is none here, so they stay unread.
     Ok(DriveOptions {
         id: members.optional("id", string)?,
@@ -90,8 +89,10 @@ fn decode(members: &mut Members<'_>) -> Decoded<DriveOptions> {
             || members.optional("read-only", boolean)?.unwrap_or(false),
         discard: enumerated(members, "discard", discard)?.unwrap_or_default(),
         detect_zeroes: enumerated(members, "detect-zeroes", detect_zeroes)?.unwrap_or_default(),
-        write_error: enumerated(members, "werror", write_error)?.unwrap_or(OnError::Enospc),
-        read_error: enumerated(members, "rerror", read_error)?.unwrap_or(OnError::Report),
+        policy: ErrorPolicy {
+            write: enumerated(members, "werror", write_error)?.unwrap_or(usual.write),
+            read: enumerated(members, "rerror", read_error)?.unwrap_or(usual.read),
+        },
     })
 }
 
@@ -203,8 +204,10 @@ mod tests {
                 read_only: true,
                 discard: DiscardMode::Unmap,
                 detect_zeroes: DetectZeroes::On,
-                write_error: OnError::Stop,
-                read_error: OnError::Report,
+                policy: ErrorPolicy {
+                    write: OnError::Stop,
+                    read: OnError::Report,
+                },
             }
         );
     }

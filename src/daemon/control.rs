@@ -111,6 +111,7 @@ impl Control {
         });
         let device = drive.map(|drive| drive.id.clone()).unwrap_or_default();
         match what {
+            Happening::GuestErrors => {}
             Happening::ImageCorrupted(Corruption {
                 message,
                 place,
@@ -129,6 +130,8 @@ impl Control {
                 });
             }
         }
+        // Whatever has come: if the channel was full, what has happened to drives has no event of its own.
+        self.tell_of_machine();
     }
 }
 

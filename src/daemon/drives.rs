@@ -4,7 +4,7 @@ use block::driver::Preallocation;
 use block::error::Error;
 use block::formats::qcow2::NOT_QCOW2;
 use block::formats::qcow2::create::CreateOptions;
-use block::graph::{Drive, OnError};
+use block::graph::NewDrive;
 use block::open::{
     CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent, NewImage, NodeOptions,
     NodeRef, Opener, Qcow2Options, RawOptions, create_image, open,
@@ -20,21 +20,21 @@ use crate::config::{DriveFormat, DriveOptions};
 #[derive(Debug)]
 pub(super) struct Added {
     pub(super) id: String,
-    /// The root's name; `None` without medium.
-    node_name: Option<String>,
+    has_medium: bool,
     writable: bool,
 }
 
 impl Added {
     /// The export that makes it reachable; there is none of a drive without medium.
     pub(super) fn export(&self) -> Option<BlockExportOptions> {
-        Some(BlockExportOptions {
+        self.has_medium.then(|| BlockExportOptions {
             r#type: BlockExportOptionsBranch::Nbd(BlockExportOptionsNbd {
                 name: Some(self.id.clone()),
                 description: None,
             }),
             id: self.id.clone(),
-            node_name: self.node_name.clone()?,
+            // By the drive's name, so that requests are those of its guest.
+            node_name: self.id.clone(),
             writable: Some(self.writable),
             writethrough: None,
         })
@@ -47,16 +47,6 @@ pub(super) async fn add(cx: &Cx, options: DriveOptions, number: usize) -> Result
         .id
         .clone()
         .unwrap_or_else(|| format!("drive{number}"));
-    for (name, policy) in [
-        ("werror", options.write_error),
-        ("rerror", options.read_error),
-    ] {
-        if matches!(policy, OnError::Stop | OnError::Ignore) {
-            log::warn!(
-                "drive '{id}': {name} has no effect, exports report every error to their client"
-            );
-        }
-    }
     let mut opened = None;
     if let Some(file) = &options.file {
         let opener = cx
@@ -82,16 +72,16 @@ pub(super) async fn add(cx: &Cx, options: DriveOptions, number: usize) -> Result
             .transpose();
         let root = root.map_err(from_engine)?;
         let added = Added {
-            node_name: root.as_ref().map(|root| root.name().to_owned()),
+            has_medium: root.is_some(),
             writable: root
                 .as_ref()
                 .is_some_and(|root| !root.behaviour().read_only),
             id: id.clone(),
         };
-        let drive = Drive {
-            write_error: options.write_error,
-            read_error: options.read_error,
-            ..Drive::new(id, root)
+        let drive = NewDrive {
+            id,
+            root,
+            policy: options.policy,
         };
         // If the name is refused the start has failed, and the end closes the node.
         control.graph.add_drive(drive).map_err(from_engine)?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use block::driver::Requests;
 use block::error::{Error, ErrorKind, Result};
-use block::graph::{Access, Edge, Graph, Node, User};
+use block::graph::{Access, Client, Edge, Graph, Node, User};
 use tokio::sync::mpsc;
 
 use crate::exports::nbd::{NbdExportOptions, NbdServer};
@@ -18,6 +18,14 @@ pub struct Exports {
     /// How what is exported is reached, until the event says that it is gone.
     edges: HashMap<String, Edge>,
     events: mpsc::UnboundedSender<ExportEvent>,
+}
+
+/// What is to be exported.
+pub struct Exported {
+    /// The node, which the export keeps in the graph.
+    pub node: Arc<Node>,
+    /// Requests are those of the guest of a drive whose root the node is, and not straight ones.
+    pub guest: Option<Arc<Client>>,
 }
 
 impl Exports {
@@ -67,18 +75,26 @@ impl Exports {
 
     /// What queries show, the newest first.
     pub fn list(&self) -> Vec<ExportInfo> {
-        self.server
+        let mut exports = self
+            .server
             .as_ref()
             .map(NbdServer::exports)
-            .unwrap_or_default()
+            .unwrap_or_default();
+        for export in &mut exports {
+            if let Some(edge) = self.edges.get(&export.id) {
+                // It may have come to another node since.
+                edge.node().name().clone_into(&mut export.node_name);
+            }
+        }
+        exports
     }
 
-    /// Exports a node of the graph.
+    /// Exports a node of the graph, or a drive.
     pub fn add(
         &mut self,
         graph: &mut Graph,
         options: NbdExportOptions,
-        node: &Arc<Node>,
+        disk: &Exported,
     ) -> Result<()> {
         if self.edges.len() >= limits::EXPORTS {
             return Err(Error::new(
@@ -91,9 +107,12 @@ impl Exports {
             writes: options.writable,
             shares_writes: true,
         };
-        let edge = graph.add_user(node, user, access)?;
+        let edge = graph.add_user(&disk.node, user, access)?;
         let id = options.id.clone();
-        let requests: Arc<dyn Requests> = Arc::new(edge.clone());
+        let requests: Arc<dyn Requests> = match &disk.guest {
+            Some(guest) => guest.clone(),
+            None => Arc::new(edge.clone()),
+        };
         let added = self
             .server()
             .and_then(|server| server.add(options, requests));

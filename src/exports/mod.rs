@@ -18,7 +18,7 @@ pub struct ExportInfo {
     pub id: String,
     /// The name that clients ask for.
     pub name: String,
-    /// The node that is served, as the user called it.
+    /// The node that is served.
     pub node_name: String,
     /// Whether clients may write.
     pub writable: bool,

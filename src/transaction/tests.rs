@@ -4,7 +4,7 @@ pub(super) mod fake;
 
 use block::driver::Requests as _;
 use block::driver::SnapshotSelector;
-use block::graph::Drive;
+use block::graph::NewDrive;
 use block::open::NullOptions;
 use block::protocols::memory::Memory;
 use block::protocols::null::Null;
@@ -412,7 +412,7 @@ async fn a_drive_is_what_the_actions_before_have_made_of_it_and_a_node_stays_its
     };
     let bottom = node("bottom").await;
     let added = cx.commit(move |control| {
-        let drive = Drive::new("drive", Some(bottom));
+        let drive = NewDrive::new("drive", Some(bottom));
         control.graph.add_drive(drive).map_err(lookup::from_engine)
     });
     added.await.unwrap();

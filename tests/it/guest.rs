@@ -113,15 +113,26 @@ impl Guest {
         Ok(self.reply()?.1)
     }
 
+    /// Reads a part of the disk.
+    pub(crate) fn read(&mut self, offset: u64, length: u32) -> io::Result<Vec<u8>> {
+        self.send(READ, 0, offset, length)?;
+        match self.reply()? {
+            (_, 0) => {
+                let mut content = vec![0; length as usize];
+                self.stream.read_exact(&mut content)?;
+                Ok(content)
+            }
+            (_, error) => Err(io::Error::from_raw_os_error(error as i32)),
+        }
+    }
+
     /// Reads all of the disk.
     pub(crate) fn content(&mut self) -> io::Result<Vec<u8>> {
-        let mut content = vec![0; self.size as usize];
-        for (at, piece) in content.chunks_mut(PIECE as usize).enumerate() {
-            self.send(READ, 0, at as u64 * u64::from(PIECE), piece.len() as u32)?;
-            match self.reply()? {
-                (_, 0) => self.stream.read_exact(piece)?,
-                (_, error) => return Err(io::Error::from_raw_os_error(error as i32)),
-            }
+        let mut content = Vec::new();
+        while (content.len() as u64) < self.size {
+            let at = content.len() as u64;
+            let length = (self.size - at).min(PIECE.into()) as u32;
+            content.append(&mut self.read(at, length)?);
         }
         Ok(content)
     }

@@ -381,6 +381,21 @@ impl Qmp {
         }
     }
 
+    /// All events up to one of this name, for which it waits.
+    pub(crate) fn events_until(&mut self, name: &str) -> Vec<Value> {
+        loop {
+            if let Some(at) = self.events.iter().position(|event| event["event"] == name) {
+                return self.events.drain(..=at).collect();
+            }
+            let message = self.receive();
+            assert!(
+                message.get("event").is_some(),
+                "a reply nobody waits for: {message}"
+            );
+            self.events.push(message);
+        }
+    }
+
     /// Waits for an event of this name.
     pub(crate) fn event(&mut self, name: &str) -> Value {
         if let Some(at) = self.events.iter().position(|event| event["event"] == name) {

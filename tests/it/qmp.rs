@@ -32,6 +32,16 @@ fn drives() {
 }
 
 #[test]
+fn errors() {
+    golden("errors");
+}
+
+#[test]
+fn stats() {
+    golden("stats");
+}
+
+#[test]
 fn resize() {
     golden("resize");
 }

@@ -5,13 +5,18 @@
 //! * `@`: arguments of the daemon
 //! * `~`: a message to send again for as long as the answer is that something is in use: a client that has ended
 //!   is noticed a moment later
+//! * `>`: a request of a guest, whose reply is not waited for: `EXPORT write|flush OFFSET LENGTH`, at the socket `nbd.sock`
+//! * `<`: an export, whose next reply is waited for
+//! * `?`: the name of an event that is waited for
 //! * `$`: a program to run in the daemon's folder; before the first message, before the daemon is started
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use super::guest::{Guest, Request};
 use super::harness::{Daemon, PATIENCE, Program, Qmp, tool};
 
 /// A message and what came back until the reply was there.
@@ -35,13 +40,25 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
     let mut negotiated = false;
     let mut exchanges = Vec::new();
     let mut names = Names::default();
-    for line in session.lines().filter(|line| !line.is_empty()) {
+    let mut guests = Guests::default();
+    let mut lines = session
+        .lines()
+        .filter(|line| !line.is_empty() && !line.starts_with('#'))
+        .peekable();
+    while let Some(line) = lines.next() {
         match (line.split_at(1), &mut running) {
-            (("#", _), _) => {}
             (("@", words), None) => arguments.extend(words.split_whitespace().map(str::to_owned)),
             (("@", _), Some(_)) => panic!("arguments after the start: {line}"),
             (("$", command), _) => {
                 tool(folder.path(), command);
+            }
+            ((">" | "<" | "?", _), Some((_, qmp))) => {
+                let received = guests.line(folder.path(), line, qmp);
+                let received = received.map(|message| names.normalise(message));
+                exchanges.push(Exchange {
+                    sent: line.to_owned(),
+                    received: received.collect(),
+                });
             }
             (_, slot) => {
                 let (_, qmp) = slot.get_or_insert_with(|| {
@@ -60,10 +77,21 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
                     None => (line, qmp.exchange(line)),
                 };
                 let ends = line.contains("'quit'") && reply.get("return").is_some();
-                let events = std::mem::take(&mut qmp.events);
+                // Events that the next line waits for are its.
+                let awaited = lines.peek().is_some_and(|next| next.starts_with('?'));
+                let events = match awaited {
+                    true => Vec::new(),
+                    false => std::mem::take(&mut qmp.events),
+                };
                 let mut received: Vec<Value> = events.into_iter().chain([reply]).collect();
                 if ends {
-                    received.extend(qmp.rest());
+                    let mut rest = qmp.rest();
+                    // Exports end in no order among each other.
+                    rest.sort_by_key(|event| {
+                        let id = event["data"]["id"].as_str().map(str::to_owned);
+                        (id.is_none(), id)
+                    });
+                    received.extend(rest);
                 }
                 exchanges.push(Exchange {
                     sent: line.to_owned(),
@@ -83,6 +111,47 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
         assert!(daemon.terminate().success());
     }
     exchanges
+}
+
+/// Connections to exports.
+#[derive(Default)]
+struct Guests(HashMap<String, Guest>);
+
+impl Guests {
+    /// What a line about guests and events brings.
+    fn line(
+        &mut self,
+        folder: &Path,
+        line: &str,
+        qmp: &mut Qmp,
+    ) -> impl Iterator<Item = Value> + use<> {
+        let (kind, rest) = line.split_at(1);
+        let mut words = rest.split_whitespace();
+        let name = words.next().unwrap();
+        if kind == "?" {
+            return qmp.events_until(name).into_iter();
+        }
+        let guest = self
+            .0
+            .entry(name.to_owned())
+            .or_insert_with(|| Guest::connect(&folder.join("nbd.sock"), name).unwrap());
+        if kind == "<" {
+            let (_, error) = guest.reply().unwrap();
+            return vec![json!({"guest": name, "error": error})].into_iter();
+        }
+        let operation = words.next().unwrap();
+        let mut number = || words.next().unwrap().parse::<u64>().unwrap();
+        let request = match operation {
+            "write" => Request::Write {
+                offset: number(),
+                data: vec![1; number() as usize],
+            },
+            "flush" => Request::Flush,
+            _ => panic!("{line}"),
+        };
+        guest.submit(0, &request).unwrap();
+        Vec::new().into_iter()
+    }
 }
 
 /// The reply to a message once it is not that something is still in use.
@@ -135,6 +204,13 @@ impl Names {
                 "TIME".into()
             }
             ("actual-size", Value::Number(_)) => "BYTES".into(),
+            // Most counters are zero.
+            ("stats", Value::Object(mut counters)) => {
+                counters.retain(|_, count| *count != json!(0));
+                self.object(counters)
+            }
+            ("idle_time_ns", Value::Number(_)) => "TIME".into(),
+            (key, Value::Number(_)) if key.ends_with("_total_time_ns") => "TIME".into(),
             ("package", Value::String(_)) => "PACKAGE".into(),
             (_, Value::String(text)) if text.starts_with("#block") => self.name(text).into(),
             (_, Value::Array(values)) => {

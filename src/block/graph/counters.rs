@@ -33,7 +33,11 @@ pub struct RequestCount {
 
 /// Running totals.
 #[derive(Debug, Default)]
-pub(super) struct Counters([Counter; KINDS]);
+pub(super) struct Counters {
+    kinds: [Counter; KINDS],
+    /// The offset behind the highest byte that was to be written.
+    highest: AtomicU64,
+}
 
 #[derive(Debug, Default)]
 struct Counter {
@@ -44,7 +48,7 @@ struct Counter {
 
 impl Counters {
     pub(super) fn count(&self, kind: RequestKind, bytes: u64, succeeded: bool) {
-        let counter = &self.0[kind as usize];
+        let counter = &self.kinds[kind as usize];
         if succeeded {
             counter.done.fetch_add(1, Ordering::Relaxed);
             counter.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -53,8 +57,20 @@ impl Counters {
         }
     }
 
+    /// Somebody wants to write up to this offset. Counted whether it succeeds or not: on a full device it is what is missing.
+    pub(super) fn writes_up_to(&self, end: u64) {
+        // Most writes are no new record, and reading is cheap.
+        if end > self.highest.load(Ordering::Relaxed) {
+            self.highest.fetch_max(end, Ordering::Relaxed);
+        }
+    }
+
+    pub(super) fn highest(&self) -> u64 {
+        self.highest.load(Ordering::Relaxed)
+    }
+
     pub(super) fn get(&self, kind: RequestKind) -> RequestCount {
-        let counter = &self.0[kind as usize];
+        let counter = &self.kinds[kind as usize];
         RequestCount {
             done: counter.done.load(Ordering::Relaxed),
             bytes: counter.bytes.load(Ordering::Relaxed),

@@ -1,49 +1,72 @@
 //! Drives: a node with the facts of a disk in a machine around it.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::device::{Client, Device, DriveStats, ErrorPolicy, GuestError, IoStatus};
 use super::edge::Edge;
 use super::node::Node;
 
-/// What a guest sees as a disk, and what the commands of 2013 call a device.
+/// A drive to add.
 #[derive(Debug, Clone)]
+pub struct NewDrive {
+    /// Its id, in one name space with nodes.
+    pub id: String,
+    /// The uppermost layer; `None` without medium.
+    pub root: Option<Arc<Node>>,
+    /// What happens when requests of its guests fail.
+    pub policy: ErrorPolicy,
+}
+
+impl NewDrive {
+    /// A drive with the usual settings.
+    pub fn new(id: impl Into<String>, root: Option<Arc<Node>>) -> Self {
+        NewDrive {
+            id: id.into(),
+            root,
+            policy: ErrorPolicy::default(),
+        }
+    }
+}
+
+/// What a guest sees as a disk, and what the commands of 2013 call a device.
+#[derive(Debug)]
 pub struct Drive {
     /// Its id, in one name space with nodes.
     pub id: String,
     /// The uppermost layer; `None` without medium.
     pub root: Option<Edge>,
-    /// What happens when a write fails.
-    pub write_error: OnError,
-    /// What happens when a read fails.
-    pub read_error: OnError,
+    pub(super) device: Arc<Device>,
 }
 
 impl Drive {
-    /// A drive with the usual settings.
-    pub fn new(id: impl Into<String>, root: Option<Arc<Node>>) -> Self {
-        Drive {
-            id: id.into(),
-            root: root.map(Edge::new),
-            write_error: OnError::Enospc,
-            read_error: OnError::Report,
-        }
-    }
-
     /// The node at its root; `None` without medium.
     pub fn node(&self) -> Option<Arc<Node>> {
         self.root.as_ref().map(Edge::node)
     }
-}
 
-/// What happens when a guest request fails. Data for queries: exports report every error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnError {
-    /// The guest sees the error.
-    Report,
-    /// The guest sees success.
-    Ignore,
-    /// The machine stops when space is short; other errors are reported.
-    Enospc,
-    /// The machine stops.
-    Stop,
+    /// The data path for guests: requests are held while the machine stands still, and errors are treated by the drive's policy.
+    pub fn client(&self) -> Arc<Client> {
+        self.device.client()
+    }
+
+    /// How its last requests went; `None` for a drive that never stops the machine.
+    pub fn io_status(&self) -> Option<IoStatus> {
+        self.device.io_status()
+    }
+
+    /// The past is forgotten: the machine goes on.
+    pub fn reset_io_status(&self) {
+        self.device.reset_io_status();
+    }
+
+    /// What its guests have done.
+    pub fn stats(&self) -> DriveStats {
+        self.device.stats()
+    }
+
+    /// Errors of which users have not been told, the oldest first.
+    pub fn take_untold_errors(&self) -> VecDeque<GuestError> {
+        self.device.take_untold_errors()
+    }
 }

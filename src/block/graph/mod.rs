@@ -10,12 +10,13 @@
 //! * `access`: who may write beside whom
 //! * `quiesce`: several nodes held still
 //! * `names`: given and made-up names
-//! * `drive`: what the commands of 2013 call a device
+//! * `drive`: what the commands of 2013 call a device; `device` is what its guests see of it
 
 mod access;
 mod align;
 mod change;
 mod counters;
+mod device;
 mod drive;
 mod edge;
 mod names;
@@ -31,19 +32,26 @@ use crate::limits::MAX_NODES;
 
 pub use access::{Access, User};
 pub use counters::{RequestCount, RequestKind};
-pub use drive::{Drive, OnError};
+pub use device::{
+    Client, DriveStats, ErrorAction, ErrorPolicy, GuestError, IoStatus, Machine, OnError, RunState,
+    Totals,
+};
+pub use drive::{Drive, NewDrive};
 pub use edge::Edge;
 pub use names::{NameSource, NodeName, is_well_formed};
 pub use node::{Behaviour, Link, Node, Quiesced};
 pub use quiesce::{quiesce_all, quiesce_all_within};
 
 use access::{Use, link_user};
+use device::Device;
 
 /// All nodes and drives.
 #[derive(Debug, Default)]
 pub struct Graph {
     entries: Vec<Entry>,
     drives: Vec<Drive>,
+    /// All drives are disks of one machine.
+    machine: Machine,
     names: NameSource,
     events: EventSink,
 }
@@ -134,6 +142,11 @@ impl Graph {
         &self.drives
     }
 
+    /// The machine whose disks the drives are.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
     /// The node of this name.
     pub fn node(&self, name: &str) -> Option<&Arc<Node>> {
         self.nodes().find(|node| node.name() == name)
@@ -142,11 +155,6 @@ impl Graph {
     /// The drive of this id.
     pub fn drive(&self, id: &str) -> Option<&Drive> {
         self.drives.iter().find(|drive| drive.id == id)
-    }
-
-    /// The drive of this id, to be changed.
-    pub fn drive_mut(&mut self, id: &str) -> Option<&mut Drive> {
-        self.drives.iter_mut().find(|drive| drive.id == id)
     }
 
     /// What a command means by `device` and `node-name`: a drive's root for a drive's id, else a node.
@@ -313,34 +321,36 @@ impl Graph {
     }
 
     /// Adds a drive. Its root, if it has one, is in the graph and becomes used by it.
-    pub fn add_drive(&mut self, drive: Drive) -> Result<()> {
-        if !is_well_formed(&drive.id) {
+    pub fn add_drive(&mut self, new: NewDrive) -> Result<()> {
+        let NewDrive { id, root, policy } = new;
+        if !is_well_formed(&id) {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
-                format!("Invalid drive id: '{}'", drive.id),
+                format!("Invalid drive id: '{id}'"),
             ));
         }
-        if self.drive(&drive.id).is_some() {
+        if self.drive(&id).is_some() {
             return Err(Error::new(
                 ErrorKind::AlreadyExists,
-                format!("Duplicate ID '{}' for drive", drive.id),
+                format!("Duplicate ID '{id}' for drive"),
             ));
         }
-        if self.node(&drive.id).is_some() {
+        if self.node(&id).is_some() {
             return Err(Error::new(
                 ErrorKind::AlreadyExists,
-                format!("Device with id '{}' is a node's name already", drive.id),
+                format!("Device with id '{id}' is a node's name already"),
             ));
         }
-        if let Some(edge) = drive.root.clone() {
+        let use_root = |root: Arc<Node>| {
             let access = Access {
-                writes: !edge.node().behaviour().read_only,
+                writes: !root.behaviour().read_only,
                 shares_writes: true,
             };
-            let user = User::Drive(drive.id.clone());
-            self.add_use(Use { user, access, edge })?;
-        }
-        self.drives.push(drive);
+            self.add_user(&root, User::Drive(id.clone()), access)
+        };
+        let root = root.map(use_root).transpose()?;
+        let device = Device::new(&id, root.clone(), policy, &self.machine, &self.events);
+        self.drives.push(Drive { id, root, device });
         Ok(())
     }
 

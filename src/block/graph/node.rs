@@ -159,6 +159,11 @@ impl Node {
         self.inner.counters.get(kind)
     }
 
+    /// The offset behind the highest byte that somebody wanted to write.
+    pub fn highest_write(&self) -> u64 {
+        self.inner.counters.highest()
+    }
+
     /// Holds back new requests and waits until those under way have been answered.
     ///
     /// What the driver itself sends to the layers below (a snapshot's metadata) goes on: their gates stay open.

@@ -52,6 +52,7 @@ impl Inner {
     async fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
         self.check_writable()?;
         self.check_range(offset, data.len())?;
+        self.counters.writes_up_to(offset + data.len());
         let behaviour = self.behaviour();
         let flags = WriteFlags {
             fua: flags.fua || behaviour.cache.writethrough,
@@ -82,6 +83,7 @@ impl Inner {
     async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
         self.check_writable()?;
         self.check_range(offset, len)?;
+        self.counters.writes_up_to(offset + len);
         let behaviour = self.behaviour();
         let flags = ZeroFlags {
             may_unmap: flags.may_unmap && behaviour.discard == DiscardMode::Unmap,
@@ -125,19 +127,16 @@ impl Inner {
 }
 
 /// Enters by `way` and does `request` inside.
-fn run<T, F>(
-    way: Way,
-    request: impl FnOnce(Inside) -> F + Send + 'static,
-) -> BoxFuture<'static, Result<T>>
+fn run<T, F>(way: Way, request: impl FnOnce(Inside) -> F + Send + 'static) -> RunToEnd<Result<T>>
 where
     T: Send + 'static,
     F: Future<Output = Result<T>> + Send + 'static,
 {
-    Box::pin(RunToEnd::new(async move {
+    RunToEnd::new(async move {
         let inside = way.enter().await;
         inside.place().check_open()?;
         request(inside).await
-    }))
+    })
 }
 
 async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()> {
@@ -162,9 +161,52 @@ async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()>
     }
 }
 
-/// The data path of what has `way` in and a `target` at present.
+/// The data path of what has `way` in and a `target` at present. Each request comes in two forms: as users know it, and without the box
+/// around it for what puts it into one of its own.
 macro_rules! requests_by_way {
     ($place:ty) => {
+        impl $place {
+            pub(super) fn start_read(&self, offset: u64, len: u64) -> RunToEnd<Result<Data>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().read(offset, len).await
+                })
+            }
+
+            pub(super) fn start_write(
+                &self,
+                offset: u64,
+                data: Data,
+                flags: WriteFlags,
+            ) -> RunToEnd<Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().write(offset, data, flags).await
+                })
+            }
+
+            pub(super) fn start_write_zeroes(
+                &self,
+                offset: u64,
+                len: u64,
+                flags: ZeroFlags,
+            ) -> RunToEnd<Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().write_zeroes(offset, len, flags).await
+                })
+            }
+
+            pub(super) fn start_discard(&self, offset: u64, len: u64) -> RunToEnd<Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().discard(offset, len).await
+                })
+            }
+
+            pub(super) fn start_flush(&self) -> RunToEnd<Result<()>> {
+                run(self.way(), move |inside| async move {
+                    inside.place().flush().await
+                })
+            }
+        }
+
         impl Requests for $place {
             fn size(&self) -> u64 {
                 self.target().driver.size()
@@ -179,9 +221,7 @@ macro_rules! requests_by_way {
             }
 
             fn read(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Data>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().read(offset, len).await
-                })
+                Box::pin(self.start_read(offset, len))
             }
 
             fn write(
@@ -190,15 +230,13 @@ macro_rules! requests_by_way {
                 data: Data,
                 flags: WriteFlags,
             ) -> BoxFuture<'_, Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().write(offset, data, flags).await
-                })
+                Box::pin(self.start_write(offset, data, flags))
             }
 
             fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
-                run(self.way(), move |inside| async move {
+                Box::pin(run(self.way(), move |inside| async move {
                     inside.place().write_compressed(offset, data).await
-                })
+                }))
             }
 
             fn write_zeroes(
@@ -207,27 +245,21 @@ macro_rules! requests_by_way {
                 len: u64,
                 flags: ZeroFlags,
             ) -> BoxFuture<'_, Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().write_zeroes(offset, len, flags).await
-                })
+                Box::pin(self.start_write_zeroes(offset, len, flags))
             }
 
             fn discard(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().discard(offset, len).await
-                })
+                Box::pin(self.start_discard(offset, len))
             }
 
             fn flush(&self) -> BoxFuture<'_, Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().flush().await
-                })
+                Box::pin(self.start_flush())
             }
 
             fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
-                run(self.way(), move |inside| async move {
+                Box::pin(run(self.way(), move |inside| async move {
                     inside.place().block_status(offset, len).await
-                })
+                }))
             }
 
             fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {

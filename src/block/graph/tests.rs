@@ -370,9 +370,9 @@ fn a_device_is_a_drive_or_a_node() {
     let root = disk("root");
     graph.insert(opened(&[&root])).unwrap();
     graph
-        .add_drive(Drive::new("ide-hd0", Some(root.clone())))
+        .add_drive(NewDrive::new("ide-hd0", Some(root.clone())))
         .unwrap();
-    graph.add_drive(Drive::new("floppy", None)).unwrap();
+    graph.add_drive(NewDrive::new("floppy", None)).unwrap();
     assert_eq!(graph.lookup(Some("ide-hd0"), None).unwrap().name(), "root");
     assert_eq!(
         graph.lookup(Some("x"), Some("root")).unwrap().name(),
@@ -390,7 +390,7 @@ fn a_device_is_a_drive_or_a_node() {
     );
     assert_eq!(message(graph.remove("root")), "Node root is in use");
     assert_eq!(
-        message(graph.add_drive(Drive::new("root", None))),
+        message(graph.add_drive(NewDrive::new("root", None))),
         "Device with id 'root' is a node's name already"
     );
     assert_eq!(

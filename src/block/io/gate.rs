@@ -51,10 +51,20 @@ impl Gate {
             let gate = place.deref().as_ref();
             let opened = gate.opened.notified();
             // Checked after registering, so that an opening in between is not missed.
-            if gate.state.load(Ordering::SeqCst) & CLOSED != 0 {
+            if gate.is_closed() {
                 opened.await;
             }
         }
+    }
+
+    /// Enters if the gate is open.
+    pub fn try_enter(&self) -> Option<Entered<&Self>> {
+        Gate::try_enter_by(self).ok()
+    }
+
+    /// Whether somebody holds it closed.
+    pub fn is_closed(&self) -> bool {
+        self.state.load(Ordering::SeqCst) & CLOSED != 0
     }
 
     /// Enters if the gate is open; else gives the handle back.
@@ -108,7 +118,8 @@ impl Gate {
         self.state.load(Ordering::SeqCst) / ONE
     }
 
-    fn shut(self: &Arc<Self>) -> Closed {
+    /// Closes the gate without waiting for those inside.
+    pub fn shut(self: &Arc<Self>) -> Closed {
         let mut closers = self.closers.lock().unwrap_or_else(PoisonError::into_inner);
         *closers += 1;
         self.state.fetch_or(CLOSED, Ordering::SeqCst);

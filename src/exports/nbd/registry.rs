@@ -167,7 +167,12 @@ impl Registry {
         entry.connections += 1;
         Some(ExportRef {
             options: entry.options.clone(),
-            node: Some(entry.node.clone()),
+            node: Some(
+                entry
+                    .node
+                    .for_client()
+                    .unwrap_or_else(|| entry.node.clone()),
+            ),
             closing: entry.closing.subscribe(),
             registry: self.clone(),
         })

@@ -159,9 +159,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Session<'_, S> {
         Poll::Pending
     }
 
-    /// Takes no further requests. The first reason counts.
+    /// Takes no further requests, and does not wait for a stopped machine. The first reason counts.
     fn end(&mut self, result: Result<(), SessionError>) {
         self.waiting = None;
+        self.node.hang_up();
         self.ending.get_or_insert(result);
     }
 

@@ -34,6 +34,21 @@ impl handlers::RunState<Counter> for Fake {
             status: types::RunState::Running,
         })
     }
+    async fn stop(cx: &Counter) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn cont(cx: &Counter) -> Result<(), QmpError> {
+        cx.count(())
+    }
+}
+
+impl handlers::BlockStats<Counter> for Fake {
+    async fn query_blockstats(
+        cx: &Counter,
+        _: args::QueryBlockstats,
+    ) -> Result<Vec<types::BlockStats>, QmpError> {
+        cx.count(Vec::new())
+    }
 }
 
 impl handlers::BlockCore<Counter> for Fake {

@@ -12,6 +12,10 @@ use crate::rt::Value;
 /// Commands and events of QEMU's that QSD lacks and we have, since drives' users come from QEMU.
 const NOT_IN_QSD: &[&str] = &[
     "query-status",
+    "stop",
+    "cont",
+    "STOP",
+    "RESUME",
     "SHUTDOWN",
     "X_TRANSACTION_RECOVERED",
     "x-blockdev-snapshot-revert",

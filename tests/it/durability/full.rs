@@ -66,7 +66,7 @@ fn start(program: Program, disk: &SmallDisk) -> (Daemon, Qmp, Guest) {
     let arguments: &[&str] = match program {
         Program::Qblockd => &[
             "--drive",
-            "id=disk,file=disk.qcow2",
+            "id=disk,file=disk.qcow2,werror=report",
             "--nbd-server",
             "unix:nbd.sock",
         ],

@@ -3,7 +3,7 @@
 use super::*;
 use crate::error::ErrorKind;
 use crate::formats::raw::Raw;
-use crate::graph::{Behaviour, Drive, Link, NodeName, Opened, User};
+use crate::graph::{Behaviour, Link, NewDrive, NodeName, Opened, User};
 use crate::protocols::memory::Memory;
 
 const WRITER: Access = Access {
@@ -53,7 +53,7 @@ async fn drives_and_parents_follow_and_what_the_new_node_stands_on_stays() {
     let mut graph = Graph::new();
     let base = disk(&mut graph, "base", false);
     graph
-        .add_drive(Drive::new("d", Some(base.clone())))
+        .add_drive(NewDrive::new("d", Some(base.clone())))
         .unwrap();
     let other = on(&mut graph, "other", &base, WRITER);
     let middle = on(&mut graph, "middle", &base, WRITER);
@@ -80,7 +80,9 @@ async fn a_writer_is_not_led_to_where_it_may_not_write() {
     let taken = disk(&mut graph, "taken", false);
     let reader = User::Export("r".to_owned());
     graph.add_user(&taken, reader, READER).unwrap();
-    graph.add_drive(Drive::new("d", Some(old.clone()))).unwrap();
+    graph
+        .add_drive(NewDrive::new("d", Some(old.clone())))
+        .unwrap();
     let held = old.quiesce().await;
     let error = graph.replace(&old, &fixed, &held).unwrap_err();
     assert_eq!(error.message(), "Block node is read-only");
@@ -106,7 +108,7 @@ async fn a_filter_that_a_job_uses_stays() {
     let mut graph = Graph::new();
     let base = disk(&mut graph, "base", false);
     graph
-        .add_drive(Drive::new("d", Some(base.clone())))
+        .add_drive(NewDrive::new("d", Some(base.clone())))
         .unwrap();
     let filter = on(&mut graph, "filter", &base, WRITER);
     let held = base.quiesce().await;

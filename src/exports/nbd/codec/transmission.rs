@@ -93,6 +93,7 @@ pub(crate) enum NbdErrno {
     NoSpc = 28,
     Overflow = 75,
     NotSup = 95,
+    Shutdown = 108,
 }
 
 impl NbdErrno {
@@ -110,6 +111,8 @@ impl NbdErrno {
             NbdErrno::Overflow
         } else if is(&[Errno::OPNOTSUPP]) {
             NbdErrno::NotSup
+        } else if is(&[Errno::SHUTDOWN]) {
+            NbdErrno::Shutdown
         } else if is(&[Errno::INVAL]) {
             NbdErrno::Inval
         } else {

@@ -186,8 +186,10 @@ fn reported(events: &mut Receiver<NodeEvent>) -> Vec<Corruption> {
     let next = || events.try_recv().ok();
     let corruption = |event: NodeEvent| {
         assert_eq!(event.node, "node");
-        let Happening::ImageCorrupted(corruption) = event.what;
-        corruption
+        match event.what {
+            Happening::ImageCorrupted(corruption) => corruption,
+            other => panic!("{other:?}"),
+        }
     };
     std::iter::from_fn(next).map(corruption).collect()
 }

@@ -251,6 +251,20 @@ pub trait Driver: Requests {
         Box::pin(async { Err(unsupported("Amending this format")) })
     }
 
+    /// Whether the node can show another one where it has nothing itself. `Unsupported`, with QEMU's sentence, where it cannot.
+    fn check_backing(&self) -> Result<()> {
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            "The overlay does not support backing images",
+        ))
+    }
+
+    /// Shows `backing` from now on where the node has nothing itself, or zeroes. What the image says about its backing stays. Only
+    /// after [`Driver::check_backing`], and while no request is under way; it does no I/O and cannot fail.
+    fn set_backing(&self, backing: Option<Child>) {
+        let _ = backing;
+    }
+
     /// Internal snapshots, for formats that have them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None

@@ -17,6 +17,12 @@ pub struct Access {
 }
 
 impl Access {
+    /// What a node does to its backing: it reads, and what it reads must stay as it is.
+    pub const BACKING: Access = Access {
+        writes: false,
+        shares_writes: false,
+    };
+
     pub(super) fn conflicts(self, other: Access) -> bool {
         (self.writes && !other.shares_writes) || (other.writes && !self.shares_writes)
     }
@@ -75,7 +81,7 @@ impl Graph {
         let parents = self
             .parents(node)
             .map(|(parent, link)| (link_user(parent, &link), link.access));
-        let outside = self.entry(node.name()).into_iter();
+        let outside = self.table.of(node).into_iter();
         let outside = outside.flat_map(|entry| &entry.users);
         parents
             .chain(outside.map(|user| (user.user.describe(), user.access)))

@@ -1,7 +1,7 @@
 //! Nodes that take the place of others while their users go on.
 //!
 //! What could be refused is looked at first; then edges are led elsewhere, which cannot fail. The node whose place is taken is held
-//! quiesced meanwhile, as [`Edge`](super::Edge) tells.
+//! quiesced meanwhile, as [`Edge`] tells.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -9,17 +9,21 @@ use std::sync::Arc;
 use super::access::{Use, conflict};
 use super::edge::Edge;
 use super::node::{Node, Quiesced};
-use super::{Access, Graph, Removed, link_user, not_found};
+use super::table::place;
+use super::{Access, Graph, Link, Removed, link_user, not_found};
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::MAX_CHAIN_DEPTH;
 
 /// The edges that lead to a node and are to follow to another.
 struct Movers {
     from: Arc<Node>,
     to: Arc<Node>,
-    /// Of nodes above.
-    links: Vec<Edge>,
+    /// Of nodes above, each with its node.
+    links: Vec<(Arc<Node>, Edge)>,
     /// Of users outside of the graph.
     users: Vec<Edge>,
+    /// How these use the node.
+    wanted: Vec<(String, Access)>,
 }
 
 impl Graph {
@@ -40,7 +44,8 @@ impl Graph {
     /// Leads the users of `from` to `to`. What `to` stands on, and jobs, stay where they are. Errors as [`Graph::insert_above`].
     pub fn replace(&mut self, from: &Arc<Node>, to: &Arc<Node>, held: &Quiesced) -> Result<()> {
         assert!(held.is_of(from), "node '{}' is not held", from.name());
-        let movers = self.movers(from, to, None)?;
+        let movers = self.movers(from, to)?;
+        self.check_movers(&movers, None)?;
         self.lead(&movers);
         Ok(())
     }
@@ -63,43 +68,108 @@ impl Graph {
                 format!("Node '{}' is in use by {}", filter.name(), user.describe()),
             ));
         }
-        let movers = self.movers(filter, &below, Some(filter))?;
+        let movers = self.movers(filter, &below)?;
+        self.check_movers(&movers, Some(filter))?;
         self.lead(&movers);
         Ok(self.take_out(filter))
     }
 
-    /// Who is to follow from one node to another, once it is sure that all may. What `leaving` does to its layers does not count.
-    fn movers(
-        &self,
-        from: &Arc<Node>,
-        to: &Arc<Node>,
-        leaving: Option<&Arc<Node>>,
-    ) -> Result<Movers> {
+    /// Whether [`Graph::append`] would do it.
+    pub fn check_append(&self, below: &Arc<Node>, overlay: &Arc<Node>) -> Result<()> {
+        self.appending(below, overlay).map(drop)
+    }
+
+    /// Makes `below` the backing of `overlay`, and its users those of `overlay`: an external snapshot. Both are held.
+    ///
+    /// Refused, with nothing changed, when the overlay has a backing or can have none, when it would stand on itself, when the chain
+    /// would be longer than can be opened, and as [`Graph::insert_above`].
+    pub fn append(
+        &mut self,
+        below: &Arc<Node>,
+        overlay: &Arc<Node>,
+        held: [&Quiesced; 2],
+    ) -> Result<()> {
+        for (node, held) in [below, overlay].into_iter().zip(held) {
+            assert!(held.is_of(node), "node '{}' is not held", node.name());
+        }
+        let movers = self.appending(below, overlay)?;
+        self.lead(&movers);
+        let link = Link::new("backing", below, Access::BACKING);
+        overlay.driver().set_backing(Some(link.child()));
+        overlay.add_link(link);
+        self.table.stands(overlay, below);
+        Ok(())
+    }
+
+    fn appending(&self, below: &Arc<Node>, overlay: &Arc<Node>) -> Result<Movers> {
+        if overlay.link("backing").is_some() {
+            let text = "The overlay already has a backing image";
+            return Err(Error::new(ErrorKind::InvalidInput, text));
+        }
+        overlay.driver().check_backing()?;
+        check_no_cycle(overlay, below)?;
+        if chain_len(below) >= MAX_CHAIN_DEPTH {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "The chain of '{}' has {MAX_CHAIN_DEPTH} images and cannot be longer",
+                    below.name()
+                ),
+            ));
+        }
+        let movers = self.movers(below, overlay)?;
+        self.check_movers(&movers, None)?;
+        let stays = self.uses_but_for(below, |parent| movers.has(parent));
+        let link = Link::new("backing", below, Access::BACKING);
+        let user = link_user(overlay, &link);
+        match stays.iter().find(|(_, has)| has.conflicts(link.access)) {
+            None => Ok(movers),
+            Some((other, _)) => Err(conflict(below, (&user, link.access), other)),
+        }
+    }
+
+    /// Who is to follow from one node to another.
+    fn movers(&self, from: &Arc<Node>, to: &Arc<Node>) -> Result<Movers> {
         for node in [from, to] {
-            if !self.nodes().any(|known| Arc::ptr_eq(known, node)) {
+            if self.table.of(node).is_none() {
                 return Err(not_found(node.name()));
             }
         }
         // These would come to stand on themselves.
         let below = reachable(to);
-        let mut wanted: Vec<(String, Access)> = Vec::new();
-        let mut links = Vec::new();
+        let mut movers = Movers {
+            from: from.clone(),
+            to: to.clone(),
+            links: Vec::new(),
+            users: Vec::new(),
+            wanted: Vec::new(),
+        };
         for (parent, link) in self.parents(from) {
-            if !below.contains(&place(parent)) {
-                wanted.push((link_user(parent, &link), link.access));
-                links.push(link.edge);
+            // What shows a snapshot of an image is about that image.
+            if link.role != Link::IMAGE && !below.contains(&place(parent)) {
+                let user = link_user(parent, &link);
+                movers.wanted.push((user, link.access));
+                movers.links.push((parent.clone(), link.edge));
             }
         }
-        let mut users = Vec::new();
-        let entry = self.entry(from.name()).into_iter();
+        let entry = self.table.of(from).into_iter();
         for Use { user, access, edge } in entry.flat_map(|entry| &entry.users) {
             if user.follows() {
-                wanted.push((user.describe(), *access));
-                users.push(edge.clone());
+                movers.wanted.push((user.describe(), *access));
+                movers.users.push(edge.clone());
             }
         }
-        let there = self.uses_without(to, leaving);
-        for (user, access) in &wanted {
+        Ok(movers)
+    }
+
+    /// Whether all may use the node that they are to follow to. What `leaving` does to its layers does not count.
+    fn check_movers(&self, movers: &Movers, leaving: Option<&Arc<Node>>) -> Result<()> {
+        let to = &movers.to;
+        let there = self.uses_but_for(to, |user| match user {
+            Placed::Parent(parent) => leaving.is_some_and(|left| Arc::ptr_eq(left, parent)),
+            Placed::Outside(_) => false,
+        });
+        for (user, access) in &movers.wanted {
             if access.writes && to.behaviour().read_only {
                 return Err(Error::new(ErrorKind::ReadOnly, "Block node is read-only"));
             }
@@ -107,25 +177,25 @@ impl Graph {
                 return Err(conflict(to, (user, *access), other));
             }
         }
-        Ok(Movers {
-            from: from.clone(),
-            to: to.clone(),
-            links,
-            users,
-        })
+        Ok(())
     }
 
-    fn uses_without(&self, node: &Arc<Node>, leaving: Option<&Arc<Node>>) -> Vec<(String, Access)> {
-        let stays = |parent: &Arc<Node>| leaving.is_none_or(|left| !Arc::ptr_eq(left, parent));
+    /// How a node is used, but for some.
+    fn uses_but_for(
+        &self,
+        node: &Arc<Node>,
+        is_left_out: impl Fn(Placed<'_>) -> bool,
+    ) -> Vec<(String, Access)> {
         let parents = self
             .parents(node)
-            .filter(|(parent, _)| stays(parent))
+            .filter(|(parent, _)| !is_left_out(Placed::Parent(parent)))
             .map(|(parent, link)| (link_user(parent, &link), link.access));
-        let entry = self.entry(node.name()).into_iter();
-        let outside = entry.flat_map(|entry| &entry.users);
-        parents
-            .chain(outside.map(|user| (user.user.describe(), user.access)))
-            .collect()
+        let entry = self.table.of(node).into_iter();
+        let outside = entry
+            .flat_map(|entry| &entry.users)
+            .filter(|user| !is_left_out(Placed::Outside(&user.edge)))
+            .map(|user| (user.user.describe(), user.access));
+        parents.chain(outside).collect()
     }
 
     fn lead(&mut self, movers: &Movers) {
@@ -134,11 +204,17 @@ impl Graph {
             to,
             links,
             users,
+            wanted: _,
         } = movers;
-        for edge in links.iter().chain(users) {
+        for (parent, edge) in links {
+            edge.lead(to);
+            self.table.leaves(parent, from);
+            self.table.stands(parent, to);
+        }
+        for edge in users {
             edge.lead(to);
         }
-        let Some(entry) = self.entry_mut(from) else {
+        let Some(entry) = self.table.of_mut(from) else {
             return;
         };
         let moves = |user: &Use| users.iter().any(|edge| edge.is_same(&user.edge));
@@ -146,19 +222,51 @@ impl Graph {
             .into_iter()
             .partition(|user| moves(user));
         entry.users = stay;
-        if let Some(entry) = self.entry_mut(to) {
+        if let Some(entry) = self.table.of_mut(to) {
             entry.users.extend::<Vec<Use>>(moved);
         }
     }
 }
 
-/// A node as something to compare.
-pub(super) fn place(node: &Arc<Node>) -> *const Node {
-    Arc::as_ptr(node)
+/// A user of a node, from where it uses it.
+enum Placed<'a> {
+    Parent(&'a Arc<Node>),
+    Outside(&'a Edge),
+}
+
+impl Movers {
+    fn has(&self, user: Placed<'_>) -> bool {
+        match user {
+            Placed::Parent(node) => self.links.iter().any(|(own, _)| Arc::ptr_eq(own, node)),
+            Placed::Outside(edge) => self.users.iter().any(|own| own.is_same(edge)),
+        }
+    }
+}
+
+/// Refuses a backing that stands on the node that it is to be the backing of.
+pub(super) fn check_no_cycle(node: &Arc<Node>, backing: &Arc<Node>) -> Result<()> {
+    match reachable(backing).contains(&place(node)) {
+        false => Ok(()),
+        true => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!(
+                "Making '{}' a backing child of '{}' would create a cycle",
+                backing.name(),
+                node.name()
+            ),
+        )),
+    }
+}
+
+/// How many images the chain has whose active layer this is.
+pub(super) fn chain_len(node: &Arc<Node>) -> usize {
+    let below = |node: &Arc<Node>| node.link("backing").or_else(|| node.link("file"));
+    let chain = std::iter::successors(Some(node.clone()), below);
+    chain.filter(|node| node.link("file").is_some()).count()
 }
 
 /// The node and all that it stands on.
-pub(super) fn reachable(node: &Arc<Node>) -> HashSet<*const Node> {
+fn reachable(node: &Arc<Node>) -> HashSet<usize> {
     let mut seen = HashSet::from([place(node)]);
     let mut open = vec![node.clone()];
     while let Some(node) = open.pop() {

@@ -9,6 +9,7 @@
 //! * `change`: nodes put above others, replaced, and taken out, while their users go on
 //! * `access`: who may write beside whom
 //! * `quiesce`: several nodes held still
+//! * `table`: the nodes, found by name and by what they stand on
 //! * `names`: given and made-up names
 //! * `drive`: what the commands of 2013 call a device; `device` is what its guests see of it
 
@@ -23,6 +24,7 @@ mod names;
 mod node;
 mod quiesce;
 mod requests;
+mod table;
 
 use std::sync::Arc;
 
@@ -44,25 +46,17 @@ pub use quiesce::{quiesce_all, quiesce_all_within};
 
 use access::{Use, link_user};
 use device::Device;
+use table::Table;
 
 /// All nodes and drives.
 #[derive(Debug, Default)]
 pub struct Graph {
-    entries: Vec<Entry>,
+    table: Table,
     drives: Vec<Drive>,
     /// All drives are disks of one machine.
     machine: Machine,
     names: NameSource,
     events: EventSink,
-}
-
-#[derive(Debug)]
-struct Entry {
-    node: Arc<Node>,
-    /// It was asked for by name and not brought along by a node on it: it stays when that one goes.
-    owned: bool,
-    /// Users that are not nodes: exports and jobs.
-    users: Vec<Use>,
 }
 
 /// Nodes that were opened and are not in the graph yet, layers below first. The last is the root.
@@ -134,7 +128,7 @@ impl Graph {
 
     /// All nodes, oldest first.
     pub fn nodes(&self) -> impl DoubleEndedIterator<Item = &Arc<Node>> {
-        self.entries.iter().map(|entry| &entry.node)
+        self.table.nodes()
     }
 
     /// All drives, in order of their creation.
@@ -149,7 +143,7 @@ impl Graph {
 
     /// The node of this name.
     pub fn node(&self, name: &str) -> Option<&Arc<Node>> {
-        self.nodes().find(|node| node.name() == name)
+        self.table.get(name).map(|entry| &entry.node)
     }
 
     /// The drive of this id.
@@ -190,7 +184,7 @@ impl Graph {
         let Some(root) = opened.root().cloned() else {
             return Err(Error::new(ErrorKind::InvalidInput, "No node was opened"));
         };
-        if self.entries.len() + opened.nodes.len() > MAX_NODES {
+        if self.table.len() + opened.nodes.len() > MAX_NODES {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("There are {MAX_NODES} nodes already"),
@@ -205,8 +199,8 @@ impl Graph {
             }
             for link in node.links() {
                 let below = link.edge.node();
-                let mut known = earlier.iter().chain(self.nodes());
-                if !known.any(|other| Arc::ptr_eq(other, &below)) {
+                let comes_along = earlier.iter().any(|other| Arc::ptr_eq(other, &below));
+                if !comes_along && self.table.of(&below).is_none() {
                     return Err(not_found(below.name()));
                 }
                 let user = link_user(node, &link);
@@ -220,12 +214,10 @@ impl Graph {
             }
         }
         drop(new_links);
-        let entries = opened.nodes.into_iter().map(|node| Entry {
-            owned: node.is_named() && Arc::ptr_eq(&node, &root),
-            node,
-            users: Vec::new(),
-        });
-        self.entries.extend(entries);
+        for node in &opened.nodes {
+            let owned = node.is_named() && Arc::ptr_eq(node, &root);
+            self.table.add(node, owned);
+        }
         Ok(root)
     }
 
@@ -236,7 +228,7 @@ impl Graph {
 
     /// `blockdev-del`: takes a node out, with those below it that came with a node on them and that nobody else uses.
     pub fn remove(&mut self, name: &str) -> Result<Removed> {
-        let Some(entry) = self.entry(name) else {
+        let Some(entry) = self.table.get(name) else {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("Failed to find node with node-name='{name}'"),
@@ -266,9 +258,8 @@ impl Graph {
     /// Takes everything out, uppermost first: the end of the process. Whoever used the nodes is gone.
     pub fn remove_all(&mut self) -> Removed {
         self.drives.clear();
-        let mut nodes: Vec<Arc<Node>> = self.entries.drain(..).map(|entry| entry.node).collect();
-        // Layers below were inserted before what stands on them.
-        nodes.reverse();
+        let table = std::mem::take(&mut self.table);
+        let nodes = quiesce::uppermost_first(table.nodes().rev());
         Removed { nodes }
     }
 
@@ -290,7 +281,7 @@ impl Graph {
             return Err(Error::new(ErrorKind::ReadOnly, "Block node is read-only"));
         }
         self.check_access(&node, new.access, &new.user.describe())?;
-        let Some(entry) = self.entry_mut(&node) else {
+        let Some(entry) = self.table.of_mut(&node) else {
             return Err(not_found(node.name()));
         };
         entry.users.push(new);
@@ -299,24 +290,22 @@ impl Graph {
 
     /// The user that has this edge is gone.
     pub fn remove_user(&mut self, edge: &Edge) {
-        if let Some(entry) = self.entry_mut(&edge.node()) {
+        if let Some(entry) = self.table.of_mut(&edge.node()) {
             entry.users.retain(|user| !user.edge.is_same(edge));
         }
     }
 
     /// Who uses a node from outside of the graph.
     pub fn users(&self, node: &Arc<Node>) -> impl Iterator<Item = &User> {
-        self.entries
-            .iter()
-            .filter(|entry| Arc::ptr_eq(&entry.node, node))
-            .flat_map(|entry| entry.users.iter().map(|user| &user.user))
+        let entry = self.table.of(node).into_iter();
+        entry.flat_map(|entry| entry.users.iter().map(|user| &user.user))
     }
 
     /// The nodes that stand on this one, with the role it has for them.
     pub fn parents(&self, node: &Arc<Node>) -> impl Iterator<Item = (&Arc<Node>, Link)> {
-        let links = self
-            .nodes()
-            .flat_map(|parent| parent.links().into_iter().map(move |link| (parent, link)));
+        let above = self.table.above(node).iter();
+        let links =
+            above.flat_map(|parent| parent.links().into_iter().map(move |link| (parent, link)));
         links.filter(|(_, link)| Arc::ptr_eq(&link.edge.node(), node))
     }
 
@@ -387,13 +376,11 @@ impl Graph {
         let mut nodes = Vec::new();
         let mut unused = vec![node.clone()];
         while let Some(node) = unused.pop() {
-            self.entries
-                .retain(|entry| !Arc::ptr_eq(&entry.node, &node));
+            self.table.remove(&node);
             for link in node.links() {
                 let below = link.edge.node();
-                let free = self.entry(below.name()).is_some_and(|entry| {
-                    Arc::ptr_eq(&entry.node, &below) && entry.users.is_empty() && !entry.owned
-                });
+                let entry = self.table.of(&below);
+                let free = entry.is_some_and(|entry| entry.users.is_empty() && !entry.owned);
                 let queued = unused.iter().any(|other| Arc::ptr_eq(other, &below));
                 if free && !queued && !self.has_parent(&below) {
                     unused.push(below);
@@ -406,21 +393,11 @@ impl Graph {
 
     /// Whether the node was asked for by name.
     fn is_owned(&self, node: &Arc<Node>) -> bool {
-        self.entry(node.name()).is_some_and(|entry| entry.owned)
+        self.table.of(node).is_some_and(|entry| entry.owned)
     }
 
     fn has_parent(&self, node: &Arc<Node>) -> bool {
         self.parents(node).next().is_some()
-    }
-
-    fn entry(&self, name: &str) -> Option<&Entry> {
-        self.entries.iter().find(|entry| entry.node.name() == name)
-    }
-
-    fn entry_mut(&mut self, node: &Arc<Node>) -> Option<&mut Entry> {
-        self.entries
-            .iter_mut()
-            .find(|entry| Arc::ptr_eq(&entry.node, node))
     }
 }
 

@@ -154,6 +154,11 @@ impl Node {
         Some(link.edge.node())
     }
 
+    /// The driver has one layer more.
+    pub(super) fn add_link(&self, link: Link) {
+        self.inner.lock_links().push(link);
+    }
+
     /// What it has done so far.
     pub fn count(&self, kind: RequestKind) -> RequestCount {
         self.inner.counters.get(kind)

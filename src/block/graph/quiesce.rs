@@ -10,8 +10,8 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use tokio::time::{Instant, timeout_at};
 
-use super::change::place;
 use super::node::{Node, Quiesced};
+use super::table::place;
 
 /// Holds back new requests to all of the nodes, and waits until those under way have been answered. Answers in the order of
 /// `nodes`; one that occurs several times is held several times.
@@ -71,9 +71,17 @@ fn from_the_top(nodes: &[Arc<Node>]) -> Vec<(usize, usize)> {
     places
 }
 
+/// Nodes in an order in which each comes before those that it stands on.
+pub(super) fn uppermost_first<'a>(nodes: impl Iterator<Item = &'a Arc<Node>>) -> Vec<Arc<Node>> {
+    let mut heights = Heights::default();
+    let mut nodes: Vec<Arc<Node>> = nodes.cloned().collect();
+    nodes.sort_by_cached_key(|node| std::cmp::Reverse(heights.of(node)));
+    nodes
+}
+
 /// How many layers are below a node, on the longest way down: always more than below any layer of it.
 #[derive(Default)]
-struct Heights(HashMap<*const Node, usize>);
+struct Heights(HashMap<usize, usize>);
 
 impl Heights {
     fn of(&mut self, node: &Arc<Node>) -> usize {

@@ -236,7 +236,7 @@ impl Opening<'_> {
             },
         };
         let data_file = data_file.map(|node| Link::new("data-file", &node, own));
-        let backing = backing.map(|node| Link::new("backing", &node, access_of_format(false)));
+        let backing = backing.map(|node| Link::new("backing", &node, Access::BACKING));
         let outside = data_file.as_ref().map(Link::child);
         let below = backing.as_ref().map(Link::child);
         let driver = opening.with_data_file(outside).finish(below).await?;

@@ -63,7 +63,7 @@ impl Image {
         match plain.subclusters.state(index) {
             State::Data => false,
             State::Zero => true,
-            State::Unallocated => self.backing.is_none(),
+            State::Unallocated => self.backing.load().is_none(),
         }
     }
 

@@ -71,8 +71,8 @@ impl DataFile {
     }
 
     /// A raw image shows nothing of another.
-    pub(super) fn check_backing(&self, backing: Option<&Child>) -> Result<()> {
-        match self.is_raw() && backing.is_some() {
+    pub(super) fn check_backing(&self, has_backing: bool) -> Result<()> {
+        match self.is_raw() && has_backing {
             true => Err(invalid(
                 "An image with a raw data file cannot have a backing file",
             )),

@@ -16,6 +16,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
+use arc_swap::ArcSwapOption;
+
 use super::alloc::{Allocator, Run};
 use super::bitmaps::Bitmaps;
 use super::codec::CompressionType;
@@ -47,7 +49,8 @@ pub(crate) struct Image {
     pub(super) filename: String,
     pub(super) file: Child,
     pub(super) data: DataFile,
-    pub(super) backing: Option<Child>,
+    /// What unallocated clusters show. Changed while nobody uses the image.
+    pub(super) backing: ArcSwapOption<Child>,
     /// Unallocated clusters may show something other than zeroes, now or when the image is opened otherwise.
     pub(super) may_have_backing: AtomicBool,
     pub(super) read_only: bool,
@@ -97,6 +100,20 @@ impl Image {
     /// Whether unallocated clusters may show something other than zeroes.
     pub(super) fn may_have_backing(&self) -> bool {
         self.may_have_backing.load(Ordering::Acquire)
+    }
+
+    /// What unallocated clusters show; zeroes, without one.
+    pub(super) fn backing(&self) -> Option<Arc<Child>> {
+        self.backing.load_full()
+    }
+
+    /// Shows another backing from now on.
+    pub(super) fn set_backing(&self, backing: Option<Child>) {
+        let named = self.header.get().backing_name.is_some();
+        let may_show = backing.is_some() || named;
+        // Before it can be read: a discard that still believed that there is none would show it.
+        self.may_have_backing.fetch_or(may_show, Ordering::AcqRel);
+        self.backing.store(backing.map(Arc::new));
     }
 
     /// The active L1 table.

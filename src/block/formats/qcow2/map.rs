@@ -146,7 +146,7 @@ impl Image {
         let mut len = extent.len;
         let mut zero = extent.source == Source::Zero;
         if extent.source == Source::Unallocated {
-            let end = self.backing.as_ref().map_or(0, |backing| backing.size());
+            let end = self.backing().map_or(0, |backing| backing.size());
             zero = offset >= end;
             if !zero {
                 len = len.min(end - offset);

@@ -6,6 +6,8 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, RwLock};
 
+use arc_swap::ArcSwapOption;
+
 use super::Qcow2;
 use super::alloc::Allocator;
 use super::bitmaps::Bitmaps;
@@ -178,7 +180,7 @@ impl Opening {
         } = self;
         let g = header.geometry();
         let data = DataFile::new(&header, &file, data_file)?;
-        data.check_backing(backing.as_ref())?;
+        data.check_backing(backing.is_some())?;
         let Tables {
             l1,
             reftable,
@@ -209,7 +211,7 @@ impl Opening {
             data,
             filename: options.filename,
             may_have_backing: (backing.is_some() || names_backing).into(),
-            backing,
+            backing: ArcSwapOption::from(backing.map(Arc::new)),
             read_only: options.read_only,
             pass_discard: options.pass_discard,
             pass_discard_snapshot: options.pass_discard_snapshot,

@@ -47,7 +47,7 @@ impl Image {
 
     /// Reads what unallocated clusters show: the backing, and zeroes behind its end.
     pub(super) async fn read_backing(&self, offset: u64, len: u64) -> Result<Data> {
-        let Some(backing) = &self.backing else {
+        let Some(backing) = self.backing() else {
             return Ok(Data::zeroes(len));
         };
         let inside = backing.size().saturating_sub(offset).min(len);
@@ -61,7 +61,7 @@ impl Image {
 
     /// The same for copying up: asks first whether it is zero, so that nothing is read and no zeroes are copied.
     pub(super) async fn read_backing_to_copy(&self, offset: u64, len: u64) -> Result<Data> {
-        if let Some(backing) = &self.backing {
+        if let Some(backing) = self.backing() {
             let inside = backing.size().saturating_sub(offset).min(len);
             if inside > 0 {
                 let status = backing.block_status(offset, inside).await?;

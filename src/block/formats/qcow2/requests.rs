@@ -205,8 +205,17 @@ impl Driver for Qcow2 {
         if self.image.data.is_external() {
             children.push(("data-file", self.image.data.child().clone()));
         }
-        children.extend(self.image.backing.clone().map(|child| ("backing", child)));
+        let backing = self.image.backing();
+        children.extend(backing.map(|child| ("backing", (*child).clone())));
         children
+    }
+
+    fn check_backing(&self) -> Result<()> {
+        self.image.data.check_backing(true)
+    }
+
+    fn set_backing(&self, backing: Option<Child>) {
+        self.image.set_backing(backing);
     }
 
     fn amend(&self, options: AmendOptions) -> BoxFuture<'_, Result<()>> {

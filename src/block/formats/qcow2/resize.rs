@@ -86,7 +86,7 @@ impl Image {
     async fn grow(&self, old: u64, new: u64) -> Result<()> {
         // Bytes behind the old end show from now on: those in its last cluster, those of a longer backing, and those that a
         // shrink has left which did not come to its end. The range is inside the new size, which the zero writes must see.
-        let shown = self.backing.as_ref().map_or(0, |backing| backing.size());
+        let shown = self.backing().map_or(0, |backing| backing.size());
         let cluster_end = old.next_multiple_of(self.g.cluster_size());
         let mapped = self.l1().len() as u64 * self.g.l2_span();
         let stale = self.mapped_end(cluster_end, new.min(mapped)).await?;

@@ -102,7 +102,7 @@ impl Image {
     }
 
     async fn read_backing_is_zero(&self, offset: u64, len: u64) -> Result<bool> {
-        match &self.backing {
+        match self.backing() {
             Some(backing) if offset < backing.size() => {
                 let inside = len.min(backing.size() - offset);
                 let status = backing.block_status(offset, inside).await?;

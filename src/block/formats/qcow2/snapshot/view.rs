@@ -79,7 +79,7 @@ pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<A
         ..OpenOptions::default()
     };
     let opening = Opening::again(&image, header, options)?;
-    let snapshot = opening.finish(image.backing.clone()).await?;
+    let snapshot = opening.finish(image.backing().as_deref().cloned()).await?;
     Ok(Arc::new(View { snapshot, held }))
 }
 

@@ -265,10 +265,44 @@ pub trait Driver: Requests {
         let _ = backing;
     }
 
+    /// Prepares to go on in another way: everything that can fail, and with no effect before [`Reopening::commit`].
+    ///
+    /// Before an image becomes read-only all state is written back and the image is marked clean, so that other programs can read it.
+    /// Errors: `InUse` when another program excludes it, `Unsupported`, and what I/O answers. Dropping the future, or what it
+    /// answers, leaves the driver as it was.
+    fn reopen(&self, options: ReopenOptions) -> BoxFuture<'_, Result<Box<dyn Reopening>>> {
+        let _ = options;
+        Box::pin(async { Ok(Box::new(NothingToChange) as Box<dyn Reopening>) })
+    }
+
     /// Internal snapshots, for formats that have them.
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         None
     }
+}
+
+/// How an open driver is to go on. What concerns nodes only (discards, zero detection) is not here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReopenOptions {
+    /// Refuse writes, and let other programs know that they need not fear any.
+    pub read_only: bool,
+    /// Bypass the page cache.
+    pub direct: bool,
+    /// Ignore flush requests.
+    pub no_flush: bool,
+}
+
+/// A driver that is ready to go on in another way. Dropped, it goes on as before.
+pub trait Reopening: Send {
+    /// Goes on in the new way. No I/O, and it cannot fail.
+    fn commit(self: Box<Self>);
+}
+
+/// What a driver answers that is the same whatever the options.
+struct NothingToChange;
+
+impl Reopening for NothingToChange {
+    fn commit(self: Box<Self>) {}
 }
 
 /// One internal snapshot, as the image records it.

@@ -7,6 +7,7 @@
 //! * `node`: a driver with the engine's part of every request; `requests`, `align` and `counters` belong to it
 //! * `edge`: how users reach nodes, and follow when others take their place
 //! * `change`: nodes put above others, replaced, and taken out, while their users go on
+//! * `reopen`: nodes that become read-only, writable, or stand on other layers
 //! * `access`: who may write beside whom
 //! * `quiesce`: several nodes held still
 //! * `table`: the nodes, found by name and by what they stand on
@@ -23,6 +24,7 @@ mod edge;
 mod names;
 mod node;
 mod quiesce;
+mod reopen;
 mod requests;
 mod table;
 
@@ -43,6 +45,7 @@ pub use edge::Edge;
 pub use names::{NameSource, NodeName, is_well_formed};
 pub use node::{Behaviour, Link, Node, Quiesced};
 pub use quiesce::{quiesce_all, quiesce_all_within};
+pub use reopen::{NodeChange, ReadyToReopen, Reopen};
 
 use access::{Use, link_user};
 use device::Device;

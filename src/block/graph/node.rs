@@ -154,6 +154,14 @@ impl Node {
         Some(link.edge.node())
     }
 
+    pub(super) fn set_behaviour(&self, behaviour: Behaviour) {
+        self.inner.behaviour.store(Arc::new(behaviour));
+    }
+
+    pub(super) fn set_links(&self, links: Vec<Link>) {
+        *self.inner.lock_links() = links;
+    }
+
     /// The driver has one layer more.
     pub(super) fn add_link(&self, link: Link) {
         self.inner.lock_links().push(link);

@@ -1,7 +1,7 @@
 //! A file or block device of the host, with asynchronous operations on it.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -85,6 +85,12 @@ impl HostFile {
             nowait_writes: AtomicBool::new(!mode.direct),
             inline_writes: (!mode.direct).then(InlineWrites::new),
         })
+    }
+
+    /// Opens the same file once more, whatever its name is by now.
+    pub(crate) async fn reopen(&self, mode: OpenMode) -> io::Result<Self> {
+        let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
+        HostFile::open(&self.context, &path, mode).await
     }
 
     /// What it is.

@@ -53,7 +53,11 @@ pub(crate) struct Image {
     pub(super) backing: ArcSwapOption<Child>,
     /// Unallocated clusters may show something other than zeroes, now or when the image is opened otherwise.
     pub(super) may_have_backing: AtomicBool,
-    pub(super) read_only: bool,
+    /// Nothing is changed. Changed itself under the closed gate only.
+    pub(super) read_only: AtomicBool,
+    /// What writing needs is in memory: refcounts and owners.
+    pub(super) can_write: AtomicBool,
+    pub(super) refcount_cache_bytes: u64,
     /// Holes are punched where clusters are freed.
     pub(super) pass_discard: bool,
     /// Whether the clusters that a deleted snapshot frees become holes of the file.
@@ -127,6 +131,11 @@ impl Image {
         *self.l1.write().unwrap_or_else(PoisonError::into_inner) = table;
     }
 
+    /// Whether nothing is changed.
+    pub(super) fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Acquire)
+    }
+
     /// Whether `close` has ended.
     pub(super) fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
@@ -167,7 +176,7 @@ impl Image {
     /// What each change of the image begins with: not read-only, not corrupt, not broken, and feature bits cleared that a
     /// writer that does not keep them up must clear. Enough for changes that leave the guest's bytes as they are.
     pub(super) async fn prepare_metadata_change(&self) -> Result<()> {
-        if self.read_only {
+        if self.is_read_only() {
             return Err(Error::new(ErrorKind::ReadOnly, "The image is read-only"));
         }
         self.damage.check()?;

@@ -15,7 +15,7 @@
 //! * `owners`: which host clusters hold metadata; `metadata`: written there and nowhere else
 //! * `damage`: what is done about damage that is found
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
-//! * `open`, `read`, `write`, `cow`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of
+//! * `open`, `reopen`, `read`, `write`, `cow`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of
 //!   them
 //! * `data_file`: guest data in another file
 //! * `codec`: the bytes of a compressed cluster
@@ -59,6 +59,7 @@ mod owners;
 mod parallel;
 mod quarantine;
 mod read;
+mod reopen;
 mod requests;
 mod resize;
 mod runs;

@@ -120,7 +120,7 @@ impl Qcow2 {
     }
 }
 
-async fn read_header(file: &Child) -> Result<Header> {
+pub(super) async fn read_header(file: &Child) -> Result<Header> {
     let size = file.size();
     let start = file.read(0, size.min(512)).await?.to_bytes();
     let needed = Header::bytes_needed(&start)?;
@@ -212,7 +212,9 @@ impl Opening {
             filename: options.filename,
             may_have_backing: (backing.is_some() || names_backing).into(),
             backing: ArcSwapOption::from(backing.map(Arc::new)),
-            read_only: options.read_only,
+            read_only: options.read_only.into(),
+            can_write: (!options.read_only).into(),
+            refcount_cache_bytes: cache,
             pass_discard: options.pass_discard,
             pass_discard_snapshot: options.pass_discard_snapshot,
             has_zero_flag: has_zero_flag.into(),
@@ -243,18 +245,18 @@ impl Opening {
 }
 
 /// What opening reads behind the header.
-struct Tables {
+pub(super) struct Tables {
     l1: Vec<u64>,
     /// Empty where nothing is written.
-    reftable: Vec<u64>,
+    pub(super) reftable: Vec<u64>,
     snapshots: SnapshotList,
     bitmaps: Bitmaps,
     /// Who has which cluster; empty where nothing is written.
-    owners: Owners,
+    pub(super) owners: Owners,
 }
 
 impl Tables {
-    async fn load(file: &Child, header: &Header, read_only: bool) -> Result<Tables> {
+    pub(super) async fn load(file: &Child, header: &Header, read_only: bool) -> Result<Tables> {
         let g = header.geometry();
         let l1_at = (header.l1_table_offset, header.l1_size.into());
         let mut tables = Tables {

@@ -76,6 +76,12 @@ pub(crate) struct Owners {
 }
 
 impl Owners {
+    /// Says what `other` says, and nothing else.
+    pub(crate) fn adopt(&self, other: Owners) {
+        let map = other.map.into_inner();
+        *self.write() = map.unwrap_or_else(PoisonError::into_inner);
+    }
+
     /// Says that `count` clusters hold `owner`. Fails, with nothing changed, where one holds something else.
     pub(crate) fn claim(&self, first: ClusterIndex, count: u64, owner: Owner) -> Result<()> {
         let mut map = self.write();

@@ -8,7 +8,7 @@ use super::header::{Compatible, Incompatible, Version};
 use super::image::Image;
 use crate::driver::{
     AmendOptions, BlockStatus, BoxFuture, Child, Driver, DriverInfo, FormatSpecific, Preallocation,
-    RequestLimits, Requests, Snapshots, WriteFlags, ZeroFlags,
+    ReopenOptions, Reopening, RequestLimits, Requests, Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
 use crate::io::{Data, RunToEnd};
@@ -60,7 +60,7 @@ impl Image {
 
     async fn flush(&self) -> Result<()> {
         let _inside = self.gate.enter().await;
-        if self.read_only {
+        if self.is_read_only() {
             return Ok(());
         }
         self.write_back().await
@@ -70,7 +70,7 @@ impl Image {
         let _alone = self.gate.close().await;
         // Until it is closed: another program may use those clusters then.
         let alone = self.stop_punching().await;
-        if !self.read_only && !self.is_closed() {
+        if !self.is_read_only() && !self.is_closed() {
             self.settle_to_close(&alone).await;
             self.write_back_all().await?;
             self.mark_clean().await?;
@@ -220,6 +220,13 @@ impl Driver for Qcow2 {
 
     fn amend(&self, options: AmendOptions) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.run(move |image| async move { image.amend(&options).await }))
+    }
+
+    fn reopen(&self, options: ReopenOptions) -> BoxFuture<'_, Result<Box<dyn Reopening>>> {
+        Box::pin(self.run(move |image| async move {
+            let reopened = image.reopen(options.read_only).await?;
+            Ok(Box::new(reopened) as Box<dyn Reopening>)
+        }))
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

@@ -5,9 +5,12 @@
 //! whether anybody else has a byte locked. First lock, then look: of two programs that start at the same time,
 //! at least one sees the other. The locks belong to the open file and vanish when it is closed.
 
+use std::sync::Arc;
+
+use super::Open;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{HostFile, LockKind};
-use crate::open::Locking;
+use crate::open::{FileOptions, Locking};
 
 /// Bit numbers of the permissions are offsets from these bytes.
 const PERMISSION_BASE: u64 = 100;
@@ -46,12 +49,7 @@ pub(super) fn acquire(
         Ok(None) => Ok(()),
         Ok(Some(conflict)) => {
             release(host);
-            Err(Error::new(
-                ErrorKind::InUse,
-                format!(
-                    "Failed to get {conflict} lock. Is another process using the image [{filename}]?"
-                ),
-            ))
+            Err(in_use(&conflict, filename))
         }
         Err(error) if locking == Locking::Auto && is_without_locks(&error) => {
             log::warn!("'{filename}' is not locked, its file system has no locks: {error}");
@@ -81,6 +79,92 @@ fn take(host: &HostFile, writable: bool) -> std::io::Result<Option<String>> {
         }
     }
     Ok(None)
+}
+
+/// More locks for a file that has some already: those that another handle on it needs, which must not find these in its way.
+/// They are given up when this is dropped, unless the file is.
+pub(super) struct More {
+    open: Arc<Open>,
+    bytes: Vec<u64>,
+}
+
+impl More {
+    /// None more.
+    pub(super) fn none(open: &Arc<Open>) -> More {
+        More {
+            open: open.clone(),
+            bytes: Vec::new(),
+        }
+    }
+
+    /// Takes what a writer locks and a reader does not, or says who is in the way.
+    pub(super) fn acquire(open: &Arc<Open>, options: &FileOptions) -> Result<More> {
+        let mut more = More::none(open);
+        if options.locking == Locking::Off || !open.read_only {
+            return Ok(more);
+        }
+        let filename = &options.filename;
+        for bit in permissions(true) {
+            if permissions(false).contains(bit) {
+                continue;
+            }
+            let name = NAMES.get(*bit as usize).copied().unwrap_or_default();
+            match more.take(*bit) {
+                Ok(false) => {}
+                Ok(true) => return Err(in_use(&format!("\"{name}\""), filename)),
+                Err(error) if options.locking == Locking::Auto && is_without_locks(&error) => {}
+                Err(error) => {
+                    return Err(Error::io(format!("Failed to lock '{filename}'"), &error));
+                }
+            }
+        }
+        Ok(more)
+    }
+
+    /// Locks a permission, and answers whether somebody refuses it.
+    fn take(&mut self, bit: u64) -> std::io::Result<bool> {
+        let host = &self.open.host;
+        host.lock_byte(PERMISSION_BASE + bit, LockKind::Shared)?;
+        self.bytes.push(PERMISSION_BASE + bit);
+        host.byte_is_locked(REFUSAL_BASE + bit)
+    }
+}
+
+impl Drop for More {
+    fn drop(&mut self) {
+        for byte in &self.bytes {
+            // What this cannot release goes with the file.
+            let _ = self.open.host.lock_byte(*byte, LockKind::Unlock);
+        }
+    }
+}
+
+/// Takes the locks of a further handle on a file that is locked. Nobody can be in the way who is not in the way of the other.
+pub(super) fn acquire_again(host: &HostFile, writable: bool, options: &FileOptions) -> Result<()> {
+    if options.locking == Locking::Off {
+        return Ok(());
+    }
+    let permissions = permissions(writable)
+        .iter()
+        .map(|bit| PERMISSION_BASE + bit);
+    for byte in permissions.chain(REFUSED.map(|bit| REFUSAL_BASE + bit)) {
+        match host.lock_byte(byte, LockKind::Shared) {
+            Ok(()) => {}
+            Err(error) if options.locking == Locking::Auto && is_without_locks(&error) => {}
+            Err(error) => {
+                let text = format!("Failed to lock '{}'", options.filename);
+                return Err(Error::io(text, &error));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn in_use(conflict: &str, filename: &str) -> Error {
+    Error::new(
+        ErrorKind::InUse,
+        format!("Failed to get {conflict} lock. Is another process using the image [{filename}]?"),
+    )
 }
 
 /// Gives all locks up. Nothing is sent to the file any more.

@@ -2,18 +2,23 @@
 //!
 //! * `locks`: the byte-range locks that QEMU uses, so that each refuses the other's open images
 //! * `extents`: where data and holes are, remembered
+//! * `reopen`: the same file, opened otherwise
 //! * `zero`: zeroes and discards by the cheapest means that the file system has
 
 mod extents;
 mod locks;
+mod reopen;
 mod zero;
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
+use arc_swap::ArcSwap;
+
 use crate::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
-    WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, ReopenOptions, Reopening,
+    RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Data, FileKind, HostFile, IoContext, OpenMode};
@@ -36,11 +41,9 @@ pub struct FileAccess {
 /// An open file.
 #[derive(Debug)]
 pub struct File {
-    host: HostFile,
-    filename: String,
-    read_only: bool,
-    no_flush: bool,
-    direct: bool,
+    /// How it is open at present. Changed while no request is under way.
+    open: Arc<ArcSwap<Open>>,
+    options: FileOptions,
     /// Kept here so that every request need not ask the kernel. Nobody else changes it: the file is locked.
     size: AtomicU64,
     extents: Extents,
@@ -50,6 +53,15 @@ pub struct File {
     flush_error: AtomicI32,
 }
 
+/// How a file is open.
+#[derive(Debug)]
+struct Open {
+    host: HostFile,
+    read_only: bool,
+    no_flush: bool,
+    direct: bool,
+}
+
 impl File {
     /// Opens and locks the file. It must exist.
     pub async fn open(
@@ -57,7 +69,7 @@ impl File {
         options: &FileOptions,
         access: FileAccess,
     ) -> Result<Self> {
-        let filename = options.filename.clone();
+        let filename = &options.filename;
         if filename.is_empty() {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -65,16 +77,19 @@ impl File {
             ));
         }
         let (host, writable) = open_host(context, options, access).await?;
-        locks::acquire(&host, &filename, writable, options.locking)?;
+        locks::acquire(&host, filename, writable, options.locking)?;
         let size = host
             .size()
             .map_err(|e| Error::io(format!("Could not get the size of '{filename}'"), &e))?;
-        Ok(File {
+        let open = Open {
             host,
-            filename,
             read_only: !writable,
             no_flush: access.cache.no_flush,
             direct: access.cache.direct,
+        };
+        Ok(File {
+            open: Arc::new(ArcSwap::from_pointee(open)),
+            options: options.clone(),
             size: AtomicU64::new(size),
             extents: Extents::default(),
             zero: ZeroSupport::default(),
@@ -84,16 +99,24 @@ impl File {
 
     /// Whether it was opened for reading only; with `auto_read_only` only the attempt tells.
     pub fn is_read_only(&self) -> bool {
-        self.read_only
+        self.open.load().read_only
+    }
+
+    fn present(&self) -> Arc<Open> {
+        self.open.load_full()
+    }
+
+    fn filename(&self) -> &str {
+        &self.options.filename
     }
 
     fn failed<'a>(&'a self, action: &'a str) -> impl Fn(io::Error) -> Error + 'a {
-        move |error| Error::io(format!("Could not {action} '{}'", self.filename), &error)
+        move |error| Error::io(format!("Could not {action} '{}'", self.filename()), &error)
     }
 
     /// The end of the range, if the file may have it.
     fn end(&self, offset: u64, len: u64) -> Result<u64> {
-        let growable = self.host.kind() == FileKind::Regular;
+        let growable = self.present().host.kind() == FileKind::Regular;
         offset
             .checked_add(len)
             .filter(|end| *end <= i64::MAX as u64 && (growable || *end <= self.size()))
@@ -102,17 +125,17 @@ impl File {
                     ErrorKind::OutOfRange,
                     format!(
                         "Request at {offset} of {len} bytes is outside of '{}'",
-                        self.filename
+                        self.filename()
                     ),
                 )
             })
     }
 
     fn check_writable(&self) -> Result<()> {
-        if self.read_only {
+        if self.is_read_only() {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
-                format!("'{}' is open for reading only", self.filename),
+                format!("'{}' is open for reading only", self.filename()),
             ));
         }
         Ok(())
@@ -123,7 +146,7 @@ impl File {
         if len == 0 {
             return Ok(Data::new());
         }
-        let bytes = self.host.read(offset, len).await;
+        let bytes = self.present().host.read(offset, len).await;
         Ok(bytes.map_err(self.failed("read"))?.into())
     }
 
@@ -134,23 +157,25 @@ impl File {
             return Ok(());
         }
         let _changing = self.extents.change(Change::Filled, offset..end);
-        let durable = flags.fua && !self.no_flush;
-        let written = self.host.write(offset, data, durable).await;
+        let open = self.present();
+        let durable = flags.fua && !open.no_flush;
+        let written = open.host.write(offset, data, durable).await;
         written.map_err(self.failed("write"))?;
         self.size.fetch_max(end, Ordering::Relaxed);
         Ok(())
     }
 
     async fn do_flush(&self) -> Result<()> {
-        if self.no_flush {
+        let open = self.present();
+        if open.no_flush {
             return Ok(());
         }
         let earlier = self.flush_error.load(Ordering::Relaxed);
         if earlier != 0 {
             return Err(self.failed("flush")(io::Error::from_raw_os_error(earlier)));
         }
-        self.host.sync().await.map_err(|error| {
-            if !self.direct {
+        open.host.sync().await.map_err(|error| {
+            if !open.direct {
                 let errno = error.raw_os_error().unwrap_or(libc::EIO);
                 self.flush_error.store(errno, Ordering::Relaxed);
             }
@@ -160,7 +185,8 @@ impl File {
 
     async fn do_block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
         self.end(offset, len)?;
-        let extent = self.extents.find(&self.host, offset).await;
+        let open = self.present();
+        let extent = self.extents.find(&open.host, offset).await;
         let extent = extent.map_err(self.failed("map"))?;
         Ok(BlockStatus {
             len: len.min(extent.end - offset),
@@ -173,8 +199,8 @@ impl File {
 
     async fn do_resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {
         self.check_writable()?;
-        let old = self.size();
-        if self.host.kind() == FileKind::BlockDevice {
+        let (old, open) = (self.size(), self.present());
+        if open.host.kind() == FileKind::BlockDevice {
             return resize_device(old, size);
         }
         if size > i64::MAX as u64 {
@@ -183,10 +209,8 @@ impl File {
             )));
         }
         let _changing = self.extents.change(Change::Freed, size.min(old)..u64::MAX);
-        self.host
-            .truncate(size)
-            .await
-            .map_err(self.failed("resize"))?;
+        let truncated = open.host.truncate(size).await;
+        truncated.map_err(self.failed("resize"))?;
         self.size.store(size, Ordering::Relaxed);
         let reserved = if size > old {
             self.fill_new_area(old, size - old, preallocation).await
@@ -196,8 +220,8 @@ impl File {
         if let Err(error) = reserved {
             // Failure is a no-op: the space goes back, and so does the size.
             self.size.store(old, Ordering::Relaxed);
-            if let Err(undo) = self.host.truncate(old).await {
-                log::error!("'{}' could not be cut back: {undo}", self.filename);
+            if let Err(undo) = open.host.truncate(old).await {
+                log::error!("'{}' could not be cut back: {undo}", self.filename());
             }
             return Err(self.failed("preallocate")(error));
         }
@@ -210,11 +234,12 @@ impl File {
         len: u64,
         preallocation: Preallocation,
     ) -> io::Result<()> {
+        let open = self.present();
         match preallocation {
             // A file has no metadata of ours to prepare.
             Preallocation::Off | Preallocation::Metadata => Ok(()),
-            Preallocation::Falloc => self.host.reserve(offset, len).await,
-            Preallocation::Full => self.host.write(offset, Data::zeroes(len), false).await,
+            Preallocation::Falloc => open.host.reserve(offset, len).await,
+            Preallocation::Full => open.host.write(offset, Data::zeroes(len), false).await,
         }
     }
 }
@@ -285,10 +310,11 @@ impl Requests for File {
     }
 
     fn limits(&self) -> RequestLimits {
+        let open = self.open.load();
         RequestLimits {
-            alignment: self.host.alignment(),
-            preferred: self.host.alignment().max(4096),
-            growable: self.host.kind() == FileKind::Regular,
+            alignment: open.host.alignment(),
+            preferred: open.host.alignment().max(4096),
+            growable: open.host.kind() == FileKind::Regular,
         }
     }
 
@@ -323,13 +349,14 @@ impl Requests for File {
 
 impl Driver for File {
     fn info(&self) -> DriverInfo {
+        let open = self.open.load();
         DriverInfo {
-            driver: match self.host.kind() {
+            driver: match open.host.kind() {
                 FileKind::Regular => "file",
                 FileKind::BlockDevice => "host_device",
             },
-            filename: self.filename.clone(),
-            actual_size: self.host.allocated().ok(),
+            filename: self.filename().to_owned(),
+            actual_size: open.host.allocated().ok(),
             ..DriverInfo::default()
         }
     }
@@ -340,14 +367,20 @@ impl Driver for File {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async {
-            let flushed = if self.read_only {
-                Ok(())
-            } else {
-                self.do_flush().await
+            let flushed = match self.is_read_only() {
+                true => Ok(()),
+                false => self.do_flush().await,
             };
             // Now, and not with the last handle: the next to open the image need not wait for that.
-            locks::release(&self.host);
+            locks::release(&self.present().host);
             flushed
+        })
+    }
+
+    fn reopen(&self, options: ReopenOptions) -> BoxFuture<'_, Result<Box<dyn Reopening>>> {
+        Box::pin(async move {
+            let reopened = self.do_reopen(options).await?;
+            Ok(Box::new(reopened) as Box<dyn Reopening>)
         })
     }
 }

@@ -172,7 +172,7 @@ async fn zeroes_have_a_right_fallback_whatever_the_file_system_lacks() {
         // In the middle, over the end, and behind it.
         for (offset, len) in [(10, 5000), (90_000, 20_000), (200_000, 10)] {
             file.write_zeroes(offset, len, flags).await.unwrap();
-            assert_eq!(file.size(), file.host.size().unwrap());
+            assert_eq!(file.size(), file.present().host.size().unwrap());
         }
         let mut want = vec![1; 90_000];
         want[10..5010].fill(0);
@@ -258,7 +258,10 @@ async fn a_failed_preallocation_leaves_the_size_and_content() {
         .await
         .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::NoSpace);
-    assert_eq!((file.size(), file.host.size().unwrap()), (4096, 4096));
+    assert_eq!(
+        (file.size(), file.present().host.size().unwrap()),
+        (4096, 4096)
+    );
     for aio in [Aio::Threads, Aio::IoUring] {
         drop_and_fill(&path, aio).await;
     }

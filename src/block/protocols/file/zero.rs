@@ -43,7 +43,7 @@ impl File {
         // Some of the ways below make holes and others fill them: both kinds of memory go.
         let _filling = self.extents.change(Change::Filled, offset..end);
         let _freeing = self.extents.change(Change::Freed, offset..end);
-        let fast = match self.host.kind() {
+        let fast = match self.present().host.kind() {
             FileKind::Regular => self.zero_file(offset, len, flags).await,
             FileKind::BlockDevice => self.zero_device(offset, len, flags).await,
         };
@@ -52,10 +52,14 @@ impl File {
             if flags.no_fallback {
                 return Err(Error::new(
                     ErrorKind::Unsupported,
-                    format!("'{}' has no fast way to write zeroes", self.filename),
+                    format!("'{}' has no fast way to write zeroes", self.filename()),
                 ));
             }
-            let written = self.host.write(offset, Data::zeroes(len), false).await;
+            let written = self
+                .present()
+                .host
+                .write(offset, Data::zeroes(len), false)
+                .await;
             written.map_err(self.failed("zero"))?;
         }
         self.size.fetch_max(end, Ordering::Relaxed);
@@ -72,8 +76,8 @@ impl File {
             return Ok(());
         }
         let _changing = self.extents.change(Change::Freed, offset..end);
-        let discarded = match self.host.kind() {
-            FileKind::Regular => self.host.punch_hole(offset, end - offset).await,
+        let discarded = match self.present().host.kind() {
+            FileKind::Regular => self.present().host.punch_hole(offset, end - offset).await,
             FileKind::BlockDevice => self.discard_device(offset, end).await,
         };
         match discarded {
@@ -90,13 +94,14 @@ impl File {
             self.extend(offset + len).await?;
             return Ok(Attempt::Done);
         }
-        let ranged = attempt(&self.zero.no_zero_range, self.host.zero_range(offset, len));
+        let open = self.present();
+        let ranged = attempt(&self.zero.no_zero_range, open.host.zero_range(offset, len));
         if ranged.await? == Attempt::Done {
             return Ok(Attempt::Done);
         }
         // The space shall be kept: a hole is made and filled again.
         if self.punch(offset, len).await? == Attempt::Done {
-            match self.host.reserve(offset, len).await {
+            match self.present().host.reserve(offset, len).await {
                 Err(error) if is_unsupported(&error) => self.extend(offset + len).await?,
                 reserved => reserved?,
             }
@@ -115,7 +120,11 @@ impl File {
         if inside == 0 {
             return Ok(Attempt::Done);
         }
-        attempt(&self.zero.no_punch, self.host.punch_hole(offset, inside)).await
+        attempt(
+            &self.zero.no_punch,
+            self.present().host.punch_hole(offset, inside),
+        )
+        .await
     }
 
     /// Lets the file reach to `end` without touching what is there. Not by setting the size: a write that
@@ -124,11 +133,12 @@ impl File {
         if self.size() >= end {
             return Ok(());
         }
-        match self.host.reserve(end - 1, 1).await {
+        match self.present().host.reserve(end - 1, 1).await {
             Err(error) if is_unsupported(&error) => {
                 // The last block is part of the zeroes to be written.
-                let block = u64::from(self.host.alignment());
-                self.host
+                let block = u64::from(self.present().host.alignment());
+                self.present()
+                    .host
                     .write(end - block, Data::zeroes(block), false)
                     .await
             }
@@ -137,8 +147,9 @@ impl File {
     }
 
     async fn zero_device(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<Attempt> {
+        let open = self.present();
         if flags.may_unmap {
-            let punched = attempt(&self.zero.no_punch, self.host.punch_hole(offset, len));
+            let punched = attempt(&self.zero.no_punch, open.host.punch_hole(offset, len));
             if punched.await? == Attempt::Done {
                 return Ok(Attempt::Done);
             }
@@ -147,7 +158,11 @@ impl File {
         if flags.no_fallback {
             return Ok(Attempt::Unsupported);
         }
-        attempt(&self.zero.no_zero_range, self.host.device_zero(offset, len)).await
+        attempt(
+            &self.zero.no_zero_range,
+            self.present().host.device_zero(offset, len),
+        )
+        .await
     }
 
     async fn discard_device(&self, offset: u64, end: u64) -> io::Result<()> {
@@ -156,7 +171,7 @@ impl File {
         if start >= end {
             return Ok(());
         }
-        self.host.device_discard(start, end - start).await
+        self.present().host.device_discard(start, end - start).await
     }
 }
 

@@ -356,7 +356,7 @@ impl Settling {
     }
 
     /// Whether the stored counts and the flags in memory say what the tables say.
-    pub(super) fn is_empty(&self) -> bool {
+    pub(in crate::formats::qcow2) fn is_empty(&self) -> bool {
         let state = self.state();
         state.owed.is_empty()
             && state.flags.is_empty()

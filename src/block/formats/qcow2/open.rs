@@ -178,7 +178,7 @@ impl Opening {
             options,
             data_file,
         } = self;
-        let g = header.geometry();
+        let (g, size) = (header.geometry(), header.size);
         let data = DataFile::new(&header, &file, data_file)?;
         data.check_backing(backing.is_some())?;
         let Tables {
@@ -189,11 +189,10 @@ impl Opening {
             owners,
         } = Tables::load(&file, &header, options.read_only).await?;
         let owners = Arc::new(owners);
-        let size = header.size;
-        let has_zero_flag = header.version == Version::V3;
+        let has_zero_flag = (header.version == Version::V3).into();
         let compression = header.compression_type().unwrap_or_default();
-        let names_backing = header.backing_name.is_some();
-        let l1 = L1Table::new(header.l1_table_offset, l1);
+        let may_have_backing = (backing.is_some() || header.backing_name.is_some()).into();
+        let l1 = Arc::new(L1Table::new(header.l1_table_offset, l1));
         let header = Arc::new(HeaderCell::new(file.clone(), header));
         let metadata = Metadata {
             g,
@@ -210,18 +209,18 @@ impl Opening {
             file,
             data,
             filename: options.filename,
-            may_have_backing: (backing.is_some() || names_backing).into(),
+            may_have_backing,
             backing: ArcSwapOption::from(backing.map(Arc::new)),
             read_only: options.read_only.into(),
             can_write: (!options.read_only).into(),
             refcount_cache_bytes: cache,
             pass_discard: options.pass_discard,
             pass_discard_snapshot: options.pass_discard_snapshot,
-            has_zero_flag: has_zero_flag.into(),
+            has_zero_flag,
             compression,
             header,
             size: size.into(),
-            l1: RwLock::new(Arc::new(l1)),
+            l1: RwLock::new(l1),
             owners,
             damage,
             metadata,
@@ -238,9 +237,8 @@ impl Opening {
             prepared: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         };
-        Ok(Arc::new(Qcow2 {
-            image: Arc::new(image),
-        }))
+        let image = Arc::new(image);
+        Ok(Arc::new(Qcow2 { image }))
     }
 }
 

@@ -219,3 +219,6 @@ pub const COPY_RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 /// Copies: how long a guest waits for memory while the target fails, before it is told. Who owns the copy mostly ends it by then.
 pub const COPY_TARGET_PATIENCE: Duration = Duration::from_millis(200);
+
+/// Copies: bytes that the target is given before it is told to make them durable, beside the copying.
+pub const COPY_FLUSH_BYTES: u64 = 128 << 20;

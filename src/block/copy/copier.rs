@@ -3,11 +3,14 @@
 use std::future::pending;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::before::BeforeChange;
+use super::crew::Crew;
 use super::map::{Claim, Map};
 use super::plan::{Piece, Plan};
 use super::shared::{Kept, Mode, Shared};
@@ -16,7 +19,8 @@ use crate::driver::Requests;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 use crate::limits::{
-    COPY_BACKGROUND_BYTES, COPY_CHUNK, COPY_CLUSTER, COPY_MAX_CLUSTER, COPY_RETRY_PAUSE,
+    COPY_BACKGROUND_BYTES, COPY_CHUNK, COPY_CLUSTER, COPY_FLUSH_BYTES, COPY_MAX_CLUSTER,
+    COPY_RETRY_PAUSE,
 };
 
 /// A copy of a disk.
@@ -99,10 +103,17 @@ impl Copier {
     /// closes it waits for them. In any case `close` follows.
     pub async fn run(&self, hooks: Arc<dyn CopyHooks>) -> Result<()> {
         let _over = LetPass(&self.shared);
+        let chunk = chunk(&self.shared.options, self.cluster_size());
+        let fitting = (COPY_BACKGROUND_BYTES / chunk).max(1) as usize;
+        let most = fitting.min(self.shared.options.max_workers as usize);
         let run = Run {
             shared: self.shared.clone(),
             plan: Arc::default(),
             hooks,
+            crew: Arc::new(Crew::new(most)),
+            chunk,
+            unflushed: Arc::default(),
+            flush_due: Arc::default(),
         };
         let result = run.run().await;
         result.and(self.shared.check())
@@ -141,6 +152,15 @@ fn cluster_size(options: &CopyOptions) -> Result<u64> {
     Ok(cluster)
 }
 
+/// Bytes per request: whole clusters.
+fn chunk(options: &CopyOptions, cluster: u64) -> u64 {
+    let asked = match options.max_chunk {
+        0 => COPY_CHUNK,
+        asked => asked.min(COPY_BACKGROUND_BYTES),
+    };
+    (asked / cluster * cluster).max(cluster)
+}
+
 fn invalid(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidInput, message)
 }
@@ -151,6 +171,20 @@ struct Run {
     shared: Arc<Shared>,
     plan: Arc<Mutex<Plan>>,
     hooks: Arc<dyn CopyHooks>,
+    crew: Arc<Crew>,
+    /// Bytes per request.
+    chunk: u64,
+    /// Bytes that the target was given.
+    unflushed: Arc<AtomicU64>,
+    flush_due: Arc<Notify>,
+}
+
+/// Why a worker has ended.
+enum Shift {
+    /// Nothing is left to do.
+    Done,
+    /// Fewer are wanted.
+    Left,
 }
 
 impl Run {
@@ -159,6 +193,8 @@ impl Run {
         let mut helpers = JoinSet::new();
         let run = self.clone();
         helpers.spawn(async move { run.take_kept().await });
+        let run = self.clone();
+        helpers.spawn(async move { run.flush_when_due().await });
         let run = self.clone();
         helpers.spawn(async move {
             if let Err(error) = run.shared.relieve().await {
@@ -177,6 +213,9 @@ impl Run {
         self.copy_all().await;
         self.all_kept_is_written().await;
         self.shared.check()?;
+        if !self.shared.map.is_done() {
+            return Err(Error::new(ErrorKind::Io, "A worker of the copy has died"));
+        }
         self.retried(Side::Target, || self.shared.target.flush())
             .await;
         self.shared.check()
@@ -209,40 +248,42 @@ impl Run {
     }
 
     async fn copy_all(&self) {
-        let chunk = self.chunk();
-        let fitting = (COPY_BACKGROUND_BYTES / chunk).max(1);
-        let count = fitting.min(u64::from(self.shared.options.max_workers));
         let mut workers = JoinSet::new();
-        for _ in 0..count {
-            let run = self.clone();
-            workers.spawn(async move { run.work(chunk).await });
+        let mut ended = false;
+        loop {
+            while !ended && self.crew.join() {
+                let run = self.clone();
+                workers.spawn(async move { run.work().await });
+            }
+            tokio::select! {
+                worker = workers.join_next() => match worker {
+                    Some(worker) => ended |= matches!(worker, Ok(Shift::Done)),
+                    None => return,
+                },
+                () = self.crew.changed(), if !ended => {}
+            }
         }
-        while workers.join_next().await.is_some() {}
     }
 
-    /// Bytes per request: whole clusters.
-    fn chunk(&self) -> u64 {
-        let asked = match self.shared.options.max_chunk {
-            0 => COPY_CHUNK,
-            asked => asked.min(COPY_BACKGROUND_BYTES),
-        };
-        let cluster = self.shared.map.cluster_size();
-        (asked / cluster * cluster).max(cluster)
-    }
-
-    async fn work(&self, chunk: u64) {
+    async fn work(&self) -> Shift {
         loop {
             let next = {
                 let mut plan = self.plan.lock().await;
-                self.shared.next_piece(&mut plan, chunk).await
+                self.shared.next_piece(&mut plan, self.chunk).await
             };
-            let Some(piece) = next else { return };
+            let Some(piece) = next else {
+                return Shift::Done;
+            };
             let bytes = piece.bytes.end - piece.bytes.start;
             self.hooks.admit(if piece.zero { 0 } else { bytes }).await;
             self.after_guests().await;
             match piece.zero {
                 true => self.copy_zeroes(piece).await,
-                false => self.copy_data(piece, chunk).await,
+                false => self.copy_data(piece).await,
+            }
+            self.hooks.finished();
+            if self.crew.leave() {
+                return Shift::Left;
             }
         }
     }
@@ -273,8 +314,8 @@ impl Run {
         }
     }
 
-    async fn copy_data(&self, piece: Piece, chunk: u64) {
-        while let Some(claim) = self.shared.map.claim(piece.bytes.clone(), chunk) {
+    async fn copy_data(&self, piece: Piece) {
+        while let Some(claim) = self.shared.map.claim(piece.bytes.clone(), self.chunk) {
             let offset = claim.offset();
             let Some(data) = self.read(claim).await else {
                 return;
@@ -305,9 +346,30 @@ impl Run {
     async fn write(&self, offset: u64, data: Data) {
         let len = data.len();
         let put = || self.shared.put(offset, data.clone());
+        let begun = Instant::now();
         self.retried(Side::Target, put).await;
+        self.crew.note(begun.elapsed());
         if self.shared.check().is_ok() {
             self.done(len);
+            self.flush_behind(len);
+        }
+    }
+
+    /// Has what was written made durable every now and then, so that the end need not wait for all of it, and guests find the host's
+    /// memory free. An error comes up again at the end.
+    fn flush_behind(&self, bytes: u64) {
+        let before = self.unflushed.fetch_add(bytes, Ordering::Relaxed);
+        if before / COPY_FLUSH_BYTES != (before + bytes) / COPY_FLUSH_BYTES {
+            self.flush_due.notify_one();
+        }
+    }
+
+    async fn flush_when_due(&self) {
+        loop {
+            self.flush_due.notified().await;
+            if let Err(error) = self.shared.target.flush().await {
+                log::debug!("copy: {error}");
+            }
         }
     }
 

@@ -25,13 +25,14 @@
 //!
 //! * `map`: which clusters are pending, being read, or taken
 //! * `shared`: the state between guests and workers; `before`: the guests' side of it
-//! * `copier`: the workers; `plan`: what they do next; `put`: content on its way into the target
+//! * `copier`: the workers; `crew`: how many; `plan`: what they do next; `put`: content on its way into the target
 //! * `relief`: the temporary snapshot
 //!
 //! [`COPY_GUEST_BYTES`]: crate::limits::COPY_GUEST_BYTES
 
 mod before;
 mod copier;
+mod crew;
 mod map;
 mod plan;
 mod put;
@@ -182,6 +183,9 @@ pub trait CopyHooks: Send + Sync {
     /// Answers when the copy may go on with another `bytes` bytes: a pause point, and the speed limit. No guest waits for it
     /// meanwhile. Cancellation: safe.
     fn admit(&self, bytes: u64) -> BoxFuture<'_, ()>;
+
+    /// What was admitted last by this caller has been dealt with: written, failed, or given up for later. Must not block.
+    fn finished(&self) {}
 
     /// Says how far the copy is. Must not block.
     fn progress(&self, progress: Progress);

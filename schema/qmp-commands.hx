@@ -457,6 +457,40 @@ Example:
 EQMP
 
     {
+        .name       = "blockdev-create",
+        .args_type  = "job-id:s,options:q",
+        .params     = "job-id options",
+        .help       = "make an image",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_create,
+    },
+
+SQMP
+blockdev-create
+---------------
+
+Begin a job that makes a file, or an image in a node. The job stays until
+job-dismiss; query-jobs shows whether it has failed.
+
+Arguments:
+
+- "job-id": the job (json-string)
+- "options": what to make (json-object), with "driver" and
+    - for "file": "filename" (json-string), "size" in bytes (json-int), and
+      "preallocation": "off", "falloc" or "full" (json-string, optional)
+    - for "qcow2": "file", the node (json-string or json-object), "size", and
+      what else the schema lists
+
+Example:
+
+-> { "execute": "blockdev-create",
+     "arguments": { "job-id": "job0",
+                    "options": { "driver": "file", "filename": "new.raw",
+                                 "size": 1073741824 } } }
+<- { "return": {} }
+
+EQMP
+
+    {
         .name       = "block_resize",
         .args_type  = "device:B?,node-name:s?,size:o",
         .params     = "[device] [node-name] size",

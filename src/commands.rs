@@ -3,6 +3,7 @@
 //! * [`control`]: sessions, versions, the end
 //! * `nodes`: adding, deleting and resizing nodes
 //! * `queries`: what there is
+//! * `creation`: new images
 //! * `machine`: stopping and continuing guests
 //! * `snapshots`: internal snapshots
 //! * `transactions`: several commands as one
@@ -11,6 +12,7 @@
 
 pub mod control;
 mod convert;
+mod creation;
 mod machine;
 pub mod nbd;
 mod nodes;

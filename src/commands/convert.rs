@@ -23,7 +23,7 @@ pub(super) use crate::daemon::lookup::{device, device_or_node, node};
 
 pub(super) use address::{address, legacy_address};
 pub(super) use device_info::{Depth, device_info};
-pub(super) use node_options::node_options;
+pub(super) use node_options::{node_options, node_ref};
 pub(super) use stats::{drive_stats, node_stats};
 
 /// How an export is removed.

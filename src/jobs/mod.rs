@@ -15,9 +15,11 @@
 //! * `registry`: [`Jobs`], the machine with the tasks that carry out its effects
 //! * [`context`]: what a running job is given: pause points, speed, progress, errors
 //! * [`driver`]: what a kind of job implements
+//! * [`create`]: the job that makes an image
 //! * [`graph`]: how a job reaches the graph
 
 pub mod context;
+pub mod create;
 pub mod driver;
 pub mod graph;
 pub mod machine;

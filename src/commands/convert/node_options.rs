@@ -16,6 +16,11 @@ pub(in crate::commands) fn node_options(options: BlockdevOptions) -> Result<Node
     convert(options, Sharing::Exclusive)
 }
 
+/// Converts what stands for a node.
+pub(in crate::commands) fn node_ref(below: BlockdevRef) -> Result<NodeRef, QmpError> {
+    reference(below, Sharing::Exclusive)
+}
+
 /// Whether other programs may use the image at the same time. A layer takes it over from the one it is inside of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Sharing {

@@ -101,6 +101,12 @@ impl handlers::BlockCore<Counter> for Fake {
     }
 }
 
+impl handlers::BlockCreate<Counter> for Fake {
+    async fn blockdev_create(cx: &Counter, _: args::BlockdevCreate) -> Result<(), QmpError> {
+        cx.count(())
+    }
+}
+
 impl handlers::BlockExport<Counter> for Fake {
     async fn nbd_server_start(cx: &Counter, _: args::NbdServerStart) -> Result<(), QmpError> {
         cx.count(())

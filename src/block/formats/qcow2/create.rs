@@ -51,7 +51,7 @@ pub struct CreateOptions {
     pub compression_type: CompressionType,
     /// Extended L2 entries: clusters of 32 subclusters; version 3 only, from 16 KiB clusters on.
     pub extended_l2: bool,
-    /// `Off` or `Metadata`.
+    /// `Falloc` and `Full` take space in files only; on a device they are refused.
     pub preallocation: Preallocation,
     /// The backing file, as text.
     pub backing: BackingFile,
@@ -185,20 +185,14 @@ impl CreateOptions {
                 "Backing format cannot be used without backing file",
             ));
         }
-        match self.preallocation {
-            Preallocation::Off => Ok(()),
-            Preallocation::Metadata if self.backing.name.is_some() && !self.extended_l2 => {
-                Err(invalid(
-                    "Backing file and preallocation can only be used at the same time if \
+        let preallocates = self.preallocation != Preallocation::Off;
+        if preallocates && self.backing.name.is_some() && !self.extended_l2 {
+            return Err(invalid(
+                "Backing file and preallocation can only be used at the same time if \
                  extended_l2 is on",
-                ))
-            }
-            Preallocation::Metadata => Ok(()),
-            Preallocation::Falloc | Preallocation::Full => Err(Error::new(
-                ErrorKind::Unsupported,
-                "Preallocation modes 'falloc' and 'full' are not supported yet for qcow2",
-            )),
+            ));
         }
+        Ok(())
     }
 }
 
@@ -234,7 +228,7 @@ async fn create_over(file: &Child, data: Option<&Child>, options: &CreateOptions
     let layout = Layout::new(geometry, options)?;
     // Encoded first, so that a name that does not fit is refused before anything is written.
     let header = header(&layout, options)?;
-    clear(file, &layout).await?;
+    clear(file, &layout, options).await?;
     write_reftable(file, &layout).await?;
     write_refblocks(file, &layout).await?;
     write_l1(file, &layout).await?;
@@ -276,7 +270,7 @@ impl Layout {
         // A raw data file can be written by others too: every byte of it shows.
         let is_raw = options.data_file.as_ref().is_some_and(|file| file.raw);
         let (data_clusters, l2_tables) = match options.preallocation {
-            preallocation if is_raw || preallocation == Preallocation::Metadata => {
+            preallocation if is_raw || preallocation != Preallocation::Off => {
                 let clusters = g.clusters_for(options.size);
                 (clusters, clusters.div_ceil(g.l2_entries()))
             }
@@ -434,10 +428,21 @@ fn trailing(compression: CompressionType) -> Vec<u8> {
 }
 
 /// Drops what `file` holds, and makes it large enough.
-async fn clear(file: &Child, layout: &Layout) -> Result<()> {
+async fn clear(file: &Child, layout: &Layout, options: &CreateOptions) -> Result<()> {
     if file.limits().growable {
         file.resize(0, Preallocation::Off).await?;
-        return file.resize(layout.bytes(), Preallocation::Off).await;
+        // Data elsewhere take their space there.
+        let preallocation = match layout.data_outside {
+            true => Preallocation::Off,
+            false => options.preallocation,
+        };
+        return file.resize(layout.bytes(), preallocation).await;
+    }
+    if takes_space(options.preallocation) {
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            "Preallocation modes 'falloc' and 'full' are not supported on a device",
+        ));
     }
     if file.size() < layout.bytes() {
         return Err(Error::new(
@@ -452,6 +457,10 @@ async fn clear(file: &Child, layout: &Layout) -> Result<()> {
     // Also wipes the old header first: an interrupted creation must not leave an image that opens.
     let flags = ZeroFlags::default();
     file.write_zeroes(0, layout.metadata_bytes(), flags).await
+}
+
+fn takes_space(preallocation: Preallocation) -> bool {
+    matches!(preallocation, Preallocation::Falloc | Preallocation::Full)
 }
 
 /// What the subclusters of preallocated clusters are.
@@ -492,7 +501,7 @@ fn state_outside(data: &Child, layout: &Layout, options: &CreateOptions) -> Stat
 /// Makes the data file large enough.
 async fn prepare_data_file(data: &Child, options: &CreateOptions) -> Result<()> {
     if data.size() < options.size {
-        let resized = data.resize(options.size, Preallocation::Off).await;
+        let resized = data.resize(options.size, options.preallocation).await;
         resized.map_err(|error| error.context("The data file cannot grow"))?;
     }
     data.flush().await

@@ -4,7 +4,7 @@
 //! seed of its load; the seed is printed.
 
 mod churn;
-mod full;
+pub(crate) mod full;
 mod load;
 mod transactions;
 mod unsettled;

@@ -14,6 +14,7 @@ mod guest;
 mod harness;
 mod hostile;
 mod interop;
+mod machine;
 mod monitor;
 mod nbd;
 mod qmp;

@@ -20,11 +20,11 @@ const TRIES: usize = 5;
 const SPACE: usize = 12 << 20;
 
 /// A file system of a few megabytes, unmounted in the end.
-pub(super) struct SmallDisk(tempfile::TempDir);
+pub(crate) struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
     /// Mounts one, or says that it may not.
-    pub(super) fn mount() -> Option<SmallDisk> {
+    pub(crate) fn mount() -> Option<SmallDisk> {
         let folder = tempfile::tempdir().unwrap();
         let options = format!("size={SPACE}");
         let mounted = Command::new("mount")
@@ -40,12 +40,12 @@ impl SmallDisk {
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.0.path()
     }
 
     /// Leaves this many bytes free.
-    pub(super) fn leave(&self, bytes: usize) {
+    pub(crate) fn leave(&self, bytes: usize) {
         let filler = self.path().join("filler");
         let _ = fs::remove_file(&filler);
         let free = harness::tool(self.path(), "df -B1 --output=avail . | tail -1");

@@ -1,0 +1,226 @@
+//! Drives that stop the machine: on a file system that is full, and at the end of the daemon.
+
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::durability::full::SmallDisk;
+use super::guest::{Guest, Request};
+use super::harness::{self, Daemon, Program, Qmp};
+
+const BLOCK: usize = 64 << 10;
+const ENOSPC: u32 = 28;
+const ESHUTDOWN: u32 = 108;
+
+/// Requests that a guest has under way.
+const DEPTH: usize = 8;
+
+/// What each of two guests writes, in blocks: more than the file system takes.
+const BLOCKS: usize = 40;
+
+/// The longest that an end may take while the machine stands still.
+const BOUND: Duration = Duration::from_secs(5);
+
+fn write(block: usize, byte: u8) -> Request {
+    Request::Write {
+        offset: (block * BLOCK) as u64,
+        data: vec![byte; BLOCK],
+    }
+}
+
+fn guest(folder: &Path, export: &str) -> Guest {
+    let socket = folder.join("nbd.sock");
+    harness::until(|| socket.exists(), "the NBD server");
+    Guest::connect(&socket, export).unwrap()
+}
+
+fn status(qmp: &mut Qmp) -> String {
+    let status = qmp.ok("query-status", json!({}));
+    assert_eq!(status["running"], status["status"] == "running");
+    status["status"].as_str().unwrap().to_owned()
+}
+
+fn io_status(qmp: &mut Qmp, drive: &str) -> Value {
+    let drives = qmp.ok("query-block", json!({}));
+    let drives = drives.as_array().unwrap().iter();
+    let mut of_id = drives.filter(|each| each["device"] == drive);
+    of_id.next().unwrap()["io-status"].clone()
+}
+
+/// Writes blocks, some at a time, and flushes; goes on where it has to wait. Every answer must be good.
+fn fill(mut guest: Guest, blocks: std::ops::Range<usize>) {
+    let mut under_way = 0;
+    for block in blocks {
+        guest
+            .submit(block as u64, &write(block, block as u8 + 1))
+            .unwrap();
+        under_way += 1;
+        if under_way == DEPTH {
+            assert_eq!(guest.reply().unwrap().1, 0);
+            under_way -= 1;
+        }
+    }
+    for _ in 0..under_way {
+        assert_eq!(guest.reply().unwrap().1, 0);
+    }
+    assert_eq!(guest.run(&Request::Flush).unwrap(), 0);
+}
+
+#[test]
+fn guests_wait_for_space_and_lose_nothing() {
+    let Some(()) = harness::need(&["qemu-img", "mount", "df"]) else {
+        return;
+    };
+    let Some(disk) = SmallDisk::mount() else {
+        return;
+    };
+    let folder = disk.path();
+    disk.leave(3 << 20);
+    let mut daemon = Daemon::start_in(
+        Program::Qblockd,
+        folder,
+        &[
+            "--drive",
+            "id=hd0,file=a.qcow2,size=64M",
+            "--drive",
+            "id=hd1,file=b.raw,format=raw,size=64M,werror=stop",
+            "--nbd-server",
+            "unix:nbd.sock",
+        ],
+    );
+    let mut qmp = daemon.qmp();
+    let (end, second) = (2 * BLOCKS, guest(folder, "hd0"));
+    let guests = [
+        (guest(folder, "hd0"), 0..BLOCKS),
+        (second, BLOCKS..end),
+        (guest(folder, "hd1"), 0..BLOCKS),
+    ];
+    let guests = guests.map(|(guest, blocks)| std::thread::spawn(move || fill(guest, blocks)));
+    let error = qmp.event("BLOCK_IO_ERROR")["data"].clone();
+    assert_eq!(
+        (&error["action"], &error["nospace"]),
+        (&json!("stop"), &json!(true))
+    );
+    assert_eq!(error["reason"], "No space left on device");
+    qmp.event("STOP");
+    assert_eq!(status(&mut qmp), "io-error");
+    let drive = error["device"].as_str().unwrap();
+    assert_eq!(io_status(&mut qmp, drive), "nospace");
+    // There is still no space: it goes on, and stops again.
+    qmp.ok("cont", json!({}));
+    qmp.event("RESUME");
+    qmp.event("STOP");
+    assert_eq!(status(&mut qmp), "io-error");
+    assert!(guests.iter().any(|guest| !guest.is_finished()));
+    fs::remove_file(folder.join("filler")).unwrap();
+    // Others may have failed before there was space, and are told of by and by.
+    let deadline = Instant::now() + harness::PATIENCE;
+    while guests.iter().any(|guest| !guest.is_finished()) {
+        assert!(Instant::now() < deadline, "the guests do not go on");
+        qmp.ok("cont", json!({}));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    for guest in guests {
+        guest.join().unwrap();
+    }
+    assert_eq!(status(&mut qmp), "running");
+    assert_eq!(io_status(&mut qmp, "hd0"), "ok");
+    for (export, blocks) in [("hd0", end), ("hd1", BLOCKS)] {
+        let mut reader = guest(folder, export);
+        for block in 0..blocks {
+            let content = reader.read((block * BLOCK) as u64, BLOCK as u32).unwrap();
+            assert!(
+                content == [block as u8 + 1; BLOCK],
+                "{export}: block {block}"
+            );
+        }
+    }
+    let stats = qmp.ok("query-blockstats", json!({}));
+    assert_eq!(stats[0]["stats"]["wr_operations"], end);
+    assert_eq!(stats[0]["stats"]["failed_wr_operations"], 0);
+    drop(qmp);
+    assert!(daemon.terminated().success());
+    harness::tool(folder, "qemu-img check -q a.qcow2");
+}
+
+/// A daemon whose machine stands still, with a write and a flush that wait.
+fn stopped(folder: &Path) -> (Daemon, Qmp, Guest) {
+    let arguments = [
+        "--drive",
+        "id=hd0,file=a.qcow2,size=1M",
+        "--nbd-server",
+        "unix:nbd.sock",
+    ];
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder, &arguments);
+    let mut qmp = daemon.qmp();
+    let mut guest = guest(folder, "hd0");
+    assert_eq!(guest.run(&write(0, 1)).unwrap(), 0);
+    qmp.ok("stop", json!({}));
+    guest.submit(1, &write(0, 2)).unwrap();
+    guest.submit(2, &Request::Flush).unwrap();
+    // Refused by the export itself: what was sent before has been taken when the answer is there.
+    let outside = Request::Write {
+        offset: 1 << 20,
+        data: vec![0; 512],
+    };
+    guest.submit(3, &outside).unwrap();
+    assert_eq!(guest.reply().unwrap(), (3, ENOSPC));
+    (daemon, qmp, guest)
+}
+
+#[test]
+fn a_daemon_ends_while_the_machine_stands_still_and_tells_the_guest() {
+    for by_command in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut daemon, mut qmp, mut guest) = stopped(folder.path());
+        let begun = Instant::now();
+        let status = match by_command {
+            true => {
+                qmp.ok("quit", json!({}));
+                daemon.exited()
+            }
+            false => daemon.terminated(),
+        };
+        assert!(status.success());
+        assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
+        for _ in 0..2 {
+            assert_eq!(guest.reply().unwrap().1, ESHUTDOWN);
+        }
+        if harness::need(&["qemu-img"]).is_some() {
+            harness::tool(folder.path(), "qemu-img check -q a.qcow2");
+            harness::tool(folder.path(), "qemu-img convert -O raw a.qcow2 a.raw");
+            let content = fs::read(folder.path().join("a.raw")).unwrap();
+            assert!(
+                content[..BLOCK] == [1; BLOCK],
+                "what was refused has not happened"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_a_client_that_goes_has_left_waiting_does_not_happen() {
+    let folder = tempfile::tempdir().unwrap();
+    let (daemon, mut qmp, gone) = stopped(folder.path());
+    drop(gone);
+    // It is noticed while the machine stands still.
+    let deadline = Instant::now() + harness::PATIENCE;
+    while qmp
+        .execute("block-export-del", json!({"id": "hd0"}))
+        .get("return")
+        .is_none()
+    {
+        assert!(Instant::now() < deadline, "the export is in use forever");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let export = json!({"type": "nbd", "id": "e", "node-name": "hd0", "writable": true});
+    qmp.ok("block-export-add", export);
+    let mut guest = guest(folder.path(), "hd0");
+    qmp.ok("cont", json!({}));
+    let content = guest.read(0, BLOCK as u32).unwrap();
+    assert!(content == [1; BLOCK]);
+    drop((qmp, guest));
+    assert!(daemon.terminate().success());
+}

@@ -99,6 +99,7 @@ fn sessions_get_the_same_answers_as_on_qemu_storage_daemon() {
         "options",
         "data-file",
         "csi-qsd",
+        "blockstats",
     ] {
         let session = session::read(name);
         let theirs = session::run(Program::QemuStorageDaemon, &session);

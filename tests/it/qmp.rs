@@ -37,6 +37,11 @@ fn errors() {
 }
 
 #[test]
+fn blockstats() {
+    golden("blockstats");
+}
+
+#[test]
 fn stats() {
     golden("stats");
 }

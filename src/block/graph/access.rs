@@ -69,11 +69,7 @@ pub(super) struct Use {
 impl Graph {
     /// Whether a new user may have this access beside those that a node has.
     pub(super) fn check_access(&self, node: &Arc<Node>, wanted: Access, user: &str) -> Result<()> {
-        let uses = self.uses(node);
-        match uses.iter().find(|(_, access)| access.conflicts(wanted)) {
-            None => Ok(()),
-            Some((other, _)) => Err(conflict(node, (user, wanted), other)),
-        }
+        check(node, (user, wanted), &self.uses(node))
     }
 
     /// How a node is used at present, and by whom.
@@ -86,6 +82,18 @@ impl Graph {
         parents
             .chain(outside.map(|user| (user.user.describe(), user.access)))
             .collect()
+    }
+}
+
+/// Whether a new user may have this access beside others.
+pub(super) fn check(
+    node: &Node,
+    (user, wanted): (&str, Access),
+    uses: &[(String, Access)],
+) -> Result<()> {
+    match uses.iter().find(|(_, access)| access.conflicts(wanted)) {
+        None => Ok(()),
+        Some((other, _)) => Err(conflict(node, (user, wanted), other)),
     }
 }
 

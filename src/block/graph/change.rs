@@ -10,7 +10,7 @@ use super::access::{Use, conflict};
 use super::edge::Edge;
 use super::node::{Node, Quiesced};
 use super::table::place;
-use super::{Access, Graph, Link, Removed, link_user, not_found};
+use super::{Access, Graph, Link, Opened, Removed, link_user, not_found};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::MAX_CHAIN_DEPTH;
 
@@ -27,6 +27,33 @@ struct Movers {
 }
 
 impl Graph {
+    /// Takes a filter in, with what was opened for it, that is going to be put above `below`. Nobody uses it yet.
+    ///
+    /// Who uses `below` will use the filter, so that its access need not go with what the filter does to `below`; that of
+    /// jobs, which stay, must. Errors as [`Graph::insert`], and as [`Graph::insert_above`] would have.
+    pub fn insert_filter(&mut self, opened: Opened, below: &Arc<Node>) -> Result<Arc<Node>> {
+        let nodes = opened.nodes.clone();
+        let filter = self.insert_beside(opened, Some(below))?;
+        let movers = self.movers(below, &filter);
+        match movers.and_then(|movers| self.check_movers(&movers, None)) {
+            Ok(()) => Ok(filter),
+            Err(error) => {
+                nodes.iter().rev().for_each(|node| self.table.remove(node));
+                Err(error)
+            }
+        }
+    }
+
+    /// Who stays when others follow.
+    pub(super) fn uses_of_jobs(&self, node: &Arc<Node>) -> Vec<(String, Access)> {
+        let entry = self.table.of(node).into_iter();
+        let users = entry.flat_map(|entry| &entry.users);
+        users
+            .filter(|user| !user.user.follows())
+            .map(|user| (user.user.describe(), user.access))
+            .collect()
+    }
+
     /// Puts `above`, which stands on `below`, between it and its users: they now use `above`. Jobs stay.
     ///
     /// `held` holds `below`. Refused, with nothing changed, when a user's access does not go with that of another of `above`, or

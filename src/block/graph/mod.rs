@@ -184,6 +184,11 @@ impl Graph {
     /// Refused are names that are taken by now, layers below that have been deleted meanwhile, and access that
     /// another user excludes.
     pub fn insert(&mut self, opened: Opened) -> Result<Arc<Node>> {
+        self.insert_beside(opened, None)
+    }
+
+    /// As [`Graph::insert`], where all who use `left` and can follow are going to leave it.
+    fn insert_beside(&mut self, opened: Opened, left: Option<&Arc<Node>>) -> Result<Arc<Node>> {
         let Some(root) = opened.root().cloned() else {
             return Err(Error::new(ErrorKind::InvalidInput, "No node was opened"));
         };
@@ -212,7 +217,11 @@ impl Graph {
                         return Err(access::conflict(&below, (&user, link.access), other));
                     }
                 }
-                self.check_access(&below, link.access, &user)?;
+                let uses = match left.is_some_and(|left| Arc::ptr_eq(left, &below)) {
+                    true => self.uses_of_jobs(&below),
+                    false => self.uses(&below),
+                };
+                access::check(&below, (&user, link.access), &uses)?;
                 new_links.push((user, below, link.access));
             }
         }
@@ -238,6 +247,15 @@ impl Graph {
             ));
         };
         let in_use = |message: String| Err(Error::new(ErrorKind::InUse, message));
+        let copies = |(parent, link): (&Arc<Node>, Link)| {
+            link.role == "target" && parent.driver().info().driver == "copy-before-write"
+        };
+        let is_job = |user: &Use| matches!(user.user, User::Job(_));
+        if entry.users.iter().any(is_job) || self.parents(&entry.node).any(copies) {
+            return in_use(format!(
+                "Node '{name}' is busy: block device is in use by block job: backup"
+            ));
+        }
         if !entry.users.is_empty() {
             return in_use(format!("Node {name} is in use"));
         }

@@ -218,7 +218,9 @@ impl Opening<'_> {
         caches::check_entry(qcow2.cache.l2_entry, opening.cluster_size())?;
         let backing = match &qcow2.backing {
             BackingOption::Detached => None,
-            BackingOption::Node(below) => Some(self.named_backing(below, options, depth).await?),
+            BackingOption::Node(below) | BackingOption::Written(below) => {
+                Some(self.named_backing(below, options, depth).await?)
+            }
             BackingOption::FromImage(unnamed) => match opening.backing() {
                 None => None,
                 Some(reference) => {
@@ -236,7 +238,11 @@ impl Opening<'_> {
             },
         };
         let data_file = data_file.map(|node| Link::new("data-file", &node, own));
-        let backing = backing.map(|node| Link::new("backing", &node, Access::BACKING));
+        let below = match qcow2.backing {
+            BackingOption::Written(_) => access_of_raw(true),
+            _ => Access::BACKING,
+        };
+        let backing = backing.map(|node| Link::new("backing", &node, below));
         let outside = data_file.as_ref().map(Link::child);
         let below = backing.as_ref().map(Link::child);
         let driver = opening.with_data_file(outside).finish(below).await?;

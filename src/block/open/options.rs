@@ -210,6 +210,8 @@ pub enum BackingOption {
     Detached,
     /// This one.
     Node(NodeRef),
+    /// This one, which others go on writing: what is read through the image is of use only to who knows that.
+    Written(NodeRef),
 }
 
 /// What happens to a backing file whose format the header that refers to it does not name.

@@ -631,6 +631,535 @@ Example:
 EQMP
 
     {
+        .name       = "drive-backup",
+        .args_type  = "sync:s,device:B,target:s,speed:i?,mode:s?,format:s?,"
+                      "job-id:s?,compress:b?,on-source-error:s?,on-target-error:s?,"
+                      "auto-finalize:b?,auto-dismiss:b?,filter-node-name:s?,x-perf:q?",
+        .params     = "sync device target [speed] [mode] [format] ...",
+        .help       = "copy a disk as it is now to a file",
+        .mhandler.cmd_new = qmp_marshal_input_drive_backup,
+    },
+
+SQMP
+drive-backup
+------------
+
+Copy a disk as it is now to a file, while guests go on using it. If the target is
+an existing file or device it is used, otherwise a new file is made. A job does
+it: BLOCK_JOB_COMPLETED tells when the copy is whole.
+
+Arguments:
+
+- "device": the drive or node (json-string)
+- "target": the file or device that is written (json-string)
+- "format": the target's format; by default that of the disk, or with "mode"
+  "existing" what it looks like (json-string, optional)
+- "mode": "absolute-paths" (the default) makes a new image in the target,
+  "existing" uses the one that is there (json-string, optional)
+- "sync": what is copied (json-string): "full" (all that the disk shows), "top"
+  (what its topmost image has), or "none" (what guests are about to change; such
+  a job runs until it is cancelled)
+- "job-id": the id of the job, by default the name of its drive (json-string,
+  optional)
+- "speed": bytes per second, 0 for no limit (json-int, optional)
+- "compress": write compressed clusters (json-bool, optional)
+- "on-source-error": what to do when a read fails (json-string, optional):
+  "report" (the default), "ignore" (try again), "stop" (pause the job), "enospc"
+  (pause it where space is short); the last two are for nodes, and drives with an
+  io-status
+- "on-target-error": what to do when a write fails (json-string, optional), as
+  above
+- "auto-finalize": conclude without "job-finalize" (json-bool, optional, default
+  true)
+- "auto-dismiss": forget the job when it has concluded (json-bool, optional,
+  default true)
+- "filter-node-name": the name of the filter above the disk while the job runs
+  (json-string, optional)
+- "x-perf": how the copy is made (json-object, optional); see the reference
+
+Example:
+
+-> { "execute": "drive-backup",
+     "arguments": { "device": "ide-hd0", "sync": "full",
+                    "target": "backup.qcow2" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "blockdev-backup",
+        .args_type  = "sync:s,device:B,target:B,speed:i?,job-id:s?,compress:b?,"
+                      "on-source-error:s?,on-target-error:s?,auto-finalize:b?,"
+                      "auto-dismiss:b?,filter-node-name:s?,x-perf:q?",
+        .params     = "sync device target [speed] ...",
+        .help       = "copy a disk as it is now to a node",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_backup,
+    },
+
+SQMP
+blockdev-backup
+---------------
+
+Copy a disk as it is now to a node, while guests go on using it. A job does it:
+BLOCK_JOB_COMPLETED tells when the copy is whole.
+
+Arguments:
+
+- "device": the drive or node (json-string)
+- "target": the node or drive that is written (json-string)
+- "sync": what is copied (json-string): "full" (all that the disk shows), "top"
+  (what its topmost image has), or "none" (what guests are about to change; such
+  a job runs until it is cancelled)
+- "job-id": the id of the job, by default the name of its drive (json-string,
+  optional)
+- "speed": bytes per second, 0 for no limit (json-int, optional)
+- "compress": write compressed clusters (json-bool, optional)
+- "on-source-error": what to do when a read fails (json-string, optional):
+  "report" (the default), "ignore" (try again), "stop" (pause the job), "enospc"
+  (pause it where space is short); the last two are for nodes, and drives with an
+  io-status
+- "on-target-error": what to do when a write fails (json-string, optional), as
+  above
+- "auto-finalize": conclude without "job-finalize" (json-bool, optional, default
+  true)
+- "auto-dismiss": forget the job when it has concluded (json-bool, optional,
+  default true)
+- "filter-node-name": the name of the filter above the disk while the job runs
+  (json-string, optional)
+- "x-perf": how the copy is made (json-object, optional); see the reference
+
+Example:
+
+-> { "execute": "blockdev-backup",
+     "arguments": { "device": "ide-hd0", "job-id": "backup0",
+                    "sync": "full", "target": "disk0" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-job-set-speed",
+        .args_type  = "device:B,speed:o",
+        .params     = "device speed",
+        .help       = "change how fast a job may be",
+        .mhandler.cmd_new = qmp_marshal_input_block_job_set_speed,
+    },
+
+SQMP
+block-job-set-speed
+-------------------
+
+Change how fast a block job may be.
+
+Arguments:
+
+- "device": the id of the job, which by default is the name of its device
+  (json-string)
+- "speed": bytes per second, 0 for no limit (json-int)
+
+Example:
+
+-> { "execute": "block-job-set-speed",
+     "arguments": { "device": "ide-hd0", "speed": 10485760 } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-job-cancel",
+        .args_type  = "device:B,force:b?",
+        .params     = "device [force]",
+        .help       = "end a block job",
+        .mhandler.cmd_new = qmp_marshal_input_block_job_cancel,
+    },
+
+SQMP
+block-job-cancel
+----------------
+
+End a block job. Events tell when it is gone.
+
+Arguments:
+
+- "device": the id of the job, which by default is the name of its device
+  (json-string)
+- "force": also while it is paused (json-bool, optional)
+
+Example:
+
+-> { "execute": "block-job-cancel",
+     "arguments": { "device": "ide-hd0" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-job-pause",
+        .args_type  = "device:B",
+        .params     = "device",
+        .help       = "hold a block job",
+        .mhandler.cmd_new = qmp_marshal_input_block_job_pause,
+    },
+
+SQMP
+block-job-pause
+---------------
+
+Hold a block job. It is in the state "paused" when its requests under way have ended.
+
+Arguments:
+
+- "device": the id of the job, which by default is the name of its device
+  (json-string)
+
+Example:
+
+-> { "execute": "block-job-pause",
+     "arguments": { "device": "ide-hd0" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-job-resume",
+        .args_type  = "device:B",
+        .params     = "device",
+        .help       = "let a block job go on",
+        .mhandler.cmd_new = qmp_marshal_input_block_job_resume,
+    },
+
+SQMP
+block-job-resume
+----------------
+
+Let a block job go on that was paused, by a client or by an error.
+
+Arguments:
+
+- "device": the id of the job, which by default is the name of its device
+  (json-string)
+
+Example:
+
+-> { "execute": "block-job-resume",
+     "arguments": { "device": "paused" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-job-complete",
+        .args_type  = "device:B",
+        .params     = "device",
+        .help       = "let a block job do its last step",
+        .mhandler.cmd_new = qmp_marshal_input_block_job_complete,
+    },
+
+SQMP
+block-job-complete
+------------------
+
+Let a block job do its last step that is "ready". None of the present types is.
+
+Arguments:
+
+- "device": the id of the job, which by default is the name of its device
+  (json-string)
+
+Example:
+
+-> { "execute": "block-job-complete",
+     "arguments": { "device": "ide-hd0" } }
+<- { "error": { "class": "GenericError",
+                "desc": "Job 'ide-hd0' in state 'running' cannot accept command verb 'complete'" } }
+
+EQMP
+
+    {
+        .name       = "block-job-finalize",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "let a block job conclude",
+        .mhandler.cmd_new = qmp_marshal_input_block_job_finalize,
+    },
+
+SQMP
+block-job-finalize
+------------------
+
+Let a block job conclude that is "pending", with all that end together with it.
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "block-job-finalize",
+     "arguments": { "id": "pending" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "block-job-dismiss",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "forget a block job",
+        .mhandler.cmd_new = qmp_marshal_input_block_job_dismiss,
+    },
+
+SQMP
+block-job-dismiss
+-----------------
+
+Forget a block job that is "concluded".
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "block-job-dismiss",
+     "arguments": { "id": "done" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "job-cancel",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "end a job",
+        .mhandler.cmd_new = qmp_marshal_input_job_cancel,
+    },
+
+SQMP
+job-cancel
+----------
+
+End a job. Events tell when it is gone.
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "job-cancel",
+     "arguments": { "id": "ide-hd0" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "job-pause",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "hold a job",
+        .mhandler.cmd_new = qmp_marshal_input_job_pause,
+    },
+
+SQMP
+job-pause
+---------
+
+Hold a job. It is in the state "paused" when its requests under way have ended.
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "job-pause",
+     "arguments": { "id": "ide-hd0" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "job-resume",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "let a job go on",
+        .mhandler.cmd_new = qmp_marshal_input_job_resume,
+    },
+
+SQMP
+job-resume
+----------
+
+Let a job go on that was paused, by a client or by an error.
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "job-resume",
+     "arguments": { "id": "paused" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "job-complete",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "let a job do its last step",
+        .mhandler.cmd_new = qmp_marshal_input_job_complete,
+    },
+
+SQMP
+job-complete
+------------
+
+Let a job do its last step that is "ready". None of the present types is.
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "job-complete",
+     "arguments": { "id": "ide-hd0" } }
+<- { "error": { "class": "GenericError",
+                "desc": "Job 'ide-hd0' in state 'running' cannot accept command verb 'complete'" } }
+
+EQMP
+
+    {
+        .name       = "job-finalize",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "let a job conclude",
+        .mhandler.cmd_new = qmp_marshal_input_job_finalize,
+    },
+
+SQMP
+job-finalize
+------------
+
+Let a job conclude that is "pending", with all that end together with it.
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "job-finalize",
+     "arguments": { "id": "pending" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "job-dismiss",
+        .args_type  = "id:s",
+        .params     = "id",
+        .help       = "forget a job",
+        .mhandler.cmd_new = qmp_marshal_input_job_dismiss,
+    },
+
+SQMP
+job-dismiss
+-----------
+
+Forget a job that is "concluded".
+
+Arguments:
+
+- "id": the id of the job (json-string)
+
+Example:
+
+-> { "execute": "job-dismiss",
+     "arguments": { "id": "done" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "query-block-jobs",
+        .args_type  = "",
+        .help       = "show all block jobs",
+        .mhandler.cmd_new = qmp_marshal_input_query_block_jobs,
+    },
+
+SQMP
+query-block-jobs
+----------------
+
+Show all block jobs, the newest first.
+
+Return a json-array of json-objects, each with:
+
+- "type": what it does (json-string)
+- "device": its id (json-string)
+- "len": bytes that will be done when all are (json-int)
+- "offset": bytes that are done (json-int)
+- "busy": it does something now (json-bool)
+- "paused": it is held (json-bool)
+- "speed": bytes per second that it may do, 0 for no limit (json-int)
+- "io-status": the error that holds it: "ok", "failed", "nospace" (json-string)
+- "ready": it can be completed (json-bool)
+- "status": its state (json-string)
+- "auto-finalize", "auto-dismiss": as it was started (json-bool)
+- "error": why it has failed (json-string, only then)
+- "started-at": when it was made, in seconds since 1970 (json-int)
+- "rate": bytes done in a second, of late (json-int)
+- "time-left": seconds until all is done (json-int, where it can be said)
+
+Example:
+
+-> { "execute": "query-block-jobs" }
+<- { "return": [
+     { "type": "backup", "device": "ide-hd0", "len": 1073741824, "offset": 0,
+       "busy": false, "paused": false, "speed": 0, "io-status": "ok",
+       "ready": false, "status": "running", "auto-finalize": true,
+       "auto-dismiss": true, "started-at": 1763758800, "rate": 0 } ] }
+
+EQMP
+
+    {
+        .name       = "query-jobs",
+        .args_type  = "",
+        .help       = "show all jobs",
+        .mhandler.cmd_new = qmp_marshal_input_query_jobs,
+    },
+
+SQMP
+query-jobs
+----------
+
+Show all jobs, the newest first.
+
+Return a json-array of json-objects, each with:
+
+- "id": its id (json-string)
+- "type": what it does (json-string)
+- "status": its state (json-string)
+- "current-progress": how much is done (json-int)
+- "total-progress": how much will be done when all is (json-int)
+- "error": why it has failed (json-string, only then)
+- "started-at", "rate", "time-left": as in query-block-jobs
+
+Example:
+
+-> { "execute": "query-jobs" }
+<- { "return": [
+     { "id": "ide-hd0", "type": "backup", "status": "running",
+       "current-progress": 0, "total-progress": 1073741824,
+       "started-at": 1763758800, "rate": 0 } ] }
+
+EQMP
+
+    {
         .name       = "transaction",
         .args_type  = "actions:q,properties:q?,x-dry-run:b?",
         .params     = "actions [properties] [x-dry-run]",

@@ -1,6 +1,7 @@
 //! The commands: each converts its arguments, calls one thing below, and converts the result back.
 //!
 //! * [`control`]: sessions, versions, the end
+//! * `jobs`: jobs, backup
 //! * `nodes`: adding, deleting and resizing nodes
 //! * `queries`: what there is
 //! * `creation`: new images
@@ -13,6 +14,7 @@
 pub mod control;
 mod convert;
 mod creation;
+mod jobs;
 mod machine;
 pub mod nbd;
 mod nodes;
@@ -27,7 +29,7 @@ use qapi::types::{BlockDeviceInfo, BlockInfo, BlockdevOptions, SnapshotInfo};
 
 use crate::daemon::Cx;
 
-pub use convert::from_engine;
+pub use convert::{from_engine, job_event};
 
 /// All commands, sorted by name.
 pub const TABLE: &[Entry<Cx>] = qapi::commands::<Cx, Handlers>();

@@ -24,7 +24,9 @@
 //! * `held`: the disks that are held still, with the changes of their internal snapshots
 //! * `dry_run`: what would happen
 //! * `snapshot`: the actions on internal snapshots
+//! * `backup`: the actions that begin a backup
 
+mod backup;
 mod dry_run;
 mod held;
 mod plan;
@@ -47,6 +49,9 @@ use crate::limits;
 use held::Guests;
 use preparing::journal_error;
 
+pub(crate) use backup::{
+    BackupAction, BackupOptions, BackupPerf, BackupTarget, FileTarget, TargetMode,
+};
 pub(crate) use dry_run::{Preview, dry_run};
 pub(crate) use held::Held;
 pub(crate) use plan::Plan;

@@ -6,14 +6,19 @@
 //! * `node_options`: `BlockdevOptions` in
 //! * `device_info`: what queries show, out
 //! * `stats`: what drives and nodes have done, out
+//! * `backup`: backups in
+//! * `job`: jobs and what they tell, out
 //! * `address`: socket addresses in
 
 mod address;
+mod backup;
 mod device_info;
+mod job;
 mod node_options;
 mod stats;
 
 use block::driver::SnapshotInfo;
+use block::graph::IoStatus;
 use qapi::types;
 
 use crate::exports::RemoveMode;
@@ -22,7 +27,10 @@ pub use crate::daemon::lookup::from_engine;
 pub(super) use crate::daemon::lookup::{device, device_or_node, node};
 
 pub(super) use address::{address, legacy_address};
+pub(super) use backup::{blockdev_backup, drive_backup};
 pub(super) use device_info::{Depth, device_info};
+pub use job::job_event;
+pub(super) use job::{block_job_info, job_info, no_block_job, on_error};
 pub(super) use node_options::{node_options, node_ref};
 pub(super) use stats::{drive_stats, node_stats};
 
@@ -56,6 +64,15 @@ pub(super) fn snapshot(info: SnapshotInfo) -> types::SnapshotInfo {
         vm_clock_sec: signed(vm_clock_nsec / NANOSECONDS),
         vm_clock_nsec: signed(vm_clock_nsec % NANOSECONDS),
         icount: icount.map(signed),
+    }
+}
+
+/// How the I/O of a drive or job is, out.
+pub(super) fn io_status(status: IoStatus) -> types::BlockDeviceIoStatus {
+    match status {
+        IoStatus::Ok => types::BlockDeviceIoStatus::Ok,
+        IoStatus::Failed => types::BlockDeviceIoStatus::Failed,
+        IoStatus::NoSpace => types::BlockDeviceIoStatus::Nospace,
     }
 }
 

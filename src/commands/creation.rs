@@ -28,6 +28,7 @@ impl BlockCreate<Cx> for Handlers {
                 id: job_id.clone(),
                 kind: JobKind::Create,
                 speed: 0,
+                len: 1,
                 auto_finalize: true,
                 auto_dismiss: false,
             };

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use block::graph::{Drive, Graph, IoStatus, Node};
+use block::graph::{Drive, Graph, Node};
 use qapi::commands::{QueryBlockstats, QueryNamedBlockNodes};
 use qapi::handlers;
 use qapi::rt::QmpError;
-use qapi::types::{BlockDeviceInfo, BlockDeviceIoStatus, BlockInfo, BlockStats};
+use qapi::types::{BlockDeviceInfo, BlockInfo, BlockStats};
 
 use super::Handlers;
 use super::convert::{self, Depth};
@@ -24,7 +24,7 @@ fn drive_list(graph: &Graph) -> Vec<BlockInfo> {
         r#type: "unknown".to_owned(),
         removable: false,
         locked: false,
-        io_status: drive.io_status().map(io_status),
+        io_status: drive.io_status().map(convert::io_status),
         qdev: Some(drive.id.clone()),
         inserted: drive
             .node()
@@ -64,13 +64,5 @@ impl handlers::BlockStats<Cx> for Handlers {
             })
         })
         .await
-    }
-}
-
-fn io_status(status: IoStatus) -> BlockDeviceIoStatus {
-    match status {
-        IoStatus::Ok => BlockDeviceIoStatus::Ok,
-        IoStatus::Failed => BlockDeviceIoStatus::Failed,
-        IoStatus::NoSpace => BlockDeviceIoStatus::Nospace,
     }
 }

@@ -5,15 +5,18 @@ use qapi::commands::Transaction as Arguments;
 use qapi::handlers::Transaction;
 use qapi::rt::QmpError;
 use qapi::types::{
-    Abort, AbortWrapper, ActionCompletionMode, BlockdevSnapshotInternal,
+    Abort, AbortWrapper, ActionCompletionMode, BlockdevBackupWrapper, BlockdevSnapshotInternal,
     BlockdevSnapshotInternalRef, BlockdevSnapshotInternalRefWrapper,
-    BlockdevSnapshotInternalWrapper, TransactionAction, TransactionActionBranch,
-    TransactionActionKind, TransactionActionPreview, TransactionProperties, TransactionResult,
+    BlockdevSnapshotInternalWrapper, DriveBackupWrapper, TransactionAction,
+    TransactionActionBranch, TransactionActionKind, TransactionActionPreview,
+    TransactionProperties, TransactionResult,
 };
 
 use super::{Handlers, convert};
 use crate::daemon::Cx;
-use crate::transaction::{self, Action, Completion, Effect, Operation, Preview, SnapshotAction};
+use crate::transaction::{
+    self, Action, BackupAction, Completion, Effect, Operation, Preview, SnapshotAction,
+};
 
 impl Transaction<Cx> for Handlers {
     async fn transaction(cx: &Cx, args: Arguments) -> Result<TransactionResult, QmpError> {
@@ -62,6 +65,7 @@ fn completion(
 
 fn begins_job(kind: TransactionActionKind) -> bool {
     match kind {
+        TransactionActionKind::BlockdevBackup | TransactionActionKind::DriveBackup => true,
         TransactionActionKind::Abort
         | TransactionActionKind::BlockdevSnapshotInternalSync
         | TransactionActionKind::XBlockdevSnapshotDeleteInternalSync
@@ -72,6 +76,8 @@ fn begins_job(kind: TransactionActionKind) -> bool {
 fn kind(action: &TransactionAction) -> TransactionActionKind {
     match &action.r#type {
         TransactionActionBranch::Abort(_) => TransactionActionKind::Abort,
+        TransactionActionBranch::BlockdevBackup(_) => TransactionActionKind::BlockdevBackup,
+        TransactionActionBranch::DriveBackup(_) => TransactionActionKind::DriveBackup,
         TransactionActionBranch::BlockdevSnapshotInternalSync(_) => {
             TransactionActionKind::BlockdevSnapshotInternalSync
         }
@@ -116,6 +122,12 @@ fn action(wire: TransactionAction) -> Box<dyn Action> {
     let (device, operation) = match r#type {
         TransactionActionBranch::Abort(AbortWrapper { data: Abort {} }) => {
             return Box::new(transaction::Abort);
+        }
+        TransactionActionBranch::BlockdevBackup(BlockdevBackupWrapper { data }) => {
+            return Box::new(BackupAction::new(convert::blockdev_backup(data)));
+        }
+        TransactionActionBranch::DriveBackup(DriveBackupWrapper { data }) => {
+            return Box::new(BackupAction::new(convert::drive_backup(data)));
         }
         TransactionActionBranch::BlockdevSnapshotInternalSync(
             BlockdevSnapshotInternalWrapper {

@@ -12,6 +12,7 @@ use block::io::IoContext;
 use super::exports::Exports;
 use super::pidfile::PidFile;
 use super::sockets::DefaultSockets;
+use crate::commands::job_event;
 use crate::jobs::Jobs;
 use crate::journal::Journal;
 use crate::monitor::{self, Events};
@@ -93,6 +94,15 @@ impl Control {
 
     pub(super) fn stop_cause(&self) -> Option<StopCause> {
         self.stop
+    }
+
+    /// Tells every client what has happened to jobs.
+    pub(super) fn tell_of_jobs(&mut self) {
+        for event in self.jobs.take_events() {
+            if let Some(event) = job_event(event) {
+                self.emit(event);
+            }
+        }
     }
 
     /// An export is gone: its node may go too.

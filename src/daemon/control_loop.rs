@@ -132,6 +132,7 @@ impl ControlLoop {
             let event = self.select().await;
             log::trace!("{event:?}");
             self.apply(event);
+            self.control.tell_of_jobs();
         }
         Finished {
             control: self.control,
@@ -154,6 +155,7 @@ impl ControlLoop {
             return false;
         }
         self.control.jobs.end_all();
+        self.control.tell_of_jobs();
         let jobs = self.control.jobs.list();
         let grace = || Instant::now() + limits::JOB_STOP_GRACE;
         let is_overdue = *self.deadline.get_or_insert_with(grace) <= Instant::now();

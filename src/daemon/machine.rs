@@ -25,6 +25,7 @@ impl Control {
         for drive in self.graph.drives() {
             drive.reset_io_status();
         }
+        self.jobs.reset_io_status();
         if self.graph.machine().go_on() {
             self.emit(events::Resume {});
         }

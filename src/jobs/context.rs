@@ -5,10 +5,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
 use block::error::{Error, ErrorKind, Result};
+use block::graph::{ErrorAction, IoStatus, OnError};
 use block::rate::RateLimit;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::machine::{Cancel, IoStatus, JobKey};
+use super::machine::{Cancel, JobKey};
 use super::meter::Meter;
 use super::registry::{JobReport, Report};
 use crate::limits;
@@ -20,50 +21,6 @@ pub enum Operation {
     Read,
     /// Writing the target.
     Write,
-}
-
-/// What the user wants of an I/O error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum OnError {
-    /// The job fails.
-    #[default]
-    Report,
-    /// The request is tried again.
-    Ignore,
-    /// The job is held; when it is resumed the request is tried again.
-    Stop,
-    /// Stop where the disk is full, else report.
-    Enospc,
-}
-
-/// What is done about an I/O error.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Action {
-    /// The job fails.
-    Report,
-    /// The request is tried again.
-    Ignore,
-    /// The job is held, for this reason.
-    Stop(IoStatus),
-}
-
-impl OnError {
-    /// What is done about an error of this kind.
-    pub fn action(self, error: ErrorKind) -> Action {
-        let is_full = error == ErrorKind::NoSpace;
-        let reason = if is_full {
-            IoStatus::NoSpace
-        } else {
-            IoStatus::Failed
-        };
-        match self {
-            OnError::Report => Action::Report,
-            OnError::Ignore => Action::Ignore,
-            OnError::Stop => Action::Stop(reason),
-            OnError::Enospc if is_full => Action::Stop(reason),
-            OnError::Enospc => Action::Report,
-        }
-    }
 }
 
 /// What the control loop wants of the work.
@@ -92,7 +49,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(speed: u64) -> Self {
+    pub(super) fn new(speed: u64, len: u64) -> Self {
         Shared {
             orders: watch::Sender::new(Orders {
                 speed,
@@ -100,7 +57,7 @@ impl Shared {
             }),
             created: SystemTime::now(),
             offset: AtomicU64::new(0),
-            len: AtomicU64::new(0),
+            len: AtomicU64::new(len),
             is_idle: AtomicBool::new(false),
             limit: Mutex::new(RateLimit::new(speed)),
             meter: Mutex::new(Meter::new(Instant::now())),
@@ -156,6 +113,13 @@ impl JobContext {
         lock(&self.shared.meter).note(Instant::now(), offset.saturating_add(done));
     }
 
+    /// So much has been done, and will have been when all is. What is done never goes back.
+    pub fn set_progress(&self, done: u64, len: u64) {
+        let before = self.shared.offset.fetch_max(done, Ordering::Relaxed);
+        self.shared.len.store(len, Ordering::Relaxed);
+        lock(&self.shared.meter).note(Instant::now(), before.max(done));
+    }
+
     /// So much is left to do.
     pub fn set_remaining(&self, remaining: u64) {
         let offset = self.shared.offset.load(Ordering::Relaxed);
@@ -163,7 +127,8 @@ impl JobContext {
         self.shared.len.store(len, Ordering::Relaxed);
     }
 
-    /// Returns at once, unless the job is to be held: then when it may go on, or is to end.
+    /// Returns at once, unless the job is to be held: then when it may go on, or is to end softly. When it is to end by force
+    /// there is nothing to go on with: this waits to be dropped.
     ///
     /// To clients the job is held from when this is called, so that nothing of it should be under way then.
     /// Cancellation: safe.
@@ -172,6 +137,7 @@ impl JobContext {
         let mut told = None;
         loop {
             let Orders { pause, cancel, .. } = orders.borrow_and_update().clone();
+            self.unless_forced(cancel).await;
             let Some(pause) = pause.filter(|_| cancel.is_none()) else {
                 break;
             };
@@ -191,7 +157,8 @@ impl JobContext {
         orders.pause.is_some() && orders.cancel.is_none()
     }
 
-    /// Takes `units` of what the speed allows; waits until it does, and while the job is held. At once when the job is to end.
+    /// Takes `units` of what the speed allows; waits until it does, and while the job is held. Returns at once when the job is to
+    /// end softly; never when by force, as [`JobContext::pause_point`].
     ///
     /// Cancellation: nothing was taken.
     pub async fn throttle(&self, units: u64) {
@@ -227,6 +194,25 @@ impl JobContext {
             .ok()
             .and_then(|orders| orders.cancel)
             .unwrap_or(Cancel::Force)
+    }
+
+    /// Does nothing but what the user wants: is held, and goes on. For work that others do.
+    pub async fn stand_by(&self) {
+        let mut orders = self.shared.orders.subscribe();
+        loop {
+            self.pause_point().await;
+            let _idle = Idle::new(&self.shared);
+            if orders.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// Whoever asks is about to be dropped; what it would do next it need not do.
+    async fn unless_forced(&self, cancel: Option<Cancel>) {
+        if cancel == Some(Cancel::Force) {
+            std::future::pending().await
+        }
     }
 
     pub(super) async fn force_cancelled(&self) {
@@ -268,19 +254,20 @@ impl JobContext {
         policy: OnError,
         error: Error,
     ) -> Result<()> {
-        let action = policy.action(error.kind());
+        let action = policy.action(&error);
         let (seen, was_seen) = oneshot::channel();
         self.report(Report::IoError {
             operation,
             action,
+            reason: reason(&error),
             seen,
         });
         // The order to hold comes with the answer.
         let _ = was_seen.await;
         match action {
-            Action::Report => return Err(error),
-            Action::Stop(_) => self.pause_point().await,
-            Action::Ignore => {
+            ErrorAction::Report => return Err(error),
+            ErrorAction::Stop => self.pause_point().await,
+            ErrorAction::Ignore => {
                 let _idle = Idle::new(&self.shared);
                 tokio::time::sleep(limits::JOB_RETRY_PAUSE).await;
             }
@@ -319,5 +306,13 @@ impl<'s> Idle<'s> {
 impl Drop for Idle<'_> {
     fn drop(&mut self) {
         self.0.is_idle.store(false, Ordering::Relaxed);
+    }
+}
+
+/// What a job that an error stops shows of it.
+fn reason(error: &Error) -> IoStatus {
+    match error.kind() {
+        ErrorKind::NoSpace => IoStatus::NoSpace,
+        _ => IoStatus::Failed,
     }
 }

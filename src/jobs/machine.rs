@@ -11,9 +11,9 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use block::error::{Error, ErrorKind, Result};
-use block::graph::is_well_formed;
+use block::graph::{ErrorAction, IoStatus, is_well_formed};
 
-use super::context::{Action, Operation};
+use super::context::Operation;
 use super::state::{Status, Verb};
 
 /// What a job is called between the registry and its work. Never used twice, and in the order of creation.
@@ -52,6 +52,8 @@ pub struct JobSpec {
     pub kind: JobKind,
     /// How fast it may be at first, in units of progress (bytes for block jobs) per second. 0: as fast as it can.
     pub speed: u64,
+    /// What will be done when all is, as far as that is known.
+    pub len: u64,
     /// Whether it concludes without the user's word.
     pub auto_finalize: bool,
     /// Whether it is forgotten when it has concluded.
@@ -65,18 +67,6 @@ pub enum Cancel {
     Soft,
     /// At once.
     Force,
-}
-
-/// How the target or source of a job is, as its errors have shown.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum IoStatus {
-    /// Nothing has stopped the job, or the user has resumed it since.
-    #[default]
-    Ok,
-    /// An error has stopped it.
-    Failed,
-    /// A full disk has stopped it.
-    NoSpace,
 }
 
 /// Something for whoever runs the jobs.
@@ -118,7 +108,7 @@ pub enum Notice {
     /// It was cancelled.
     Cancelled,
     /// An I/O error, and what is done about it.
-    Error(Operation, Action),
+    Error(Operation, ErrorAction),
 }
 
 /// A job.
@@ -392,6 +382,13 @@ impl Machine {
         }
     }
 
+    /// Errors are forgotten, as the machine goes on. What they hold stays held.
+    pub fn reset_io_status(&mut self) {
+        for job in self.jobs.values_mut() {
+            job.io_status = IoStatus::Ok;
+        }
+    }
+
     // Reports of the work.
 
     /// The work is held, as the pause of this number wanted.
@@ -416,18 +413,23 @@ impl Machine {
         }
     }
 
-    /// An I/O error, and what the policy makes of it.
-    pub fn io_error(&mut self, key: JobKey, operation: Operation, action: Action) {
+    /// An I/O error, what the policy makes of it, and what the job shows if that is to stop.
+    pub fn io_error(
+        &mut self,
+        key: JobKey,
+        (operation, action): (Operation, ErrorAction),
+        reason: IoStatus,
+    ) {
         if !self.jobs.contains_key(&key) {
             return;
         }
         self.tell(key, Notice::Error(operation, action));
-        if let Action::Stop(io_status) = action {
+        if action == ErrorAction::Stop {
             self.hold(key);
             if let Some(job) = self.jobs.get_mut(&key)
                 && job.io_status == IoStatus::Ok
             {
-                job.io_status = io_status;
+                job.io_status = reason;
             }
         }
     }

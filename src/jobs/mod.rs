@@ -15,9 +15,11 @@
 //! * `registry`: [`Jobs`], the machine with the tasks that carry out its effects
 //! * [`context`]: what a running job is given: pause points, speed, progress, errors
 //! * [`driver`]: what a kind of job implements
+//! * [`backup`]: copying disks
 //! * [`create`]: the job that makes an image
 //! * [`graph`]: how a job reaches the graph
 
+pub mod backup;
 pub mod context;
 pub mod create;
 pub mod driver;
@@ -28,9 +30,9 @@ mod registry;
 pub mod state;
 mod task;
 
-pub use context::{JobContext, OnError, Operation};
+pub use context::{JobContext, Operation};
 pub use driver::JobDriver;
 pub use graph::{GraphAccess, GraphChange};
-pub use machine::{Cancel, GroupKey, IoStatus, JobKey, JobKind, JobSpec, Notice};
+pub use machine::{Cancel, GroupKey, JobKey, JobKind, JobSpec, Notice};
 pub use registry::{JobEvent, JobInfo, JobReport, Jobs, Progress};
 pub use state::{Status, Verb};

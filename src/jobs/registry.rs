@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use block::error::{Error, ErrorKind, Result};
+use block::graph::{ErrorAction, IoStatus};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use super::context::{Action, JobContext, Operation, Orders, Shared};
+use super::context::{JobContext, Operation, Orders, Shared};
 use super::driver::JobDriver;
 use super::graph::GraphAccess;
-use super::machine::{
-    Cancel, Effect, GroupKey, IoStatus, JobKey, JobKind, JobSpec, Machine, Notice,
-};
+use super::machine::{Cancel, Effect, GroupKey, JobKey, JobKind, JobSpec, Machine, Notice};
 use super::state::Status;
 use super::task::{self, Instruction};
 use crate::limits;
@@ -34,7 +33,8 @@ pub(super) enum Report {
     /// An I/O error. The work goes on when it was seen.
     IoError {
         operation: Operation,
-        action: Action,
+        action: ErrorAction,
+        reason: IoStatus,
         seen: oneshot::Sender<()>,
     },
     /// The work is over.
@@ -162,7 +162,7 @@ impl Jobs {
                 format!("There are {} jobs and can be no more", limits::JOBS),
             ));
         }
-        let shared = Arc::new(Shared::new(spec.speed));
+        let shared = Arc::new(Shared::new(spec.speed, spec.len));
         let key = self.machine.create(spec.clone(), group)?;
         let handle = Handle {
             spec,
@@ -265,6 +265,11 @@ impl Jobs {
         self.machine.get(key).is_some_and(|job| job.is_held())
     }
 
+    /// Errors are forgotten, as the machine goes on. What they hold stays held.
+    pub fn reset_io_status(&mut self) {
+        self.machine.reset_io_status();
+    }
+
     /// Ends all jobs, whatever their states: for the end of the daemon. They are gone when [`Jobs::is_empty`].
     pub fn end_all(&mut self) {
         let keys: Vec<JobKey> = self.machine.list().map(|(key, _)| key).collect();
@@ -312,9 +317,10 @@ impl Jobs {
             Report::IoError {
                 operation,
                 action,
+                reason,
                 seen,
             } => {
-                machine.io_error(key, operation, action);
+                machine.io_error(key, (operation, action), reason);
                 self.carry_out();
                 let _ = seen.send(());
             }

@@ -82,13 +82,11 @@ impl Held {
     }
 
     /// What shows that a node is held still. `None` in a dry run.
-    #[allow(dead_code, reason = "graph changes need it")]
     pub(crate) fn quiesced(&self, node: &Arc<Node>) -> Option<&Quiesced> {
         self.find(node)?.quiesced.as_ref()
     }
 
     /// The size that a disk will have in bytes: a revert to a snapshot may change it.
-    #[allow(dead_code, reason = "new layers need it")]
     pub(crate) fn size(&self, node: &Arc<Node>) -> u64 {
         match self.find(node).and_then(|held| held.change.as_ref()) {
             Some(Ok(change)) => change.size(),

@@ -52,7 +52,6 @@ impl Plan {
         node
     }
 
-    #[allow(dead_code, reason = "graph changes need it")]
     /// Says that the commit leads those who use `below` to `above`, which is in the graph by now. Both are held still.
     pub(crate) fn lead(&mut self, below: &Arc<Node>, above: &Arc<Node>) {
         self.hold(below);
@@ -69,7 +68,6 @@ impl Plan {
                 .all(|(_, link)| link.role == Link::IMAGE)
     }
 
-    #[allow(dead_code, reason = "graph changes need it")]
     /// Holds a node still while the transaction is staged and committed.
     pub(crate) fn hold(&mut self, node: &Arc<Node>) {
         self.disk(node.name(), node);

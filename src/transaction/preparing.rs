@@ -25,7 +25,6 @@ pub(crate) struct Preparing {
     /// What files are opened with.
     pub(crate) io: IoContext,
     /// The group that the transaction's jobs are of, when they end together.
-    #[allow(dead_code, reason = "for actions that begin jobs")]
     pub(crate) group: Option<GroupKey>,
     /// Where transactions are written down, if anywhere.
     journal: Option<Arc<Journal>>,
@@ -67,7 +66,6 @@ impl Preparing {
 
     /// Makes an image file, durably. When the transaction fails, and after a crash before its commit, there is what was there
     /// before; close what has it open in `abort`.
-    #[allow(dead_code, reason = "new layers and backup targets are made with it")]
     pub(crate) async fn create_image(
         &mut self,
         image: &NewImage,

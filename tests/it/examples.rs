@@ -33,10 +33,15 @@ const VARYING: &[&str] = &[
     "wr_total_time_ns",
     "flush_total_time_ns",
     "idle_time_ns",
+    "started-at",
+    "rate",
 ];
 
 /// Members that examples leave out for their length.
 const LEFT_OUT: &[&str] = &["parent"];
+
+/// Documented for clients that know it, and sent by no job that there is.
+const NEVER_SENT: &[&str] = &["BLOCK_JOB_READY"];
 
 /// A message of an example and where it stands.
 struct Message {
@@ -127,6 +132,10 @@ struct Scene {
     guest: Option<&'static str>,
     /// A transaction over two images was cut off between them.
     cut_off: bool,
+    /// The image leads the first cluster of the disk nowhere.
+    unreadable: bool,
+    /// The state that a job is in, and does nothing more by itself.
+    job: Option<(&'static str, &'static str)>,
 }
 
 impl Scene {
@@ -168,6 +177,35 @@ impl Scene {
                 arguments: ["--state-dir", "state"].map(str::to_owned).to_vec(),
                 ..empty()
             },
+            "drive-backup" => empty().drive(0, "disk.qcow2"),
+            "blockdev-backup" => empty().drive(0, "other.qcow2").node(),
+            "job-resume" | "block-job-resume" => {
+                let waiting = empty().backup("paused", json!({"sync": "none"}));
+                let paused = waiting.run("job-pause", json!({"id": "paused"}));
+                paused.job("paused", "paused")
+            }
+            "job-finalize" | "block-job-finalize" => empty()
+                .backup("pending", json!({"sync": "full", "auto-finalize": false}))
+                .job("pending", "pending"),
+            "job-dismiss" | "block-job-dismiss" => empty()
+                .backup("done", json!({"sync": "full", "auto-dismiss": false}))
+                .job("done", "concluded"),
+            "JOB_STATUS_CHANGE" => empty().backup("ide-hd0", json!({"sync": "none"})),
+            "BLOCK_JOB_COMPLETED" => empty().backup("ide-hd0", json!({"sync": "full"})),
+            "BLOCK_JOB_CANCELLED" => empty()
+                .backup("ide-hd0", json!({"sync": "none"}))
+                .run("block-job-cancel", json!({"device": "ide-hd0"})),
+            "BLOCK_JOB_ERROR" => Scene {
+                unreadable: true,
+                ..empty().backup("ide-hd0", json!({"sync": "full"}))
+            },
+            "BLOCK_JOB_PENDING" => {
+                let manual = json!({"sync": "full", "auto-finalize": false});
+                empty().backup("ide-hd0", manual)
+            }
+            name if name.contains("job-") || name.ends_with("-jobs") => empty()
+                .backup("ide-hd0", json!({"sync": "none"}))
+                .job("ide-hd0", "running"),
             "SHUTDOWN" => empty().run("quit", json!({})),
             "STOP" => empty().run("stop", json!({})),
             "RESUME" => empty().run("stop", json!({})).run("cont", json!({})),
@@ -197,6 +235,20 @@ impl Scene {
     fn snapshot(self, name: &str) -> Scene {
         let snapshot = json!({"device": "ide-hd0", "name": name});
         self.run("blockdev-snapshot-internal-sync", snapshot)
+    }
+
+    /// A drive, and a job that copies it.
+    fn backup(self, id: &str, arguments: Value) -> Scene {
+        let mut all = json!({"device": "ide-hd0", "job-id": id, "target": "backup.qcow2"});
+        for (key, value) in arguments.as_object().unwrap() {
+            all[key] = value.clone();
+        }
+        self.drive(0, "disk.qcow2").run("drive-backup", all)
+    }
+
+    fn job(mut self, id: &'static str, status: &'static str) -> Scene {
+        self.job = Some((id, status));
+        self
     }
 
     fn raw_file(self) -> Scene {
@@ -235,7 +287,10 @@ fn run(session: &[Message], image: &Path) -> Result<(), String> {
     let raw = fs::File::create(folder.path().join("disk.raw")).unwrap();
     raw.set_len(GIBIBYTE).unwrap();
     if scene.damaged {
-        damage(&folder.path().join("disk.qcow2"));
+        damage(&folder.path().join("disk.qcow2"), 0x20000);
+    }
+    if scene.unreadable {
+        damage(&folder.path().join("disk.qcow2"), 0x50200);
     }
     if scene.cut_off {
         cut_off(folder.path(), image);
@@ -248,6 +303,9 @@ fn run(session: &[Message], image: &Path) -> Result<(), String> {
     };
     for (command, arguments) in scene.before {
         qmp.ok(command, arguments);
+    }
+    if let Some((id, status)) = scene.job {
+        wait_for_job(&mut qmp, id, status);
     }
     // It stays until the end: the machine may have stopped for its request.
     let _guest = scene.guest.map(|disk| {
@@ -266,15 +324,29 @@ fn run(session: &[Message], image: &Path) -> Result<(), String> {
     converse(session, &mut qmp)
 }
 
-/// Gives a new image an L2 table, in the first cluster behind its own, that leads the first cluster of the disk to the
-/// image's refcounts.
-fn damage(image: &Path) {
+/// Waits until a job has come to rest in a state.
+fn wait_for_job(qmp: &mut Qmp, id: &str, status: &str) {
+    loop {
+        let jobs = qmp.ok("query-block-jobs", json!({}));
+        let mut jobs = jobs.as_array().unwrap().iter();
+        let job = jobs.find(|job| job["device"] == id);
+        let job = job.unwrap_or_else(|| panic!("no job {id}"));
+        if job["status"] == status && job["busy"] == false {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// Gives a new image an L2 table, in the first cluster behind its own, that leads the first cluster of the disk to this
+/// offset: that of the image's refcounts, or one where no cluster begins.
+fn damage(image: &Path, offset: u64) {
     const COPIED: u64 = 1 << 63;
     let file = fs::OpenOptions::new().write(true).open(image).unwrap();
     let put = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at).unwrap();
     put(0x30000, &(COPIED | 0x40000).to_be_bytes());
     put(0x40000, &[0; 0x10000]);
-    put(0x40000, &(COPIED | 0x20000).to_be_bytes());
+    put(0x40000, &(COPIED | offset).to_be_bytes());
     put(0x20008, &1_u16.to_be_bytes());
 }
 
@@ -422,6 +494,7 @@ fn examples_are_what_the_daemon_says() {
     let complaints: Vec<String> = schema
         .iter()
         .chain(&table)
+        .filter(|session| !NEVER_SENT.contains(&session[0].subject().as_str()))
         .filter_map(|session| run(session, &image).err())
         .collect();
     assert!(complaints.is_empty(), "{}", complaints.join("\n"));

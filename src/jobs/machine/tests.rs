@@ -9,6 +9,7 @@ fn spec(id: &str) -> JobSpec {
         id: id.to_owned(),
         kind: JobKind::Backup,
         speed: 0,
+        len: 0,
         auto_finalize: true,
         auto_dismiss: true,
     }
@@ -299,18 +300,18 @@ fn a_job_that_was_made_and_is_not_started_leaves_no_block_job_event() {
 #[test]
 fn an_error_that_stops_holds_until_the_user_resumes() {
     let (mut machine, key) = in_state(Status::Running);
-    let action = Action::Stop(IoStatus::NoSpace);
-    machine.io_error(key, Operation::Write, action);
-    machine.io_error(key, Operation::Write, Action::Stop(IoStatus::Failed));
+    let stop = (Operation::Write, ErrorAction::Stop);
+    machine.io_error(key, stop, IoStatus::NoSpace);
+    machine.io_error(key, stop, IoStatus::Failed);
     machine.paused(key, 1);
     assert_eq!(machine.get(key).unwrap().io_status, IoStatus::NoSpace);
     assert!(machine.pause(key).is_err());
     machine.resume(key).unwrap();
     assert_eq!(machine.get(key).unwrap().io_status, IoStatus::Ok);
     let wanted = [
-        "j ERROR(WRITE, STOP(NOSPACE))",
+        "j ERROR(WRITE, STOP)",
         "pause j 1",
-        "j ERROR(WRITE, STOP(FAILED))",
+        "j ERROR(WRITE, STOP)",
         "j paused",
         "j running",
         "resume j",

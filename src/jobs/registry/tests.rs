@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use block::driver::BoxFuture;
+use block::graph::OnError;
 
 use super::*;
-use crate::jobs::{OnError, Verb};
+use crate::jobs::Verb;
 
 /// Does what the test wants, and writes down what becomes of it.
 struct Script {
@@ -108,6 +109,7 @@ impl World {
             id,
             kind: JobKind::Backup,
             speed,
+            len: 0,
             auto_finalize: true,
             auto_dismiss: false,
         };
@@ -287,6 +289,7 @@ async fn all_jobs_end_with_the_daemon() {
         id: "made".to_owned(),
         kind: JobKind::Create,
         speed: 0,
+        len: 0,
         auto_finalize: false,
         auto_dismiss: true,
     };
@@ -307,6 +310,7 @@ async fn queries_tell_block_jobs_from_others() {
         id: "create".to_owned(),
         kind: JobKind::Create,
         speed: 0,
+        len: 0,
         auto_finalize: true,
         auto_dismiss: false,
     };

@@ -132,6 +132,63 @@ impl handlers::BlockExport<Counter> for Fake {
     }
 }
 
+impl handlers::Job<Counter> for Fake {
+    async fn job_pause(cx: &Counter, _: args::JobPause) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn job_resume(cx: &Counter, _: args::JobResume) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn job_cancel(cx: &Counter, _: args::JobCancel) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn job_complete(cx: &Counter, _: args::JobComplete) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn job_dismiss(cx: &Counter, _: args::JobDismiss) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn job_finalize(cx: &Counter, _: args::JobFinalize) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn query_jobs(cx: &Counter) -> Result<Vec<types::JobInfo>, QmpError> {
+        cx.count(Vec::new())
+    }
+}
+
+impl handlers::BlockJob<Counter> for Fake {
+    async fn block_job_set_speed(cx: &Counter, _: args::BlockJobSetSpeed) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_job_cancel(cx: &Counter, _: args::BlockJobCancel) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_job_pause(cx: &Counter, _: args::BlockJobPause) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_job_resume(cx: &Counter, _: args::BlockJobResume) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_job_complete(cx: &Counter, _: args::BlockJobComplete) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_job_dismiss(cx: &Counter, _: args::BlockJobDismiss) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn block_job_finalize(cx: &Counter, _: args::BlockJobFinalize) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn query_block_jobs(cx: &Counter) -> Result<Vec<types::BlockJobInfo>, QmpError> {
+        cx.count(Vec::new())
+    }
+    async fn drive_backup(cx: &Counter, _: types::DriveBackup) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn blockdev_backup(cx: &Counter, _: types::BlockdevBackup) -> Result<(), QmpError> {
+        cx.count(())
+    }
+}
+
 impl handlers::Transaction<Counter> for Fake {
     async fn transaction(
         cx: &Counter,

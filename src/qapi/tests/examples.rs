@@ -166,6 +166,11 @@ fn check_received(name: &str, text: &str) {
         let found = mismatch(info["arg-type"].as_str().unwrap(), data);
         assert_eq!(found, None, "{text}");
         assert!(message["timestamp"]["seconds"].is_i64(), "{text}");
+    } else if let Some(error) = message.get("error") {
+        assert!(
+            error["class"].is_string() && error["desc"].is_string(),
+            "{text}"
+        );
     } else {
         let found = mismatch(info["ret-type"].as_str().unwrap(), &message["return"]);
         assert_eq!(found, None, "{text}");

@@ -154,10 +154,13 @@ impl World {
                     self.machine.ran(key, result());
                 }
                 (None, 1) => self.machine.ready(key),
-                (None, 2) => self.machine.io_error(key, Operation::Write, Action::Ignore),
+                (None, 2) => {
+                    let ignore = (Operation::Write, ErrorAction::Ignore);
+                    self.machine.io_error(key, ignore, IoStatus::Failed);
+                }
                 (None, 3) => {
-                    let stop = Action::Stop(IoStatus::Failed);
-                    self.machine.io_error(key, Operation::Read, stop);
+                    let stop = (Operation::Read, ErrorAction::Stop);
+                    self.machine.io_error(key, stop, IoStatus::Failed);
                 }
                 _ => {}
             }

@@ -1,0 +1,164 @@
+//! The target of `drive-backup`: a file that is made, or used as it is.
+
+use std::path::{Path, absolute};
+use std::sync::Arc;
+
+use block::copy::SyncMode;
+use block::driver::{BackingFile, Requests};
+use block::graph::{Node, Opened};
+use block::open::{
+    Aio, BackingOption, DiscardMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
+    NewImage, NodeOptions, NodeRef, Opener, Qcow2Options, RawOptions, open,
+};
+use qapi::rt::QmpError;
+
+use super::{Preparing, below_filters};
+use crate::daemon::Control;
+use crate::daemon::lookup::from_engine;
+
+/// What becomes of what is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TargetMode {
+    /// A new image takes its place.
+    AbsolutePaths,
+    /// It is used.
+    Existing,
+}
+
+/// A file to copy to.
+#[derive(Debug, Clone)]
+pub(crate) struct FileTarget {
+    filename: String,
+    format: Option<String>,
+    mode: TargetMode,
+}
+
+impl FileTarget {
+    pub(crate) fn new(filename: String, format: Option<String>, mode: TargetMode) -> Self {
+        FileTarget {
+            filename,
+            format,
+            mode,
+        }
+    }
+
+    /// As the client named it.
+    pub(super) fn filename(&self) -> &str {
+        &self.filename
+    }
+
+    /// Whether it was made for this: there is nothing in it.
+    pub(super) fn is_empty(&self) -> bool {
+        self.mode == TargetMode::AbsolutePaths
+    }
+
+    /// Makes the image if it has to, and opens it.
+    pub(super) async fn open(
+        &self,
+        with: &mut Preparing,
+        source: &Arc<Node>,
+        sync: SyncMode,
+    ) -> Result<Opened, QmpError> {
+        let disk = below_filters(source);
+        let backing = match sync {
+            SyncMode::Full => None,
+            SyncMode::Top => disk.link("backing"),
+            SyncMode::None => Some(disk.clone()),
+        };
+        let format = self.format_like(&disk);
+        if self.mode == TargetMode::AbsolutePaths {
+            let format = format.as_deref().unwrap_or("raw");
+            let image = self.image((format, source.size()), backing.as_ref())?;
+            with.create_image(&image, Existing::Replace).await?;
+        }
+        let opener = |control: &mut Control| Ok(Opener::new(&control.io, &control.graph));
+        let opener = with.cx.commit(opener).await?;
+        let options = self.options(format.as_deref(), backing.as_ref(), sync)?;
+        open(&opener, &options).await.map_err(from_engine)
+    }
+
+    /// What is made.
+    fn image(
+        &self,
+        (format, size): (&str, u64),
+        backing: Option<&Arc<Node>>,
+    ) -> Result<NewImage, QmpError> {
+        let backing = match backing {
+            None => BackingFile::default(),
+            Some(node) => {
+                let name = node.driver().info().filename;
+                // It is read where the target is, which may be elsewhere.
+                let path = absolute(Path::new(&name));
+                BackingFile {
+                    name: Some(path.map_or(name, |path| path.display().to_string())),
+                    format: Some(format_of(node).to_owned()),
+                }
+            }
+        };
+        Ok(NewImage {
+            filename: self.filename.clone(),
+            content: NewContent::of_format(format, size, backing).map_err(from_engine)?,
+        })
+    }
+
+    /// The target's format, if it is to be one: that of the source for what is made.
+    fn format_like(&self, disk: &Node) -> Option<String> {
+        match (&self.format, self.mode) {
+            (Some(format), _) => Some(format.clone()),
+            (None, TargetMode::Existing) => None,
+            (None, TargetMode::AbsolutePaths) => Some(format_of(disk).to_owned()),
+        }
+    }
+
+    fn options(
+        &self,
+        format: Option<&str>,
+        backing: Option<&Arc<Node>>,
+        sync: SyncMode,
+    ) -> Result<NodeOptions, QmpError> {
+        let file = NodeOptions::new(DriverOptions::File(FileOptions {
+            filename: self.filename.clone(),
+            aio: Aio::default(),
+            locking: Locking::Auto,
+        }));
+        let file = NodeRef::Inline(Box::new(file));
+        let driver = match format {
+            None => DriverOptions::Probed(file),
+            Some("raw") => DriverOptions::Raw(RawOptions {
+                file,
+                offset: None,
+                size: None,
+            }),
+            Some("qcow2") => {
+                let node = backing.map(|node| NodeRef::Name(node.name().to_owned()));
+                let backing = match (node, sync, self.mode) {
+                    // What guests write to the disk does not reach what the job has written.
+                    (Some(node), SyncMode::None, _) => Some(BackingOption::Written(node)),
+                    (Some(node), _, TargetMode::AbsolutePaths) => Some(BackingOption::Node(node)),
+                    _ => None,
+                };
+                let qcow2 = Qcow2Options::new(file);
+                DriverOptions::Qcow2(Qcow2Options {
+                    backing: backing.unwrap_or(qcow2.backing.clone()),
+                    ..qcow2
+                })
+            }
+            Some(other) => {
+                return Err(QmpError::generic(format!("Unknown driver '{other}'")));
+            }
+        };
+        Ok(NodeOptions {
+            // Zeroes need no space.
+            discard: DiscardMode::Unmap,
+            ..NodeOptions::new(driver)
+        })
+    }
+}
+
+/// What an image like this one is called when it is made.
+fn format_of(disk: &Node) -> &'static str {
+    match disk.driver().info().driver {
+        "file" | "host_device" => "raw",
+        format => format,
+    }
+}

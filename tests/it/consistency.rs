@@ -15,23 +15,25 @@ use super::harness::{self, Daemon, Program, Qmp, tool};
 use super::nbd::client::Client;
 
 /// The disks, with images that differ in all that snapshots depend on.
-const DISKS: [(&str, &str); 3] = [
+pub(crate) const DISKS: [(&str, &str); 3] = [
     ("a", "cluster_size=64k"),
     ("b", "cluster_size=4k,refcount_bits=64"),
     ("c", "cluster_size=16k,compat=0.10"),
 ];
-const WRITERS: usize = 2;
+pub(crate) const WRITERS: usize = 2;
 /// Places on each disk where one writer puts numbers, one after the other and then over the oldest.
 const SLOTS: u64 = 96;
 /// Bytes from one place to the next; a write has `BLOCK` of them.
 const STRIDE: u64 = 16 << 10;
-const BLOCK: usize = 4096;
-const DISK_BYTES: u64 = WRITERS as u64 * SLOTS * STRIDE;
+pub(crate) const BLOCK: usize = 4096;
+pub(crate) const DISK_BYTES: u64 = WRITERS as u64 * SLOTS * STRIDE;
+/// Numbers that have places of their own; the next goes where the first of them was.
+pub(crate) const NUMBERS: u64 = SLOTS * DISKS.len() as u64;
 /// How many transactions are taken under way.
 const CUTS: usize = 30;
 
 /// The disk and the offset where a writer puts a number.
-fn place(writer: usize, number: u64) -> (usize, u64) {
+pub(crate) fn place(writer: usize, number: u64) -> (usize, u64) {
     let disks = DISKS.len() as u64;
     let slot = (number / disks) % SLOTS;
     let offset = (writer as u64 * SLOTS + slot) * STRIDE;
@@ -118,7 +120,7 @@ fn cut(qmp: &mut Qmp, progress: &[Progress], name: String) -> Cut {
 }
 
 /// What a snapshot (or, without a name, the disk itself) holds, for each disk.
-fn contents(folder: &Path, snapshot: Option<&str>) -> Vec<Vec<u8>> {
+pub(crate) fn contents(folder: &Path, snapshot: Option<&str>) -> Vec<Vec<u8>> {
     let read = |(disk, _): (&str, &str)| {
         let which = snapshot.map_or(String::new(), |name| format!("-l snapshot.name={name}"));
         let line = format!("qemu-img convert -f qcow2 -O raw {which} {disk}.qcow2 {disk}.raw");
@@ -129,14 +131,13 @@ fn contents(folder: &Path, snapshot: Option<&str>) -> Vec<Vec<u8>> {
 }
 
 /// The last number that disks hold of a writer, if they hold all before it too.
-fn prefix(disks: &[Vec<u8>], writer: usize) -> Result<u64, String> {
+pub(crate) fn prefix(disks: &[Vec<u8>], writer: usize) -> Result<u64, String> {
     let block = |number| {
         let (disk, offset) = place(writer, number);
         &disks[disk][offset as usize..][..BLOCK]
     };
     let first_of = |block: &[u8]| u64::from_be_bytes(block[..8].try_into().unwrap());
-    // Numbers that share a place differ by this.
-    let round = SLOTS * DISKS.len() as u64;
+    let round = NUMBERS;
     let last = (0..round).map(|number| first_of(block(number))).max();
     let last = last.unwrap_or(0);
     for index in 0..round {

@@ -5,6 +5,8 @@
 
 mod churn;
 pub(crate) mod full;
+mod cut_off;
+mod full;
 mod load;
 mod transactions;
 mod unsettled;

@@ -4,7 +4,7 @@
 usage: transactions.py QBLOCKD FOLDER [DISKS...]
 
 For each number of disks: that many images of 1 MiB with some data are opened, and transactions take snapshots of all of them, with and
-without a state directory. The daemon logs how long guests waited.
+without a state directory. The daemon logs how long guests waited, and for what; PARTS=1 shows that.
 """
 
 import json
@@ -69,6 +69,9 @@ def measure(daemon, folder, disks, journaled):
     qmp.run("quit")
     process.wait()
     log.seek(0)
+    if os.environ.get("PARTS"):
+        print(log.read(), file=sys.stderr)
+        log.seek(0)
     units = {"s": 1000.0, "ms": 1.0, "µs": 0.001}
     held = [float(n) * units[u] for n, u in re.findall(r"guests waited ([0-9.]+)(s|ms|µs)", log.read())]
     return held, [second * 1000 for second in took]

@@ -211,14 +211,18 @@ impl Running {
         for action in &mut self.actions {
             guarded(action.stage(held)).await?;
         }
+        held.mark("stage");
         held.prepare().await?;
+        held.mark("write");
         if let Some(entry) = &mut self.with.entry {
-            let switches = held.switches().await?.into_iter();
-            let switches = switches.map(|(place, switch)| (place, switch.before, switch.after));
-            let written = limited(entry.commit(switches.collect())).await;
+            let switches = held.switches().await?;
+            let written = limited(entry.commit(switches)).await;
             written.map_err(|error| journal_error(&error))?;
+            held.mark("journal");
         }
-        held.commit().await
+        held.commit().await?;
+        held.mark("switch");
+        Ok(())
     }
 
     /// Takes back what was staged, and lets guests go on. What the journal says comes first: should it be cut off here, the next
@@ -262,7 +266,6 @@ impl Running {
     /// All headers are switched: it has happened, and the graph is to follow. Answers what keeps the headers as they are.
     async fn commit(&mut self, held: Held) -> Vec<HeaderHeld> {
         let mut actions = std::mem::take(&mut self.actions);
-        let count = actions.len();
         let committed = self.with.cx.commit(move |control| {
             for action in &mut actions {
                 let committed = AssertUnwindSafe(|| action.commit(control, &held));
@@ -277,16 +280,7 @@ impl Running {
             return Vec::new();
         };
         self.actions = actions;
-        let (waited, headers) = held.release();
-        let level = match waited > limits::TRANSACTION_LONG_HOLD {
-            true => log::Level::Warn,
-            false => log::Level::Info,
-        };
-        log::log!(
-            level,
-            "transaction of {count} actions: guests waited {waited:.1?}"
-        );
-        headers
+        held.release()
     }
 
     /// Guests run. The headers of images stay what the journal says they are until it has ended: after a crash meanwhile, the next

@@ -7,11 +7,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use block::driver::HeaderSwitch;
+
 use super::record::{Creation, Identity, ImageSwitch, Record, StagedImage, VERSION, modified};
 use super::{Journal, SUFFIX};
 
-/// The bytes that a commit takes for each image, but for its path: two sectors in hexadecimal, and names and numbers around them.
-const BYTES_PER_SWITCH: usize = 4 * 512 + 256;
+/// The bytes that a commit takes for each image, but for its path: a sector and some fields of a header in hexadecimal, and names
+/// and numbers around them.
+const BYTES_PER_SWITCH: usize = 2 * 512 + 512;
 
 /// What a record takes beside its contents.
 const BYTES_PER_RECORD: usize = 256;
@@ -133,14 +136,15 @@ impl Entry {
         &self.staged
     }
 
-    /// Says that everything is to happen, durably. `switches` are of images that were named by [`Entry::stages`], as (place there,
-    /// first sector before, and after).
+    /// Says that everything is to happen, durably. `switches` are of images that were named by [`Entry::stages`], with their places
+    /// there.
     ///
     /// After an error the transaction must be taken back, by [`Entry::revoke`] first.
-    pub async fn commit(&mut self, switches: Vec<(usize, Vec<u8>, Vec<u8>)>) -> io::Result<()> {
+    pub async fn commit(&mut self, switches: Vec<(usize, HeaderSwitch)>) -> io::Result<()> {
         let images = self.staged.clone();
         let switches = blocking(move || {
-            let switch = |(place, before, after): (usize, Vec<u8>, Vec<u8>)| {
+            let switch = |(place, switch): (usize, HeaderSwitch)| {
+                let (at, bytes) = switch.difference();
                 let image: &StagedImage = images.get(place).ok_or(io::ErrorKind::NotFound)?;
                 let metadata = fs::metadata(&image.path)?;
                 if Identity::of(&metadata) != image.file {
@@ -150,8 +154,9 @@ impl Entry {
                 Ok(ImageSwitch {
                     image: image.clone(),
                     modified: modified(&metadata),
-                    before,
-                    after,
+                    at,
+                    bytes: bytes.to_vec(),
+                    before: switch.before,
                 })
             };
             switches.into_iter().map(switch).collect::<io::Result<_>>()

@@ -61,9 +61,21 @@ pub struct ImageSwitch {
     /// Its first sector as it is.
     #[serde(with = "hex")]
     pub before: Vec<u8>,
-    /// The same as it will be.
+    /// Where it differs then, in bytes from its beginning.
+    pub at: usize,
+    /// What is there then.
     #[serde(with = "hex")]
-    pub after: Vec<u8>,
+    pub bytes: Vec<u8>,
+}
+
+impl ImageSwitch {
+    /// Its first sector as it will be. `None` where the parts do not fit together.
+    pub(super) fn after(&self) -> Option<Vec<u8>> {
+        let mut after = self.before.clone();
+        let end = self.at.checked_add(self.bytes.len())?;
+        after.get_mut(self.at..end)?.copy_from_slice(&self.bytes);
+        Some(after)
+    }
 }
 
 /// A file that a transaction makes.
@@ -144,13 +156,25 @@ impl Record {
 
 /// The CRC of Ethernet and zip.
 fn crc32(bytes: &[u8]) -> u32 {
-    let step = |crc: u32, byte: &u8| {
-        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
-            (crc >> 1) ^ (0xedb8_8320 & 0_u32.wrapping_sub(crc & 1))
-        })
-    };
+    let step = |crc: u32, byte: &u8| (crc >> 8) ^ CRC_OF_BYTE[usize::from(crc as u8 ^ byte)];
     !bytes.iter().fold(!0, step)
 }
+
+const CRC_OF_BYTE: [u32; 256] = {
+    let mut table = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let mut crc = byte as u32;
+        let mut bit = 0;
+        while bit < 8 {
+            crc = (crc >> 1) ^ (0xedb8_8320 & 0_u32.wrapping_sub(crc & 1));
+            bit += 1;
+        }
+        table[byte] = crc;
+        byte += 1;
+    }
+    table
+};
 
 /// Bytes as text.
 mod hex {
@@ -158,8 +182,11 @@ mod hex {
     use serde::{Deserialize as _, Deserializer, Serializer};
 
     pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-        let text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        serializer.serialize_str(&text)
+        let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value & 15)]);
+        let digits = bytes
+            .iter()
+            .flat_map(|byte| [digit(byte >> 4), digit(*byte)]);
+        serializer.serialize_str(&digits.collect::<String>())
     }
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(
@@ -204,7 +231,8 @@ mod tests {
                     },
                     modified: Some((-1, 5)),
                     before: vec![0, 1, 0xab, 0xff],
-                    after: vec![0; 4],
+                    at: 2,
+                    bytes: vec![0; 2],
                 }],
             },
             Record::Abort,

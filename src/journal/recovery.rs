@@ -291,16 +291,16 @@ async fn switch_header(
 ) -> Result<ImageResult, Error> {
     let offset = switch.image.offset;
     let end = offset + switch.before.len() as u64;
-    if switch.before.len() != switch.after.len() || end > file.size() {
+    let Some(after) = switch.after().filter(|_| end <= file.size()) else {
         return Ok(ImageResult::Changed);
-    }
+    };
     let sector = file.read(offset, end - offset).await?.to_bytes();
     let (is, result) = match direction {
         Direction::Forward => (&switch.before, ImageResult::Switched),
-        Direction::Back => (&switch.after, ImageResult::SwitchedBack),
+        Direction::Back => (&after, ImageResult::SwitchedBack),
     };
     let wanted = match direction {
-        Direction::Forward => &switch.after,
+        Direction::Forward => &after,
         Direction::Back => &switch.before,
     };
     if sector[..] == wanted[..] {

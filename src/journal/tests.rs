@@ -103,10 +103,10 @@ impl Lab {
 
     async fn commits(&self, staged: &[Staged]) -> Entry {
         let mut entry = self.stages(staged).await;
-        let switches = staged.iter().enumerate().map(|(place, staged)| {
-            let HeaderSwitch { before, after } = staged.switch.clone();
-            (place, before, after)
-        });
+        let switches = staged
+            .iter()
+            .map(|staged| staged.switch.clone())
+            .enumerate();
         entry.commit(switches.collect()).await.unwrap();
         entry
     }

@@ -1,7 +1,7 @@
 //! The disks of a transaction while guests stand still, some with a change of their internal snapshots.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use block::driver::{BoxFuture, HeaderHeld, HeaderSwitch, Requests as _, SnapshotChange};
 use block::error::{Error, ErrorKind, Result};
@@ -17,6 +17,8 @@ use crate::limits;
 pub(crate) struct Held {
     disks: Vec<HeldDisk>,
     since: Instant,
+    /// Parts of the time since, and when they ended.
+    parts: Vec<(&'static str, Instant)>,
     /// Which action is being staged.
     pub(super) action: usize,
 }
@@ -65,6 +67,7 @@ impl Held {
             Guests::GoOn => disks.iter().map(|_| None).collect(),
         };
         // Behind the last of these all disks show the same moment.
+        let drained = Instant::now();
         let changes = join_all(disks.iter().map(begin_change)).await;
         let held = disks.into_iter().zip(quiesced).zip(changes);
         let disks = held.map(|((disk, quiesced), change)| HeldDisk {
@@ -77,8 +80,14 @@ impl Held {
         Ok(Held {
             disks: disks.collect(),
             since,
+            parts: vec![("drain", drained), ("begin", Instant::now())],
             action: 0,
         })
+    }
+
+    /// A part of what is done while guests wait has ended.
+    pub(super) fn mark(&mut self, part: &'static str) {
+        self.parts.push((part, Instant::now()));
     }
 
     /// What shows that a node is held still. `None` in a dry run.
@@ -184,16 +193,24 @@ impl Held {
         }
     }
 
-    /// The changes stay, and requests go on. Answers how long they waited, and what holds the headers of the images.
-    pub(super) fn release(self) -> (Duration, Vec<HeaderHeld>) {
-        let Held { disks, since, .. } = self;
+    /// The changes stay, and requests go on. How long they waited is logged. Answers what holds the headers of the images.
+    pub(super) fn release(mut self) -> Vec<HeaderHeld> {
+        self.mark("commit");
+        let Held {
+            disks,
+            since,
+            parts,
+            ..
+        } = self;
+        let count = disks.len();
         let mut headers = Vec::new();
         for held in disks {
             if let Some(Ok(change)) = held.change {
                 headers.push(change.finish());
             }
         }
-        (since.elapsed(), headers)
+        log_wait(count, since, &parts);
+        headers
     }
 }
 
@@ -238,6 +255,27 @@ impl HeldDisk {
         );
         true
     }
+}
+
+/// Says how long guests waited, and for what.
+fn log_wait(disks: usize, since: Instant, parts: &[(&str, Instant)]) {
+    let waited = since.elapsed();
+    let level = match waited > limits::TRANSACTION_LONG_HOLD {
+        true => log::Level::Warn,
+        false => log::Level::Info,
+    };
+    let mut begin = since;
+    let mut each = Vec::new();
+    for (part, end) in parts {
+        each.push(format!("{part} {:.1?}", end.duration_since(begin)));
+        begin = *end;
+    }
+    let each = each.join(", ");
+    log::log!(
+        target: "qblockd::transaction",
+        level,
+        "transaction over {disks} disks: guests waited {waited:.1?} ({each})"
+    );
 }
 
 /// Holds requests to all disks back, from one moment on.

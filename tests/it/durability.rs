@@ -4,9 +4,8 @@
 //! seed of its load; the seed is printed.
 
 mod churn;
-pub(crate) mod full;
 mod cut_off;
-mod full;
+pub(crate) mod full;
 mod load;
 mod transactions;
 mod unsettled;

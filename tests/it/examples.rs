@@ -9,6 +9,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use block::driver::HeaderSwitch;
 use qapi_gen::ir::ExampleLine;
 use qapi_gen::load::Disk;
 use qapi_gen::{Loaded, Options, load_hx, load_schema};
@@ -365,7 +366,11 @@ fn cut_off(folder: &Path, image: &Path) {
     let mut other = sector.clone();
     // Lazy refcounts: a bit that changes nothing else.
     other[87] ^= 1;
-    let switches = vec![(0, other.clone(), sector.clone()), (1, sector, other)];
+    let switch = |before: &[u8], after: &[u8]| HeaderSwitch {
+        before: before.to_vec(),
+        after: after.to_vec(),
+    };
+    let switches = vec![(0, switch(&other, &sector)), (1, switch(&sector, &other))];
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let journal = Journal::open(&folder.join("state")).unwrap();

@@ -132,7 +132,7 @@ pub(super) struct Staged {
     counted: Vec<settling::Change>,
     /// Those of them that were not, because a table that leaves passes them on.
     passed_on: Vec<PassedOn>,
-    /// L1 tables that have been written, and nothing points to.
+    /// L1 tables that nothing points to yet, and their places. They are written when all steps are known.
     pub(super) new_l1s: Vec<(Reserved, Arc<[u64]>)>,
     new_table: Option<Reserved>,
     /// Areas that nothing points to after the switch.
@@ -277,6 +277,7 @@ impl Staged {
 
     async fn prepare(&mut self) -> Result<()> {
         self.check_phase()?;
+        self.write_l1s().await?;
         self.write_table().await?;
         self.changes = sum(std::mem::take(&mut self.changes));
         if self.image.settling.has_passed_on() {
@@ -299,6 +300,18 @@ impl Staged {
         self.mark_bitmaps().await?;
         let new = self.new_fields();
         self.image.header.preview(|header| new.set(header)).await
+    }
+
+    /// Writes new L1 tables; nothing points to them yet.
+    async fn write_l1s(&mut self) -> Result<()> {
+        for (area, entries) in &self.new_l1s {
+            let bytes = entries.iter().flat_map(|entry| entry.to_be_bytes());
+            let image = &self.image;
+            image
+                .write_area(Owner::L1Table, area, bytes.collect())
+                .await?;
+        }
+        Ok(())
     }
 
     /// Writes the table to free clusters; nothing points to it yet.

@@ -27,7 +27,7 @@ impl Staged {
         let entries = self.active.entries.clone();
         let mut entry = TableEntry::new(self.table.next_id(), &new, self.size());
         entry.l1_entries = entries.len() as u32;
-        entry.l1_offset = self.write_l1(entries.clone()).await?.0;
+        entry.l1_offset = self.place_l1(entries.clone()).await?.0;
         let info = entry.info(self.size());
         self.table = self.table.with(entry);
         self.changes.extend(changes(self.image.g, &entries, 1));
@@ -68,22 +68,17 @@ impl Staged {
         Ok(())
     }
 
-    /// Writes an L1 table to fresh clusters; an empty one needs none.
-    async fn write_l1(&mut self, entries: Arc<[u64]>) -> Result<HostOffset> {
-        let bytes: Vec<u8> = entries
-            .iter()
-            .flat_map(|entry| entry.to_be_bytes())
-            .collect();
-        if bytes.is_empty() {
+    /// Takes fresh clusters for an L1 table; an empty one needs none.
+    async fn place_l1(&mut self, entries: Arc<[u64]>) -> Result<HostOffset> {
+        if entries.is_empty() {
             return Ok(HostOffset(0));
         }
         let image = &self.image;
+        let clusters = image.g.clusters_for(entries.len() as u64 * ENTRY_SIZE);
         let area = {
-            let clusters = image.g.clusters_for(bytes.len() as u64);
             let mut alloc = image.alloc.lock().await;
             alloc.allocate_metadata(clusters, Owner::L1Table).await?
         };
-        image.write_area(Owner::L1Table, &area, bytes).await?;
         let offset = image.g.host_offset(area.run().start);
         self.new_l1s.push((area, entries));
         Ok(offset)
@@ -146,7 +141,7 @@ impl Staged {
         for (_, table) in tables(g, &l1) {
             self.image.owners.claim(table, 1, Owner::L2Table)?;
         }
-        let offset = self.write_l1(l1.clone()).await?;
+        let offset = self.place_l1(l1.clone()).await?;
         let new = StagedL1 {
             offset,
             entries: l1.clone(),

@@ -6,6 +6,7 @@
 
 use std::io::{self, Write as _};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use block::driver::{AmendOptions, Preallocation, Requests};
 use block::error::{Error, ErrorKind};
@@ -90,7 +91,7 @@ fn node(command: &AmendCommand) -> NodeOptions {
 }
 
 fn file(name: &str) -> NodeRef {
-    NodeRef::Inline(Box::new(NodeOptions::new(DriverOptions::File(
+    NodeRef::Inline(Arc::new(NodeOptions::new(DriverOptions::File(
         FileOptions {
             filename: name.to_owned(),
             aio: Aio::Threads,

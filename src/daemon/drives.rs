@@ -1,5 +1,7 @@
 //! `--drive`: an image with a name that clients call `device`, created if it is not there yet.
 
+use std::sync::Arc;
+
 use block::driver::Preallocation;
 use block::error::Error;
 use block::formats::qcow2::NOT_QCOW2;
@@ -114,7 +116,7 @@ fn node_options(options: &DriveOptions, filename: &str) -> NodeOptions {
             locking: Locking::Auto,
         }))
     };
-    let file = NodeRef::Inline(Box::new(file));
+    let file = NodeRef::Inline(Arc::new(file));
     let format = match options.format {
         DriveFormat::Unsaid | DriveFormat::Qcow2 => DriverOptions::Qcow2(Qcow2Options::new(file)),
         DriveFormat::Auto => DriverOptions::Probed(file),

@@ -41,7 +41,7 @@ pub enum Place {
     /// A node of the graph, which the job uses until its end.
     Node(Edge),
     /// A node that is opened for this only.
-    Open(Box<NodeOptions>),
+    Open(Arc<NodeOptions>),
 }
 
 /// The job.

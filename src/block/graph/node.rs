@@ -10,7 +10,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 
 use super::access::Access;
 use super::counters::{Counters, RequestCount, RequestKind};
@@ -19,7 +19,7 @@ use super::names::NodeName;
 use crate::driver::{Child, Driver, SnapshotSource, Snapshots};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Closed, Gate, RangeLock};
-use crate::open::{CacheMode, DetectZeroes, DiscardMode};
+use crate::open::{CacheMode, DetectZeroes, DiscardMode, NodeOptions};
 
 /// How a node behaves, whatever its driver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -80,6 +80,7 @@ pub(super) struct Inner {
     /// Held by a resize, which waits inside of the gate until it is alone there.
     pub(super) resizing: tokio::sync::Mutex<()>,
     behaviour: ArcSwap<Behaviour>,
+    options: ArcSwapOption<NodeOptions>,
     links: Mutex<Vec<Link>>,
     /// The driver has been closed: nothing reaches it any more.
     closed: AtomicBool,
@@ -116,6 +117,7 @@ impl Node {
                 counters: Counters::default(),
                 resizing: tokio::sync::Mutex::default(),
                 behaviour: ArcSwap::from_pointee(behaviour),
+                options: ArcSwapOption::empty(),
                 links: Mutex::new(links),
                 closed: AtomicBool::new(false),
             }),
@@ -135,6 +137,17 @@ impl Node {
     /// How it behaves.
     pub fn behaviour(&self) -> Behaviour {
         self.inner.behaviour()
+    }
+
+    /// What it was asked to be, where `open` made it. What a layer inherits from the node that brings it along is in these of
+    /// the layer.
+    pub fn options(&self) -> Option<Arc<NodeOptions>> {
+        self.inner.options.load_full()
+    }
+
+    /// What it was asked to be is this.
+    pub(crate) fn set_options(&self, options: NodeOptions) {
+        self.inner.options.store(Some(Arc::new(options)));
     }
 
     /// The driver, for what is not a request: facts, snapshots. Requests go through the node.

@@ -5,6 +5,7 @@
 //! asked for that.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use super::options::{
     Aio, BackingOption, DriverOptions, FileOptions, Locking, NodeOptions, NodeRef, Qcow2Options,
@@ -36,7 +37,7 @@ pub(super) fn options(
     aio: Aio,
 ) -> Result<NodeOptions> {
     let filename = resolve(reference)?;
-    let file = NodeRef::Inline(Box::new(NodeOptions::new(DriverOptions::File(
+    let file = NodeRef::Inline(Arc::new(NodeOptions::new(DriverOptions::File(
         FileOptions {
             filename,
             aio,
@@ -123,8 +124,8 @@ mod tests {
             DriverOptions::Raw(RawOptions {
                 file: NodeRef::Inline(file),
                 ..
-            }) => match file.driver {
-                DriverOptions::File(file) => Some(file.filename),
+            }) => match &file.driver {
+                DriverOptions::File(file) => Some(file.filename.clone()),
                 other => panic!("{other:?}"),
             },
             other => panic!("{other:?}"),

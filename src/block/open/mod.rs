@@ -127,6 +127,7 @@ impl Opening<'_> {
                 }
             };
             let node = Node::new(name, driver, behaviour(options, read_only)?, links);
+            node.set_options(options.clone());
             self.nodes.push(node.clone());
             Ok(node)
         })

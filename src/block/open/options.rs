@@ -1,5 +1,7 @@
 //! What a node is made of, as plain data.
 
+use std::sync::Arc;
+
 /// What a node is made of: the engine's form of `--blockdev` and `blockdev-add`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NodeOptions {
@@ -197,8 +199,8 @@ pub struct Qcow2Cache {
 pub enum NodeRef {
     /// By node name.
     Name(String),
-    /// By options.
-    Inline(Box<NodeOptions>),
+    /// By options, of which nodes keep what they were asked to be.
+    Inline(Arc<NodeOptions>),
 }
 
 /// Which backing file an image gets.

@@ -44,7 +44,7 @@ fn named(name: &str, options: NodeOptions) -> NodeOptions {
 }
 
 fn inline(options: NodeOptions) -> NodeRef {
-    NodeRef::Inline(Box::new(options))
+    NodeRef::Inline(Arc::new(options))
 }
 
 async fn add(graph: &mut Graph, options: &NodeOptions) -> Result<Arc<Node>> {

@@ -1,5 +1,7 @@
 //! `BlockdevOptions` to the engine's node options.
 
+use std::sync::Arc;
+
 use block::open::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,
     NodeOptions, NodeRef, NullOptions, Qcow2Cache, Qcow2Options, RawOptions, UnnamedFormat,
@@ -180,7 +182,7 @@ fn qcow2_options(
             Some(BlockdevRefOrNull::Reference(name)) if name.is_empty() => BackingOption::Detached,
             Some(BlockdevRefOrNull::Reference(name)) => BackingOption::Node(NodeRef::Name(name)),
             Some(BlockdevRefOrNull::Definition(options)) => {
-                BackingOption::Node(NodeRef::Inline(Box::new(convert(*options, sharing)?)))
+                BackingOption::Node(NodeRef::Inline(Arc::new(convert(*options, sharing)?)))
             }
         },
         data_file: data_file.map(|file| reference(file, sharing)).transpose()?,
@@ -200,7 +202,7 @@ fn qcow2_options(
 fn reference(reference: BlockdevRef, above: Sharing) -> Result<NodeRef, QmpError> {
     Ok(match reference {
         BlockdevRef::Reference(name) => NodeRef::Name(name),
-        BlockdevRef::Definition(options) => NodeRef::Inline(Box::new(convert(*options, above)?)),
+        BlockdevRef::Definition(options) => NodeRef::Inline(Arc::new(convert(*options, above)?)),
     })
 }
 
@@ -237,7 +239,7 @@ mod tests {
         else {
             panic!("{node:?}");
         };
-        let DriverOptions::File(file) = file.driver else {
+        let DriverOptions::File(file) = &file.driver else {
             panic!("{file:?}");
         };
         assert_eq!(file.locking, Locking::Off);

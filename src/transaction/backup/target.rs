@@ -121,7 +121,7 @@ impl FileTarget {
             aio: Aio::default(),
             locking: Locking::Auto,
         }));
-        let file = NodeRef::Inline(Box::new(file));
+        let file = NodeRef::Inline(Arc::new(file));
         let driver = match format {
             None => DriverOptions::Probed(file),
             Some("raw") => DriverOptions::Raw(RawOptions {

@@ -387,6 +387,54 @@ Example:
 EQMP
 
     {
+        .name       = "x-debug-query-block-graph",
+        .args_type  = "",
+        .help       = "show who uses which node",
+        .mhandler.cmd_new = qmp_marshal_input_x_debug_query_block_graph,
+    },
+
+SQMP
+x-debug-query-block-graph
+-------------------------
+
+Show the block graph: drives, exports, jobs and nodes, and who uses whom. It is
+for people who look for faults.
+
+Return a json-object with:
+
+- "nodes": json-array of points, each with
+  - "id": its number in this answer (json-int)
+  - "type": "block-backend" for drives and exports, "block-job" or
+    "block-driver" (json-string)
+  - "name": the name of a node, the id of a drive or job, or "" (json-string)
+- "edges": json-array of lines, each with
+  - "parent": the number of the one that uses (json-int)
+  - "child": the number of the one that is used (json-int)
+  - "name": the role that it has (json-string)
+  - "perm": what is done to it: "consistent-read", "write",
+    "write-unchanged", "resize" (json-array of json-string)
+  - "shared-perm": what others may do to it (json-array of json-string)
+
+Example:
+
+-> { "execute": "x-debug-query-block-graph" }
+<- { "return": {
+        "nodes": [
+            { "id": 2, "type": "block-driver", "name": "disk0" },
+            { "id": 3, "type": "block-driver", "name": "#block123" },
+            { "id": 1, "type": "block-backend", "name": "" } ],
+        "edges": [
+            { "parent": 2, "child": 3, "name": "file",
+              "perm": [ "resize", "write", "consistent-read" ],
+              "shared-perm": [ "write-unchanged", "consistent-read" ] },
+            { "parent": 1, "child": 2, "name": "root",
+              "perm": [ "write", "consistent-read" ],
+              "shared-perm": [ "write-unchanged", "write",
+                               "consistent-read" ] } ] } }
+
+EQMP
+
+    {
         .name       = "blockdev-add",
         .args_type  = "options:O",
         .params     = "driver [node-name] [options]",

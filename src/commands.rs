@@ -2,6 +2,7 @@
 //!
 //! * [`control`]: sessions, versions, the end
 //! * `jobs`: jobs, backup
+//! * `graph`: the block graph as a drawing
 //! * `nodes`: adding, deleting and resizing nodes
 //! * `queries`: what there is
 //! * `creation`: new images
@@ -15,6 +16,7 @@ pub mod control;
 mod convert;
 mod creation;
 mod jobs;
+mod graph;
 mod machine;
 pub mod nbd;
 mod nodes;

@@ -166,7 +166,7 @@ impl Scene {
                 .server()
                 .run("nbd-server-add", json!({"device": "ide-hd0"})),
             "block-export-add" => empty().node().server(),
-            "block-export-del" | "query-block-exports" => exported(),
+            "block-export-del" | "query-block-exports" | "x-debug-query-block-graph" => exported(),
             "BLOCK_EXPORT_DELETED" => exported().run("block-export-del", json!({"id": "export0"})),
             "BLOCK_IMAGE_CORRUPTED" => Scene {
                 damaged: true,

@@ -27,6 +27,11 @@ fn nodes() {
 }
 
 #[test]
+fn graph() {
+    golden("graph");
+}
+
+#[test]
 fn drives() {
     golden("drives");
 }

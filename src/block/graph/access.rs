@@ -29,7 +29,7 @@ impl Access {
 }
 
 /// Who uses a node from outside of the graph.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum User {
     /// An export, by its id.
     Export(String),

@@ -11,6 +11,7 @@
 //! * `access`: who may write beside whom
 //! * `quiesce`: several nodes held still
 //! * `table`: the nodes, found by name and by what they stand on
+//! * `diagram`: the graph as a drawing
 //! * `names`: given and made-up names
 //! * `drive`: what the commands of 2013 call a device; `device` is what its guests see of it
 
@@ -19,6 +20,7 @@ mod align;
 mod change;
 mod counters;
 mod device;
+mod diagram;
 mod drive;
 mod edge;
 mod names;
@@ -40,6 +42,7 @@ pub use device::{
     Client, DriveStats, ErrorAction, ErrorPolicy, GuestError, IoStatus, Machine, OnError, RunState,
     Totals,
 };
+pub use diagram::{Arrow, Diagram, Permissions, Vertex, VertexKind};
 pub use drive::{Drive, NewDrive};
 pub use edge::Edge;
 pub use names::{NameSource, NodeName, is_well_formed};
@@ -320,6 +323,13 @@ impl Graph {
     pub fn users(&self, node: &Arc<Node>) -> impl Iterator<Item = &User> {
         let entry = self.table.of(node).into_iter();
         entry.flat_map(|entry| entry.users.iter().map(|user| &user.user))
+    }
+
+    /// All users from outside of the graph, node by node.
+    fn uses_from_outside(&self) -> impl Iterator<Item = &Use> {
+        self.nodes()
+            .filter_map(|node| self.table.of(node))
+            .flat_map(|entry| &entry.users)
     }
 
     /// The nodes that stand on this one, with the role it has for them.

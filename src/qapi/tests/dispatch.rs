@@ -107,6 +107,15 @@ impl handlers::BlockCreate<Counter> for Fake {
     }
 }
 
+impl handlers::BlockGraph<Counter> for Fake {
+    async fn x_debug_query_block_graph(cx: &Counter) -> Result<types::XDbgBlockGraph, QmpError> {
+        cx.count(types::XDbgBlockGraph {
+            nodes: Vec::new(),
+            edges: Vec::new(),
+        })
+    }
+}
+
 impl handlers::BlockExport<Counter> for Fake {
     async fn nbd_server_start(cx: &Counter, _: args::NbdServerStart) -> Result<(), QmpError> {
         cx.count(())

@@ -281,8 +281,8 @@ pub trait Driver: Requests {
     }
 }
 
-/// How an open driver is to go on. What concerns nodes only (discards, zero detection) is not here.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How an open driver is to go on. What concerns nodes only (zero detection, writethrough) is not here.
+#[derive(Debug, Clone)]
 pub struct ReopenOptions {
     /// Refuse writes, and let other programs know that they need not fear any.
     pub read_only: bool,
@@ -290,6 +290,42 @@ pub struct ReopenOptions {
     pub direct: bool,
     /// Ignore flush requests.
     pub no_flush: bool,
+    /// What only this driver has; `None` leaves it as it is.
+    pub settings: Option<DriverSettings>,
+    /// The layer that takes the place of the driver's `file` with the commit; until then the driver's child leads to the old one.
+    pub file: Option<NewFile>,
+}
+
+/// A layer that takes the place of a driver's `file`.
+#[derive(Debug, Clone)]
+pub struct NewFile {
+    /// The layer.
+    pub child: Child,
+    /// The file at the bottom of it, as the user named it.
+    pub filename: String,
+}
+
+/// What only some drivers have, and can have changed while they are open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DriverSettings {
+    /// raw's window, in bytes of the file.
+    Raw {
+        /// Where it begins.
+        offset: u64,
+        /// How long it is; up to the end without one.
+        size: Option<u64>,
+    },
+    /// qcow2's.
+    Qcow2 {
+        /// Discards of the guest reach the file.
+        pass_discard: bool,
+        /// What the deletion of a snapshot frees becomes holes.
+        pass_discard_snapshot: bool,
+        /// Greatest size of the L2 cache in bytes.
+        l2_cache_bytes: u64,
+        /// Greatest size of the refcount cache in bytes.
+        refcount_cache_bytes: u64,
+    },
 }
 
 /// A driver that is ready to go on in another way. Dropped, it goes on as before.

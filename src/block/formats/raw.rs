@@ -1,8 +1,12 @@
 //! `raw`: the bytes of the layer below as they are, or a window of them.
 
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+
 use crate::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, RequestLimits, Requests,
-    WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, DriverSettings, NewFile, Preallocation,
+    ReopenOptions, Reopening, RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
@@ -11,24 +15,24 @@ use crate::io::Data;
 #[derive(Debug)]
 pub struct Raw {
     file: Child,
-    filename: String,
-    offset: u64,
-    /// `None`: up to the end of the layer below, wherever that is by then.
-    len: Option<u64>,
+    window: Arc<ArcSwap<Window>>,
     /// What the disk must not begin with.
     banned: Option<&'static [u8]>,
 }
 
-impl Raw {
-    /// A window from `offset` (0 if missing) of `size` bytes (to the end if missing). `filename` is what queries show.
-    pub fn new(
-        file: Child,
-        filename: String,
-        offset: Option<u64>,
-        size: Option<u64>,
-    ) -> Result<Self> {
+/// What is seen of which file. Changed while nobody looks.
+#[derive(Debug)]
+struct Window {
+    filename: String,
+    offset: u64,
+    /// `None`: up to the end of the layer below, wherever that is by then.
+    len: Option<u64>,
+}
+
+impl Window {
+    /// A window of a file that has it.
+    fn of(file: &Child, filename: String, offset: u64, size: Option<u64>) -> Result<Window> {
         let actual = file.size();
-        let offset = offset.unwrap_or(0);
         if offset > actual {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
@@ -48,11 +52,38 @@ impl Raw {
                 ),
             ));
         }
-        Ok(Raw {
-            file,
+        Ok(Window {
             filename,
             offset,
             len: size,
+        })
+    }
+}
+
+/// A driver with another window.
+struct Reopened {
+    place: Arc<ArcSwap<Window>>,
+    window: Window,
+}
+
+impl Reopening for Reopened {
+    fn commit(self: Box<Self>) {
+        self.place.store(Arc::new(self.window));
+    }
+}
+
+impl Raw {
+    /// A window from `offset` (0 if missing) of `size` bytes (to the end if missing). `filename` is what queries show.
+    pub fn new(
+        file: Child,
+        filename: String,
+        offset: Option<u64>,
+        size: Option<u64>,
+    ) -> Result<Self> {
+        let window = Window::of(&file, filename, offset.unwrap_or(0), size)?;
+        Ok(Raw {
+            file,
+            window: Arc::new(ArcSwap::from_pointee(window)),
             banned: None,
         })
     }
@@ -60,11 +91,14 @@ impl Raw {
     /// All of a disk that was found to be raw because it does not begin with `magic`. It never will: a guest that could
     /// write that would make the next look at the disk find an image, with a backing file of the guest's choice.
     pub fn probed(file: Child, filename: String, magic: &'static [u8]) -> Self {
-        Raw {
-            file,
+        let window = Window {
             filename,
             offset: 0,
             len: None,
+        };
+        Raw {
+            file,
+            window: Arc::new(ArcSwap::from_pointee(window)),
             banned: Some(magic),
         }
     }
@@ -87,7 +121,7 @@ impl Raw {
             format!(
                 "Writing the beginning of an image to '{}' is refused, because its format was probed; \
                  type format=raw to allow it",
-                self.filename
+                self.window.load().filename
             ),
         ))
     }
@@ -95,10 +129,12 @@ impl Raw {
     /// The range in the layer below. A window of fixed size has an end; another grows with its file.
     fn shift(&self, offset: u64, len: u64) -> Result<u64> {
         let end = offset.checked_add(len);
-        if end.is_none_or(|end| self.len.is_some_and(|size| end > size)) {
+        let window = self.window.load();
+        if end.is_none_or(|end| window.len.is_some_and(|size| end > size)) {
             return Err(self.out_of_range(offset, len));
         }
-        self.offset
+        window
+            .offset
             .checked_add(offset)
             .ok_or_else(|| self.out_of_range(offset, len))
     }
@@ -121,13 +157,14 @@ impl Raw {
     }
 
     async fn do_resize(&self, size: u64, preallocation: Preallocation) -> Result<()> {
-        if self.len.is_some() {
+        if self.window.load().len.is_some() {
             return Err(Error::new(
                 ErrorKind::Unsupported,
                 "Cannot resize fixed-size raw disks",
             ));
         }
-        let end = self.offset.checked_add(size).ok_or_else(|| {
+        let offset = self.window.load().offset;
+        let end = offset.checked_add(size).ok_or_else(|| {
             Error::new(
                 ErrorKind::InvalidInput,
                 "Disk size too large for the chosen offset",
@@ -139,8 +176,10 @@ impl Raw {
 
 impl Requests for Raw {
     fn size(&self) -> u64 {
-        self.len
-            .unwrap_or_else(|| self.file.size().saturating_sub(self.offset))
+        let window = self.window.load();
+        window
+            .len
+            .unwrap_or_else(|| self.file.size().saturating_sub(window.offset))
     }
 
     fn limits(&self) -> RequestLimits {
@@ -148,7 +187,7 @@ impl Requests for Raw {
             // The node below widens what does not fit it.
             alignment: 1,
             preferred: self.file.limits().preferred,
-            growable: self.len.is_none() && self.file.limits().growable,
+            growable: self.window.load().len.is_none() && self.file.limits().growable,
         }
     }
 
@@ -198,7 +237,7 @@ impl Driver for Raw {
     fn info(&self) -> DriverInfo {
         DriverInfo {
             driver: "raw",
-            filename: self.filename.clone(),
+            filename: self.window.load().filename.clone(),
             ..DriverInfo::default()
         }
     }
@@ -209,6 +248,25 @@ impl Driver for Raw {
 
     fn close(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+
+    fn reopen(&self, options: ReopenOptions) -> BoxFuture<'_, Result<Box<dyn Reopening>>> {
+        Box::pin(async move {
+            let old = self.window.load_full();
+            let (offset, size) = match options.settings {
+                Some(DriverSettings::Raw { offset, size }) => (offset, size),
+                Some(DriverSettings::Qcow2 { .. }) | None => (old.offset, old.len),
+            };
+            let window = match options.file {
+                Some(NewFile { child, filename }) => Window::of(&child, filename, offset, size),
+                None => Window::of(&self.file, old.filename.clone(), offset, size),
+            };
+            let reopened = Reopened {
+                place: self.window.clone(),
+                window: window?,
+            };
+            Ok(Box::new(reopened) as Box<dyn Reopening>)
+        })
     }
 }
 

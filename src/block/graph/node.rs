@@ -139,15 +139,25 @@ impl Node {
         self.inner.behaviour()
     }
 
-    /// What it was asked to be, where `open` made it. What a layer inherits from the node that brings it along is in these of
-    /// the layer.
+    /// What it was asked to be, where `open` made it; without what a layer inherits from the node that brings it along.
     pub fn options(&self) -> Option<Arc<NodeOptions>> {
         self.inner.options.load_full()
     }
 
     /// What it was asked to be is this.
-    pub(crate) fn set_options(&self, options: NodeOptions) {
-        self.inner.options.store(Some(Arc::new(options)));
+    pub(crate) fn set_options(&self, options: Arc<NodeOptions>) {
+        self.inner.options.store(Some(options));
+    }
+
+    /// The file at the bottom, as the user named it.
+    pub fn filename(&self) -> String {
+        let mut filename = self.driver().info().filename;
+        let mut below = self.link("file");
+        while let Some(file) = below.filter(|_| filename.is_empty()) {
+            filename = file.driver().info().filename;
+            below = file.link("file");
+        }
+        filename
     }
 
     /// The driver, for what is not a request: facts, snapshots. Requests go through the node.

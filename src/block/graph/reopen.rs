@@ -6,19 +6,24 @@
 //!       -> Graph::reopened  checks again, makes it  on the owner of the graph
 //! ```
 //!
-//! The file below a format becomes read-only with it, unless somebody else writes to it, and writable with it: then other programs
-//! can read an image that nobody here writes to.
+//! Drivers prepare from the top down, and each while the layers below it still answer: an image that becomes read-only is written back
+//! through them. Only then are layers held from which others are to take over.
+//!
+//! The file below a format becomes read-only with it, unless somebody else writes to it, so that other programs can read an image
+//! that nobody here writes to. It becomes writable with the format, unless the user wants it read-only.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::access::conflict;
 use super::node::{Behaviour, Link, Node, Quiesced};
-use super::quiesce::quiesce_all;
+use super::quiesce::{quiesce_all, uppermost_first};
 use super::table::place;
 use super::{Access, Graph, Removed, link_user, not_found};
-use crate::driver::{ReopenOptions, Reopening};
+use crate::driver::{Child, DriverSettings, NewFile, ReopenOptions, Reopening, Requests as _};
 use crate::error::{Error, ErrorKind, Result};
+use crate::limits::MAX_CHAIN_DEPTH;
+use crate::open::NodeOptions;
 
 /// What is to become of a node.
 #[derive(Debug, Clone)]
@@ -29,6 +34,10 @@ pub struct NodeChange {
     pub behaviour: Behaviour,
     /// Layers that are others then, by role; `None` takes a backing away.
     pub layers: Vec<(&'static str, Option<Arc<Node>>)>,
+    /// What only its driver has, if that changes.
+    pub settings: Option<DriverSettings>,
+    /// What it is asked to be then, if that is known.
+    pub options: Option<Arc<NodeOptions>>,
 }
 
 impl NodeChange {
@@ -41,6 +50,8 @@ impl NodeChange {
                 ..node.behaviour()
             },
             layers: Vec::new(),
+            settings: None,
+            options: None,
         }
     }
 
@@ -77,7 +88,32 @@ impl NodeChange {
             } = behaviour;
             (read_only, cache.direct, cache.no_flush)
         };
-        options(before) != options(self.behaviour)
+        let file_changes = self.layers.iter().any(|(role, _)| *role == "file");
+        options(before) != options(self.behaviour) || self.settings.is_some() || file_changes
+    }
+
+    /// Whether no request may be inside of the node when it changes.
+    fn needs_stillness(&self) -> bool {
+        let window = matches!(self.settings, Some(DriverSettings::Raw { .. }));
+        window || !self.layers.is_empty()
+    }
+
+    fn driver_options(&self) -> ReopenOptions {
+        let Behaviour {
+            read_only, cache, ..
+        } = self.behaviour;
+        let mut files = self.layers.iter().filter(|(role, _)| *role == "file");
+        let file = files.next().and_then(|(_, node)| node.as_ref());
+        ReopenOptions {
+            read_only,
+            direct: cache.direct,
+            no_flush: cache.no_flush,
+            settings: self.settings,
+            file: file.map(|node| NewFile {
+                child: Child::new(node.clone()),
+                filename: node.filename(),
+            }),
+        }
     }
 }
 
@@ -96,32 +132,44 @@ pub struct ReadyToReopen {
 impl Reopen {
     /// Has the drivers do all that can fail. Cancellation: nothing has changed.
     pub async fn prepare(self) -> Result<ReadyToReopen> {
-        // Who reads through a layer that changes must not be in the middle of it.
-        let mut still: Vec<Arc<Node>> = Vec::new();
-        for change in self.changes.iter().filter(|one| !one.layers.is_empty()) {
-            still.push(change.node.clone());
-            let roles = change.layers.iter();
-            still.extend(roles.filter_map(|(role, _)| change.node.link(role)));
-        }
-        let held = quiesce_all(&still).await;
-        let mut ready = Vec::with_capacity(self.changes.len());
+        let order = uppermost_first(self.changes.iter().map(|change| &change.node));
+        let mut changes: HashMap<usize, NodeChange> = HashMap::new();
         for change in self.changes {
-            let Behaviour {
-                read_only, cache, ..
-            } = change.behaviour;
+            changes.insert(place(&change.node), change);
+        }
+        let mut held = Vec::new();
+        let mut ready = Vec::with_capacity(order.len());
+        for change in order.iter().filter_map(|node| changes.remove(&place(node))) {
+            if change.needs_stillness() {
+                if !change.node.behaviour().read_only {
+                    change.node.flush().await?;
+                }
+                held.push(change.node.quiesce().await);
+            }
             let reopening = match change.reopens_driver() {
                 false => None,
                 true => {
-                    let options = ReopenOptions {
-                        read_only,
-                        direct: cache.direct,
-                        no_flush: cache.no_flush,
-                    };
-                    Some(change.node.driver().reopen(options).await?)
+                    let driver = change.node.driver();
+                    Some(driver.reopen(change.driver_options()).await?)
                 }
             };
             ready.push((change, reopening));
         }
+        // What the drivers do by themselves goes on to the new layers.
+        let mut old: Vec<Arc<Node>> = Vec::new();
+        for (change, _) in &ready {
+            for node in change
+                .layers
+                .iter()
+                .filter_map(|(role, _)| change.node.link(role))
+            {
+                let is_held = held.iter().any(|held| held.is_of(&node));
+                if !is_held && !old.iter().any(|other| Arc::ptr_eq(other, &node)) {
+                    old.push(node);
+                }
+            }
+        }
+        held.extend(quiesce_all(&old).await);
         Ok(ReadyToReopen { ready, held })
     }
 }
@@ -138,7 +186,13 @@ impl Graph {
     pub fn reopen(&self, changes: Vec<NodeChange>) -> Result<Reopen> {
         let mut after = After::default();
         for change in changes {
-            self.follow(change, &mut after);
+            after.add(change);
+        }
+        // What was asked for wins over what follows.
+        let mut next = 0;
+        while let Some(change) = after.changes.get(next).cloned() {
+            self.follow(&change, &mut after);
+            next += 1;
         }
         self.check_reopen(&after)?;
         let After { changes, .. } = after;
@@ -160,6 +214,9 @@ impl Graph {
                 reopening.commit();
             }
             change.node.set_behaviour(change.behaviour);
+            if let Some(options) = &change.options {
+                change.node.set_options(options.clone());
+            }
             self.relink(&change, &mut left);
         }
         drop(held);
@@ -174,23 +231,26 @@ impl Graph {
         Ok(removed)
     }
 
-    /// Adds a change, and what it means for the files below.
-    fn follow(&self, change: NodeChange, after: &mut After) {
-        let (node, read_only) = (change.node.clone(), change.behaviour.read_only);
-        let flips = node.behaviour().read_only != read_only;
-        let links = change.links();
-        after.add(change);
-        if !flips {
+    /// Adds what a change means for the files below.
+    fn follow(&self, change: &NodeChange, after: &mut After) {
+        let read_only = change.behaviour.read_only;
+        if change.node.behaviour().read_only == read_only {
             return;
         }
-        for (role, below, _) in links {
+        for (role, below, _) in change.links() {
             let is_file = matches!(role, "file" | "data-file");
             if !is_file || after.has(&below) || below.behaviour().read_only == read_only {
                 continue;
             }
-            let uses = self.uses_after(&below, after);
-            if !read_only || !uses.iter().any(|(_, access)| access.writes) {
-                self.follow(NodeChange::read_only(&below, read_only), after);
+            let may_follow = match read_only {
+                true => {
+                    let uses = self.uses_after(&below, after);
+                    !uses.iter().any(|(_, access)| access.writes)
+                }
+                false => !is_kept_read_only(&below),
+            };
+            if may_follow {
+                after.add(NodeChange::read_only(&below, read_only));
             }
         }
     }
@@ -201,6 +261,7 @@ impl Graph {
                 return Err(not_found(change.node.name()));
             }
             after.check_cycles(change)?;
+            self.check_depth(change, after)?;
             let read_only = change.behaviour.read_only;
             let uses = self.uses_after(&change.node, after);
             if read_only && uses.iter().any(|(_, access)| access.writes) {
@@ -228,6 +289,37 @@ impl Graph {
             }
         }
         Ok(())
+    }
+
+    /// Refuses a backing with which a chain would be longer than can be opened.
+    fn check_depth(&self, change: &NodeChange, after: &After) -> Result<()> {
+        let is_new = |(role, below): &(&str, Option<_>)| *role == "backing" && below.is_some();
+        if !change.layers.iter().any(is_new) {
+            return Ok(());
+        }
+        let mut images = after.chain_len(&change.node);
+        let mut above = vec![change.node.clone()];
+        while !above.is_empty() && images <= MAX_CHAIN_DEPTH {
+            let mut next: Vec<Arc<Node>> = Vec::new();
+            for (parent, link) in above.iter().flat_map(|node| self.parents(node)) {
+                let known = next.iter().any(|other| Arc::ptr_eq(other, parent));
+                if link.role == "backing" && !known {
+                    next.push(parent.clone());
+                }
+            }
+            images += usize::from(!next.is_empty());
+            above = next;
+        }
+        match images <= MAX_CHAIN_DEPTH {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "A chain with '{}' in it would have more than {MAX_CHAIN_DEPTH} images",
+                    change.node.name()
+                ),
+            )),
+        }
     }
 
     /// How a node will be used.
@@ -284,6 +376,12 @@ impl Graph {
     }
 }
 
+/// Whether the user wants the node to be read-only, whatever stands on it.
+fn is_kept_read_only(node: &Node) -> bool {
+    let options = node.options();
+    options.is_some_and(|options| options.read_only && !options.auto_read_only)
+}
+
 fn describe(node: &Arc<Node>, role: &str) -> String {
     format!("node '{}' (uses node as '{role}' child)", node.name())
 }
@@ -323,6 +421,23 @@ impl After {
                 .collect(),
             None => node.links().iter().map(|link| link.edge.node()).collect(),
         }
+    }
+
+    /// How many images the chain will have whose active layer this is.
+    fn chain_len(&self, node: &Arc<Node>) -> usize {
+        let layer = |node: &Arc<Node>, wanted: &str| match self.of(node) {
+            Some(change) => {
+                let links = change.links().into_iter();
+                let mut links = links.filter(|(role, ..)| *role == wanted);
+                links.next().map(|(_, below, _)| below)
+            }
+            None => node.link(wanted),
+        };
+        let below = |node: &Arc<Node>| layer(node, "backing").or_else(|| layer(node, "file"));
+        let chain = std::iter::successors(Some(node.clone()), below);
+        // A cycle is not refused yet if there are several changes.
+        let chain = chain.take(2 * MAX_CHAIN_DEPTH + 2);
+        chain.filter(|node| layer(node, "file").is_some()).count()
     }
 
     /// Refuses layers that stand on the node.

@@ -127,7 +127,7 @@ impl Opening<'_> {
                 }
             };
             let node = Node::new(name, driver, behaviour(options, read_only)?, links);
-            node.set_options(options.clone());
+            node.set_options(Arc::new(options.clone()));
             self.nodes.push(node.clone());
             Ok(node)
         })
@@ -314,9 +314,11 @@ impl Opening<'_> {
                     )
                 })
             }
-            NodeRef::Inline(options) => {
-                let options = inherited(options, parent);
-                self.open(&options, depth + 1).await
+            NodeRef::Inline(own) => {
+                let options = inherited(own, parent);
+                let node = self.open(&options, depth + 1).await?;
+                node.set_options(own.clone());
+                Ok(node)
             }
         }
     }

@@ -19,6 +19,7 @@ use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header_cell::HeaderCell;
 use super::metadata::Metadata;
 use super::owners::{Owner, Owners};
+use super::tuning::Tuning;
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
@@ -147,7 +148,7 @@ pub(crate) struct Allocator {
     /// Blocks in memory, oldest first, for eviction.
     order: VecDeque<usize>,
     dirty: BTreeSet<usize>,
-    cache_limit: usize,
+    tuning: Arc<Tuning>,
     /// Clusters below are not searched again.
     hint: u64,
     /// Clusters from here on are free unless their refcount says otherwise.
@@ -170,7 +171,7 @@ impl Allocator {
         metadata: Metadata,
         header: Arc<HeaderCell>,
         table: Vec<u64>,
-        cache_bytes: u64,
+        tuning: Arc<Tuning>,
     ) -> Self {
         let (g, file) = (metadata.g, metadata.file.clone());
         let growable = file.limits().growable;
@@ -189,7 +190,7 @@ impl Allocator {
             blocks: HashMap::new(),
             order: VecDeque::new(),
             dirty: BTreeSet::new(),
-            cache_limit: (cache_bytes >> g.cluster_bits()).max(4) as usize,
+            tuning,
             hint: 0,
             end,
             free: BTreeMap::new(),
@@ -203,6 +204,12 @@ impl Allocator {
             owners: metadata.owners.clone(),
             metadata,
         }
+    }
+
+    /// Blocks in memory from which on others make room for new ones.
+    fn cache_limit(&self) -> usize {
+        let bytes = self.tuning.refcount_cache_bytes();
+        (bytes >> self.g.cluster_bits()).max(4) as usize
     }
 
     /// Takes up to `want` contiguous clusters (at least one) for guest data. Errors: `NoSpace` when the refcount table

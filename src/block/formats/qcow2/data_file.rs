@@ -208,7 +208,7 @@ impl Image {
 
     /// Gives back clusters of the external data file whose entries read as zeroes now. The caller has their range lock.
     pub(super) async fn give_back(&self, runs: &[Run]) {
-        if !self.pass_discard {
+        if !self.tuning.pass_discard() {
             return;
         }
         let flags = ZeroFlags {

@@ -34,6 +34,7 @@ use super::metadata::Metadata;
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
 use super::snapshot::{Settler, Settling, SnapshotList};
+use super::tuning::Tuning;
 use super::write_back::Commits;
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
@@ -46,7 +47,6 @@ use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 pub(crate) struct Image {
     pub(super) g: Geometry,
     /// The file as the user named it.
-    pub(super) filename: String,
     pub(super) file: Child,
     pub(super) data: DataFile,
     /// What unallocated clusters show. Changed while nobody uses the image.
@@ -57,11 +57,7 @@ pub(crate) struct Image {
     pub(super) read_only: AtomicBool,
     /// What writing needs is in memory: refcounts and owners.
     pub(super) can_write: AtomicBool,
-    pub(super) refcount_cache_bytes: u64,
-    /// Holes are punched where clusters are freed.
-    pub(super) pass_discard: bool,
-    /// Whether the clusters that a deleted snapshot frees become holes of the file.
-    pub(super) pass_discard_snapshot: bool,
+    pub(super) tuning: Arc<Tuning>,
     /// Version 3: zeroes need no cluster. Changed under the closed gate only.
     pub(super) has_zero_flag: AtomicBool,
     pub(super) compression: CompressionType,

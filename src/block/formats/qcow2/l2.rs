@@ -118,7 +118,7 @@ pub(crate) struct L2Cache {
     shards: [RwLock<Shard>; SHARDS],
     /// Tables in memory and the number from which on tables are evicted.
     count: AtomicUsize,
-    limit: usize,
+    limit: AtomicUsize,
     dirty: Mutex<Vec<Arc<L2Table>>>,
     dirty_count: AtomicUsize,
     /// Loads of the same table wait for each other.
@@ -132,13 +132,24 @@ struct Shard {
     order: VecDeque<u64>,
 }
 
+/// How many tables a cache of this size has; always some for each shard.
+fn tables_in(g: Geometry, bytes: u64) -> usize {
+    (bytes >> g.cluster_bits()).max(2 * SHARDS as u64) as usize
+}
+
 impl L2Cache {
+    /// From now on it is for up to `bytes`. Tables that are too many go when others come.
+    pub(crate) fn set_size(&self, bytes: u64) {
+        self.limit
+            .store(tables_in(self.g, bytes), Ordering::Relaxed);
+    }
+
     /// An empty cache for up to `bytes` of tables that are neither in use nor dirty.
     pub(crate) fn new(g: Geometry, file: Child, bytes: u64, damage: Arc<Damage>) -> Self {
         L2Cache {
             shards: Default::default(),
             count: AtomicUsize::new(0),
-            limit: (bytes >> g.cluster_bits()).max(2 * SHARDS as u64) as usize,
+            limit: tables_in(g, bytes).into(),
             dirty: Mutex::default(),
             dirty_count: AtomicUsize::new(0),
             loading: RangeLock::default(),
@@ -204,7 +215,7 @@ impl L2Cache {
             shard.order.push_back(host.0);
             self.count.fetch_add(1, Ordering::Relaxed);
         }
-        if self.count.load(Ordering::Relaxed) > self.limit {
+        if self.count.load(Ordering::Relaxed) > self.limit.load(Ordering::Relaxed) {
             self.evict(&mut shard, host);
         }
     }
@@ -285,7 +296,7 @@ impl L2Cache {
 
     /// How many tables may wait before somebody should write them.
     pub(crate) fn dirty_limit(&self) -> usize {
-        (self.limit / 2).max(1)
+        (self.limit.load(Ordering::Relaxed) / 2).max(1)
     }
 
     /// Takes what has changed, as it is now. What could not be written goes back with `put_back`.

@@ -20,6 +20,7 @@
 //! * `data_file`: guest data in another file
 //! * `codec`: the bytes of a compressed cluster
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
+//! * `reopen`, `tuning`: what changes while the image is open
 //! * `space`: what a full disk still gives
 //! * `gate`, `parallel`: what runs at the same time
 //!
@@ -70,6 +71,7 @@ mod subclusters;
 mod testing;
 #[cfg(test)]
 mod tests;
+mod tuning;
 mod write;
 mod write_back;
 mod zero;

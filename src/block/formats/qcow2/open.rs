@@ -26,6 +26,7 @@ use super::metadata::Metadata;
 use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
 use super::snapshot::{Settler, Settling, SnapshotList};
+use super::tuning::Tuning;
 use super::write_back::Commits;
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
@@ -200,22 +201,19 @@ impl Opening {
             owners: owners.clone(),
             damage: damage.clone(),
         };
-        let cache = options.refcount_cache_bytes;
-        let alloc = Allocator::new(metadata.clone(), header.clone(), reftable, cache);
+        let tuning = Arc::new(Tuning::new(&options));
+        let alloc = Allocator::new(metadata.clone(), header.clone(), reftable, tuning.clone());
         let l2 = L2Cache::new(g, file.clone(), options.l2_cache_bytes, damage.clone());
         let image = Image {
             g,
             l2: Arc::new(l2),
             file,
             data,
-            filename: options.filename,
             may_have_backing,
             backing: ArcSwapOption::from(backing.map(Arc::new)),
             read_only: options.read_only.into(),
             can_write: (!options.read_only).into(),
-            refcount_cache_bytes: cache,
-            pass_discard: options.pass_discard,
-            pass_discard_snapshot: options.pass_discard_snapshot,
+            tuning,
             has_zero_flag,
             compression,
             header,

@@ -14,30 +14,33 @@ use super::gate::Exclusive;
 use super::header::Incompatible;
 use super::image::Image;
 use super::open::{Tables, read_header};
-use crate::driver::Reopening;
+use crate::driver::{Child, ReopenOptions, Reopening};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::QCOW2_SETTLE_ON_CLOSE;
 
 /// An image that is ready. Requests wait until it is committed or dropped.
 pub(super) struct Reopened {
     image: Arc<Image>,
-    read_only: bool,
+    options: ReopenOptions,
     _alone: Exclusive,
 }
 
 impl Reopening for Reopened {
     fn commit(self: Box<Self>) {
+        let Reopened { image, options, .. } = *self;
         // Bitmaps and feature bits are looked at again before the next change.
-        self.image.prepared.store(false, Ordering::Release);
-        self.image
-            .read_only
-            .store(self.read_only, Ordering::Release);
+        image.prepared.store(false, Ordering::Release);
+        image.read_only.store(options.read_only, Ordering::Release);
+        if let Some(bytes) = image.tuning.set(options.settings, options.file) {
+            image.l2.set_size(bytes);
+        }
     }
 }
 
 impl Image {
-    /// Makes it ready to be read-only, or to be written to. Cancellation: run to the end by the caller.
-    pub(super) async fn reopen(self: Arc<Self>, read_only: bool) -> Result<Reopened> {
+    /// Makes it ready to be read-only, or to be written to, and to lie in another file. Cancellation: run to the end by the caller.
+    pub(super) async fn reopen(self: Arc<Self>, options: ReopenOptions) -> Result<Reopened> {
+        let read_only = options.read_only;
         if read_only && !self.is_read_only() {
             // While requests go on, as far as it goes.
             self.settle_until(Instant::now() + QCOW2_SETTLE_ON_CLOSE)
@@ -50,11 +53,34 @@ impl Image {
             (true, false) => self.load_for_writing().await?,
             (false, false) | (true, true) => {}
         }
+        if let Some(file) = &options.file {
+            self.check_file(&file.child).await?;
+        }
         Ok(Reopened {
             image: self,
-            read_only,
+            options,
             _alone: alone,
         })
+    }
+
+    /// Whether the image goes on in this file: what is in memory is about the image as it is. Under the closed gate.
+    async fn check_file(&self, file: &Child) -> Result<()> {
+        if !self.is_read_only() {
+            self.write_back_all().await?;
+            self.file.flush().await?;
+        }
+        let same_size = file.size() == self.file.size();
+        let len = self.g.cluster_size().min(self.file.size());
+        let is_same = same_size
+            && file.limits().growable == self.file.limits().growable
+            && file.read(0, len).await?.to_bytes() == self.file.read(0, len).await?.to_bytes();
+        match is_same {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::InvalidInput,
+                "qcow2: the new 'file' does not show the image that is open",
+            )),
+        }
     }
 
     /// Leaves the image in the file as `close` would. Under the closed gate.
@@ -101,7 +127,7 @@ impl Image {
         } = Tables::load(&self.file, &header, false).await?;
         self.owners.adopt(owners);
         let (metadata, cell) = (self.metadata.clone(), self.header.clone());
-        let loaded = Allocator::new(metadata, cell, reftable, self.refcount_cache_bytes);
+        let loaded = Allocator::new(metadata, cell, reftable, self.tuning.clone());
         *self.alloc.lock().await = loaded;
         self.can_write.store(true, Ordering::Release);
         Ok(())

@@ -175,7 +175,7 @@ impl Driver for Qcow2 {
         let v3 = header.version == Version::V3;
         DriverInfo {
             driver: "qcow2",
-            filename: self.image.filename.clone(),
+            filename: self.image.tuning.filename(),
             cluster_size: Some(self.image.g.cluster_size()),
             backing_filename: header.backing_name.clone(),
             backing_format: header.backing_format(),
@@ -224,7 +224,7 @@ impl Driver for Qcow2 {
 
     fn reopen(&self, options: ReopenOptions) -> BoxFuture<'_, Result<Box<dyn Reopening>>> {
         Box::pin(self.run(move |image| async move {
-            let reopened = image.reopen(options.read_only).await?;
+            let reopened = image.reopen(options).await?;
             Ok(Box::new(reopened) as Box<dyn Reopening>)
         }))
     }

@@ -177,7 +177,7 @@ impl Image {
 
     /// Gives the host the space of clusters that nobody else refers to. Their refcount is still 1, so nobody gets them.
     async fn punch(&self, runs: &[Run]) -> Result<()> {
-        if !self.pass_discard {
+        if !self.tuning.pass_discard() {
             return Ok(());
         }
         for run in runs {

@@ -130,7 +130,7 @@ impl Image {
     /// Drops the content of the whole subclusters in a checked range. The caller is inside the gate and has prepared.
     pub(super) async fn discard_range(&self, offset: u64, len: u64) -> Result<()> {
         if self.data.is_raw() {
-            return match self.pass_discard {
+            return match self.tuning.pass_discard() {
                 true => self.data.child().discard(offset, len).await,
                 false => Ok(()),
             };

@@ -54,7 +54,7 @@ impl Disk {
 
     async fn open(&mut self, name: &str, read_only: bool) -> Result<Arc<Node>> {
         let file = NodeOptions::new(DriverOptions::File(self.file(name)));
-        let qcow2 = Qcow2Options::new(NodeRef::Inline(Box::new(file)));
+        let qcow2 = Qcow2Options::new(NodeRef::Inline(Arc::new(file)));
         let options = NodeOptions {
             node_name: Some(name.to_owned()),
             read_only,

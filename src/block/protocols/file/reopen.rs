@@ -42,6 +42,8 @@ impl File {
             read_only,
             direct,
             no_flush,
+            settings: _,
+            file: _,
         } = options;
         let old = self.present();
         if read_only && !old.read_only {

@@ -51,7 +51,7 @@ impl Allocator {
     /// Evicts blocks, the oldest first, down to the limit. A dirty block may be written at any time: counts go up before
     /// anything durable points to the cluster, and down only after nothing durable does.
     async fn make_room(&mut self) -> Result<()> {
-        while self.blocks.len() >= self.cache_limit {
+        while self.blocks.len() >= self.cache_limit() {
             let Some(&oldest) = self.order.front() else {
                 return Ok(());
             };

@@ -187,7 +187,7 @@ impl Allocator {
     /// not all of them fit into the cache none are: they would take the place of each other.
     pub(crate) async fn load_ahead(&mut self, runs: &[Run]) -> Result<bool> {
         let needed = self.needed(runs);
-        if needed.len() > self.cache_limit {
+        if needed.len() > self.cache_limit() {
             return Ok(true);
         }
         let missing = needed
@@ -254,7 +254,7 @@ impl Allocator {
     /// Evicts blocks until `more` have room, but none of `needed`, which ascend: rather the cache grows.
     async fn make_room_beside(&mut self, needed: &[usize], more: usize) -> Result<()> {
         for _ in 0..self.order.len() {
-            if self.blocks.len() + more <= self.cache_limit {
+            if self.blocks.len() + more <= self.cache_limit() {
                 break;
             }
             let Some(&oldest) = self.order.front() else {

@@ -299,7 +299,7 @@ impl Image {
     /// Punches some of the clusters whose last reference was a snapshot's. Nobody reads them, and their count is still 1, so nobody
     /// gets them: this needs not be inside the gate, and snapshot operations do not wait for a file system that is busy with it.
     pub(super) async fn punch_freed(&self, _alone: &Punching<'_>) {
-        let (runs, bytes) = match self.pass_discard_snapshot {
+        let (runs, bytes) = match self.tuning.pass_discard_snapshot() {
             true => QCOW2_SETTLE_PUNCH,
             false => (usize::MAX, u64::MAX),
         };
@@ -314,7 +314,7 @@ impl Image {
             done += 1;
             let at = self.g.host_offset(run.start).0;
             let len = run.count << self.g.cluster_bits();
-            if self.pass_discard_snapshot
+            if self.tuning.pass_discard_snapshot()
                 && let Err(error) = self.file.discard(at, len).await
             {
                 log::debug!("qcow2: freed clusters keep their space in the file: {error}");

@@ -73,7 +73,7 @@ pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<A
     let disk = image.snapshot_disk(entry).await?;
     let header = header_of(&image.header.get(), entry.l1_offset, &disk);
     let options = OpenOptions {
-        filename: image.filename.clone(),
+        filename: image.tuning.filename(),
         read_only: true,
         l2_cache_bytes: QCOW2_VIEW_CACHE_BYTES,
         ..OpenOptions::default()

@@ -480,6 +480,68 @@ A snapshot inside the image of a drive, to be read while the drive is written:
 EQMP
 
     {
+        .name       = "blockdev-reopen",
+        .args_type  = "options:q",
+        .params     = "options",
+        .help       = "give nodes new options",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_reopen,
+    },
+
+SQMP
+blockdev-reopen
+---------------
+
+Give nodes new options while they are in use: all of them, or none if anything
+fails. What is left out goes back to its default; what cannot change must be
+given as it is.
+
+Arguments:
+
+- "options": json-array of the nodes, each a json-object as for blockdev-add with
+  its "node-name" and all of its options. "file" and "backing" may name other
+  nodes; "backing" may be null, and must be given where there is one.
+
+Example:
+
+-> { "execute": "blockdev-reopen",
+     "arguments": { "options": [
+         { "driver": "qcow2", "node-name": "disk0", "read-only": true,
+           "file": { "driver": "file", "filename": "disk.qcow2" } } ] } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "change-backing-file",
+        .args_type  = "device:s,image-node-name:s,backing-file:s",
+        .params     = "device image-node-name backing-file",
+        .help       = "change what an image says about its backing file",
+        .mhandler.cmd_new = qmp_marshal_input_change_backing_file,
+    },
+
+SQMP
+change-backing-file
+-------------------
+
+Change the name of the backing file in an image's header. What the image shows
+does not change until it is opened again.
+
+Arguments:
+
+- "device": the drive, or the node at the top of the chain (json-string)
+- "image-node-name": the node of the image (json-string)
+- "backing-file": the name to write; "" for none (json-string)
+
+Example:
+
+-> { "execute": "change-backing-file",
+     "arguments": { "device": "disk0", "image-node-name": "disk0",
+                    "backing-file": "/images/base.raw" } }
+<- { "return": {} }
+
+EQMP
+
+    {
         .name       = "blockdev-del",
         .args_type  = "node-name:s",
         .params     = "node-name",

@@ -4,6 +4,7 @@
 //! * `jobs`: jobs, backup
 //! * `graph`: the block graph as a drawing
 //! * `nodes`: adding, deleting and resizing nodes
+//! * `reopen`: nodes that change while they are in use
 //! * `queries`: what there is
 //! * `creation`: new images
 //! * `machine`: stopping and continuing guests
@@ -15,12 +16,13 @@
 pub mod control;
 mod convert;
 mod creation;
-mod jobs;
 mod graph;
+mod jobs;
 mod machine;
 pub mod nbd;
 mod nodes;
 mod queries;
+mod reopen;
 mod snapshots;
 mod transactions;
 

@@ -138,6 +138,10 @@ pub const QMP_ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 // Snapshots and transactions.
 
+/// How long drivers may take to get ready to go on otherwise: an image settles for half of it before it is read-only, and a device
+/// that hangs must not hold a command forever.
+pub const REOPEN_PREPARE: Duration = Duration::from_secs(60);
+
 /// Flushes before a snapshot holds guests back. Each makes durable what was written during the one before, so the third
 /// finds little even where guests write as fast as the disk.
 pub const SNAPSHOT_FLUSHES_AHEAD: usize = 3;

@@ -1,4 +1,4 @@
-//! The block graph: `x-debug-query-block-graph`.
+//! The block graph as a drawing, and the changes of it that have commands.
 
 use block::graph::{Arrow, Diagram, Permissions, Vertex, VertexKind};
 use qapi::handlers::BlockGraph;
@@ -7,7 +7,7 @@ use qapi::types::{
     BlockPermission, XDbgBlockGraph, XDbgBlockGraphEdge, XDbgBlockGraphNode, XDbgBlockGraphNodeType,
 };
 
-use super::Handlers;
+use super::{Handlers, reopen};
 use crate::daemon::Cx;
 
 impl BlockGraph<Cx> for Handlers {
@@ -18,6 +18,20 @@ impl BlockGraph<Cx> for Handlers {
             nodes: vertices.into_iter().map(point).collect(),
             edges: arrows.into_iter().map(line).collect(),
         })
+    }
+
+    async fn blockdev_reopen(
+        cx: &Cx,
+        args: qapi::commands::BlockdevReopen,
+    ) -> Result<(), QmpError> {
+        reopen::reopen(cx, args).await
+    }
+
+    async fn change_backing_file(
+        cx: &Cx,
+        args: qapi::commands::ChangeBackingFile,
+    ) -> Result<(), QmpError> {
+        reopen::change_backing_file(cx, args).await
     }
 }
 

@@ -125,6 +125,7 @@ fn sessions_get_the_same_answers_as_on_qemu_storage_daemon() {
         "session",
         "nodes",
         "graph",
+        "reopen",
         "resize",
         "snapshots",
         "transactions",

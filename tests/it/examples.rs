@@ -158,7 +158,8 @@ impl Scene {
                 let drive = empty().drive(0, "other.qcow2").snapshot("monday");
                 drive.raw_file()
             }
-            "blockdev-del" => empty().node(),
+            "blockdev-del" | "blockdev-reopen" => empty().node(),
+            "change-backing-file" => empty().overlay(),
             "nbd-server-stop" => empty().server(),
             "nbd-server-add" => empty().drive(0, "disk.qcow2").server(),
             "nbd-server-remove" => empty()
@@ -260,6 +261,14 @@ impl Scene {
     fn node(self) -> Scene {
         let file = json!({"driver": "file", "filename": "disk.qcow2"});
         let node = json!({"driver": "qcow2", "node-name": "disk0", "file": file});
+        self.run("blockdev-add", node)
+    }
+
+    /// The same on a backing.
+    fn overlay(self) -> Scene {
+        let file = |name: &str| json!({"driver": "file", "filename": name});
+        let node = json!({"driver": "qcow2", "node-name": "disk0", "file": file("disk.qcow2"),
+                          "backing": {"driver": "raw", "file": file("disk.raw")}});
         self.run("blockdev-add", node)
     }
 

@@ -32,6 +32,11 @@ fn graph() {
 }
 
 #[test]
+fn reopen() {
+    golden("reopen");
+}
+
+#[test]
 fn drives() {
     golden("drives");
 }

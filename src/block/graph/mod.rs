@@ -423,8 +423,14 @@ impl Graph {
     }
 
     /// Whether the node was asked for by name.
-    fn is_owned(&self, node: &Arc<Node>) -> bool {
+    pub(crate) fn is_owned(&self, node: &Arc<Node>) -> bool {
         self.table.of(node).is_some_and(|entry| entry.owned)
+    }
+
+    /// The nodes that show a snapshot of this one.
+    pub(crate) fn views(&self, node: &Arc<Node>) -> impl Iterator<Item = &Arc<Node>> {
+        let parents = self.parents(node);
+        parents.filter_map(|(parent, link)| (link.role == Link::IMAGE).then_some(parent))
     }
 
     fn has_parent(&self, node: &Arc<Node>) -> bool {

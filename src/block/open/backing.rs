@@ -36,14 +36,7 @@ pub(super) fn options(
     parent: &NodeOptions,
     aio: Aio,
 ) -> Result<NodeOptions> {
-    let filename = resolve(reference)?;
-    let file = NodeRef::Inline(Arc::new(NodeOptions::new(DriverOptions::File(
-        FileOptions {
-            filename,
-            aio,
-            locking: Locking::Auto,
-        },
-    ))));
+    let file = NodeRef::Inline(Arc::new(file_options(reference, aio)?));
     let driver = match (reference.format, reference.unnamed) {
         (Some("raw"), _) => DriverOptions::Raw(RawOptions {
             file,
@@ -65,6 +58,15 @@ pub(super) fn options(
         cache: parent.cache,
         ..NodeOptions::new(driver)
     })
+}
+
+/// The options of the file that the backing node is on.
+pub(super) fn file_options(reference: Reference<'_>, aio: Aio) -> Result<NodeOptions> {
+    Ok(NodeOptions::new(DriverOptions::File(FileOptions {
+        filename: resolve(reference)?,
+        aio,
+        locking: Locking::Auto,
+    })))
 }
 
 /// The path of the backing file: relative names start at the image's folder.

@@ -13,6 +13,7 @@ mod backing;
 mod caches;
 mod create;
 mod options;
+mod reopen;
 mod view;
 
 use std::collections::HashMap;
@@ -35,6 +36,7 @@ pub use options::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,
     NodeOptions, NodeRef, NullOptions, Qcow2Cache, Qcow2Options, RawOptions, UnnamedFormat,
 };
+pub use reopen::changes;
 
 /// What opening needs to know of the graph at its start.
 #[derive(Debug, Clone)]
@@ -287,6 +289,10 @@ impl Opening<'_> {
         }
         let node = self.open(&options, depth + 1).await?;
         self.images.pop();
+        if let Some(file) = node.link("file") {
+            // How its requests are run was asked for the image above.
+            file.set_options(Arc::new(backing::file_options(reference, Aio::default())?));
+        }
         Ok(node)
     }
 

@@ -132,6 +132,17 @@ pub struct NullOptions {
     pub latency_ns: u64,
 }
 
+impl Default for NullOptions {
+    /// QEMU's.
+    fn default() -> Self {
+        NullOptions {
+            size: 1 << 30,
+            read_zeroes: false,
+            latency_ns: 0,
+        }
+    }
+}
+
 /// Options of `raw`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RawOptions {

@@ -142,11 +142,11 @@ fn null_options(options: BlockdevOptionsNull) -> Result<NullOptions, QmpError> {
         latency_ns,
         read_zeroes,
     } = options;
+    let default = NullOptions::default();
     Ok(NullOptions {
-        // The default is QEMU's.
-        size: size.map_or(Ok(1 << 30), |size| unsigned("size", size))?,
-        read_zeroes: read_zeroes.unwrap_or(false),
-        latency_ns: latency_ns.unwrap_or(0),
+        size: size.map_or(Ok(default.size), |size| unsigned("size", size))?,
+        read_zeroes: read_zeroes.unwrap_or(default.read_zeroes),
+        latency_ns: latency_ns.unwrap_or(default.latency_ns),
     })
 }
 

@@ -114,6 +114,12 @@ impl handlers::BlockGraph<Counter> for Fake {
             edges: Vec::new(),
         })
     }
+    async fn blockdev_reopen(cx: &Counter, _: args::BlockdevReopen) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn change_backing_file(cx: &Counter, _: args::ChangeBackingFile) -> Result<(), QmpError> {
+        cx.count(())
+    }
 }
 
 impl handlers::BlockExport<Counter> for Fake {

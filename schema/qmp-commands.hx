@@ -1454,7 +1454,7 @@ Arguments:
 
 - "type": "nbd" (json-string)
 - "id": id of the export (json-string)
-- "node-name": the node (json-string)
+- "node-name": the node, or the drive whose guests the clients are (json-string)
 - "writable": whether clients may write (json-bool, optional, default: false)
 - "writethrough": whether each write is on stable storage before it is answered
   (json-bool, optional, default: false)

@@ -6,6 +6,7 @@ mod amend;
 mod check;
 mod clients;
 mod consistency;
+mod create;
 mod daemon;
 mod differential;
 mod durability;

@@ -191,13 +191,13 @@ pub async fn create_image(io: &IoContext, image: &NewImage, existing: Existing) 
     let created = match place.map_err(failed)? {
         Place::Taken(path) => return Ok(Created { path, undo: None }),
         Place::New(created) => {
-            let file = open_file(io, &created.path).await?;
+            let file = open_file(io, Path::new(&image.filename)).await?;
             fill(file, image).await?;
             created
         }
         Place::Formattable(path, undo) => {
             // It may be somebody's open image; then this fails, and nothing has happened.
-            let file = open_file(io, &path).await?;
+            let file = open_file(io, Path::new(&image.filename)).await?;
             let created = Created { path, undo };
             fill(file, image).await?;
             created
@@ -307,12 +307,12 @@ async fn fill(file: File, image: &NewImage) -> Result<()> {
             size,
             preallocation,
         } => fill_raw(&file, *size, *preallocation).await,
-        NewContent::Qcow2(options) => create(&Child::new(file.clone()), options).await,
+        NewContent::Qcow2(options) => create(&Child::new(file.clone()), options)
+            .await
+            .map_err(|error| error.context(format!("Could not create '{}'", image.filename))),
     };
     let closed = file.close().await;
-    filled
-        .and(closed)
-        .map_err(|error| error.context(format!("Could not create '{}'", image.filename)))
+    filled.and(closed)
 }
 
 async fn fill_raw(file: &File, size: u64, preallocation: Preallocation) -> Result<()> {

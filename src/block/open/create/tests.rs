@@ -88,7 +88,7 @@ async fn errors_change_nothing() {
         preallocation: Preallocation::Off,
     };
     let text = message(make(&path, huge.clone()).await);
-    assert!(text.starts_with("Could not create '"), "{text}");
+    assert!(text.starts_with("Could not resize '"), "{text}");
     assert!(text.ends_with("File too large"), "{text}");
     assert_eq!(files(folder.path()), []);
     fs::write(&path, "content").unwrap();

@@ -634,6 +634,69 @@ Example:
 EQMP
 
     {
+        .name       = "blockdev-snapshot-sync",
+        .args_type  = "device:s?,node-name:s?,snapshot-file:s,snapshot-node-name:s?,format:s?,mode:s?",
+        .params     = "[device|node-name] snapshot-file [snapshot-node-name] [format] [mode]",
+        .help       = "put a new image on a disk",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_snapshot_sync,
+    },
+
+SQMP
+blockdev-snapshot-sync
+----------------------
+
+Put a new image on a disk. What is written from now on goes there; the disk's
+image becomes its backing file and stays as it is. Exports of the disk go on.
+
+Arguments:
+
+- "device": the drive or node (json-string, optional)
+- "node-name": the node (json-string, optional); one of the two is needed
+- "snapshot-file": file of the new image (json-string)
+- "snapshot-node-name": name of its node (json-string, optional; needed with
+  "node-name")
+- "format": format of the new image (json-string, optional, default "qcow2")
+- "mode": "absolute-paths" to make the image, whose former content is gone then,
+  or "existing" to open what is there (json-string, optional, default
+  "absolute-paths")
+
+Example:
+
+-> { "execute": "blockdev-snapshot-sync",
+     "arguments": { "device": "ide-hd0", "snapshot-file": "monday.qcow2" } }
+<- { "return": {} }
+
+EQMP
+
+    {
+        .name       = "blockdev-snapshot",
+        .args_type  = "node:s,overlay:s",
+        .params     = "node overlay",
+        .help       = "put a node on a disk",
+        .mhandler.cmd_new = qmp_marshal_input_blockdev_snapshot,
+    },
+
+SQMP
+blockdev-snapshot
+-----------------
+
+Put a node on a disk, as blockdev-snapshot-sync does with a file. It has no backing
+("backing": null when it is added), and nobody uses it.
+
+Arguments:
+
+- "node": the drive or node that it is put on (json-string)
+- "overlay": the node (json-string)
+
+Example:
+
+-> { "execute": "blockdev-snapshot",
+     "arguments": { "node": "ide-hd0", "overlay": "overlay" } }
+<- { "return": {} }
+
+EQMP
+
+    {
         .name       = "blockdev-snapshot-internal-sync",
         .args_type  = "device:B,name:s",
         .params     = "device name",
@@ -1287,7 +1350,8 @@ of them fails nothing has happened, and its error is the answer.
 Arguments:
 
 - "actions": the actions (json-array of json-objects), each with:
-  - "type": "blockdev-snapshot-internal-sync",
+  - "type": "blockdev-snapshot", "blockdev-snapshot-sync",
+    "blockdev-snapshot-internal-sync",
     "x-blockdev-snapshot-delete-internal-sync", "x-blockdev-snapshot-revert", or
     "abort", which always fails (json-string)
   - "data": the arguments of the command of that name (json-object)

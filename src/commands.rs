@@ -8,7 +8,7 @@
 //! * `queries`: what there is
 //! * `creation`: new images
 //! * `machine`: stopping and continuing guests
-//! * `snapshots`: internal snapshots
+//! * `snapshots`: internal and external snapshots
 //! * `transactions`: several commands as one
 //! * [`nbd`]: the NBD server and its exports
 //! * `convert`: wire types to engine types and back

@@ -25,9 +25,11 @@
 //! * `dry_run`: what would happen
 //! * `snapshot`: the actions on internal snapshots
 //! * `backup`: the actions that begin a backup
+//! * `external`: the actions that put an overlay on a disk
 
 mod backup;
 mod dry_run;
+mod external;
 mod held;
 mod plan;
 mod preparing;
@@ -53,6 +55,7 @@ pub(crate) use backup::{
     BackupAction, BackupOptions, BackupPerf, BackupTarget, FileTarget, TargetMode,
 };
 pub(crate) use dry_run::{Preview, dry_run};
+pub(crate) use external::{ExternalSnapshot, Overlay, OverlayFile};
 pub(crate) use held::Held;
 pub(crate) use plan::Plan;
 pub(crate) use preparing::Preparing;

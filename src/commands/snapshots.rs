@@ -1,16 +1,53 @@
-//! Internal snapshots.
+//! Snapshots, internal and external.
 
 use qapi::commands::{
-    BlockdevSnapshotDeleteInternalSync, BlockdevSnapshotInternalSync, XBlockdevSnapshotRevert,
+    self, BlockdevSnapshotDeleteInternalSync, BlockdevSnapshotInternalSync, XBlockdevSnapshotRevert,
 };
+use qapi::handlers::BlockSnapshot;
 use qapi::rt::QmpError;
 use qapi::types::{
-    BlockdevSnapshotInternal, BlockdevSnapshotInternalRef, BlockdevSnapshotInternalRefWrapper,
-    BlockdevSnapshotInternalWrapper, SnapshotInfo, TransactionActionBranch,
+    BlockdevSnapshot, BlockdevSnapshotInternal, BlockdevSnapshotInternalRef,
+    BlockdevSnapshotInternalRefWrapper, BlockdevSnapshotInternalWrapper, BlockdevSnapshotSync,
+    BlockdevSnapshotSyncWrapper, BlockdevSnapshotWrapper, SnapshotInfo, TransactionActionBranch,
 };
 
-use super::{convert, transactions};
+use super::{Handlers, convert, transactions};
 use crate::daemon::Cx;
+
+impl BlockSnapshot<Cx> for Handlers {
+    async fn blockdev_snapshot_sync(
+        cx: &Cx,
+        args: commands::BlockdevSnapshotSync,
+    ) -> Result<(), QmpError> {
+        let commands::BlockdevSnapshotSync {
+            device,
+            node_name,
+            snapshot_file,
+            snapshot_node_name,
+            format,
+            mode,
+        } = args;
+        let data = BlockdevSnapshotSync {
+            device,
+            node_name,
+            snapshot_file,
+            snapshot_node_name,
+            format,
+            mode,
+        };
+        let wrapper = BlockdevSnapshotSyncWrapper { data };
+        let action = TransactionActionBranch::BlockdevSnapshotSync(wrapper);
+        transactions::run_one(cx, action).await.map(|_| ())
+    }
+
+    async fn blockdev_snapshot(cx: &Cx, args: commands::BlockdevSnapshot) -> Result<(), QmpError> {
+        let commands::BlockdevSnapshot { node, overlay } = args;
+        let data = BlockdevSnapshot { node, overlay };
+        let wrapper = BlockdevSnapshotWrapper { data };
+        let action = TransactionActionBranch::BlockdevSnapshot(wrapper);
+        transactions::run_one(cx, action).await.map(|_| ())
+    }
+}
 
 /// Answers `blockdev-snapshot-internal-sync`: a transaction of one action, as are the next two.
 pub(super) async fn create(cx: &Cx, args: BlockdevSnapshotInternalSync) -> Result<(), QmpError> {

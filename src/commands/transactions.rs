@@ -5,9 +5,10 @@ use qapi::commands::Transaction as Arguments;
 use qapi::handlers::Transaction;
 use qapi::rt::QmpError;
 use qapi::types::{
-    Abort, AbortWrapper, ActionCompletionMode, BlockdevBackupWrapper, BlockdevSnapshotInternal,
-    BlockdevSnapshotInternalRef, BlockdevSnapshotInternalRefWrapper,
-    BlockdevSnapshotInternalWrapper, DriveBackupWrapper, TransactionAction,
+    Abort, AbortWrapper, ActionCompletionMode, BlockdevBackupWrapper, BlockdevSnapshot,
+    BlockdevSnapshotInternal, BlockdevSnapshotInternalRef, BlockdevSnapshotInternalRefWrapper,
+    BlockdevSnapshotInternalWrapper, BlockdevSnapshotSync, BlockdevSnapshotSyncWrapper,
+    BlockdevSnapshotWrapper, DriveBackupWrapper, NewImageMode, TransactionAction,
     TransactionActionBranch, TransactionActionKind, TransactionActionPreview,
     TransactionProperties, TransactionResult,
 };
@@ -15,7 +16,8 @@ use qapi::types::{
 use super::{Handlers, convert};
 use crate::daemon::Cx;
 use crate::transaction::{
-    self, Action, BackupAction, Completion, Effect, Operation, Preview, SnapshotAction,
+    self, Action, BackupAction, Completion, Effect, ExternalSnapshot, Operation, Overlay,
+    OverlayFile, Preview, SnapshotAction,
 };
 
 impl Transaction<Cx> for Handlers {
@@ -67,6 +69,8 @@ fn begins_job(kind: TransactionActionKind) -> bool {
     match kind {
         TransactionActionKind::BlockdevBackup | TransactionActionKind::DriveBackup => true,
         TransactionActionKind::Abort
+        | TransactionActionKind::BlockdevSnapshot
+        | TransactionActionKind::BlockdevSnapshotSync
         | TransactionActionKind::BlockdevSnapshotInternalSync
         | TransactionActionKind::XBlockdevSnapshotDeleteInternalSync
         | TransactionActionKind::XBlockdevSnapshotRevert => false,
@@ -78,6 +82,10 @@ fn kind(action: &TransactionAction) -> TransactionActionKind {
         TransactionActionBranch::Abort(_) => TransactionActionKind::Abort,
         TransactionActionBranch::BlockdevBackup(_) => TransactionActionKind::BlockdevBackup,
         TransactionActionBranch::DriveBackup(_) => TransactionActionKind::DriveBackup,
+        TransactionActionBranch::BlockdevSnapshot(_) => TransactionActionKind::BlockdevSnapshot,
+        TransactionActionBranch::BlockdevSnapshotSync(_) => {
+            TransactionActionKind::BlockdevSnapshotSync
+        }
         TransactionActionBranch::BlockdevSnapshotInternalSync(_) => {
             TransactionActionKind::BlockdevSnapshotInternalSync
         }
@@ -129,6 +137,12 @@ fn action(wire: TransactionAction) -> Box<dyn Action> {
         TransactionActionBranch::DriveBackup(DriveBackupWrapper { data }) => {
             return Box::new(BackupAction::new(convert::drive_backup(data)));
         }
+        TransactionActionBranch::BlockdevSnapshot(BlockdevSnapshotWrapper { data }) => {
+            return Box::new(overlay_node(data));
+        }
+        TransactionActionBranch::BlockdevSnapshotSync(BlockdevSnapshotSyncWrapper { data }) => {
+            return Box::new(overlay_file(data));
+        }
         TransactionActionBranch::BlockdevSnapshotInternalSync(
             BlockdevSnapshotInternalWrapper {
                 data: BlockdevSnapshotInternal { device, name },
@@ -144,4 +158,27 @@ fn action(wire: TransactionAction) -> Box<dyn Action> {
         }) => (device, Operation::Revert(SnapshotSelector { id, name })),
     };
     Box::new(SnapshotAction::new(device, operation))
+}
+
+fn overlay_node(data: BlockdevSnapshot) -> ExternalSnapshot {
+    let BlockdevSnapshot { node, overlay } = data;
+    ExternalSnapshot::new(Some(node.clone()), Some(node), Overlay::Node(overlay))
+}
+
+fn overlay_file(data: BlockdevSnapshotSync) -> ExternalSnapshot {
+    let BlockdevSnapshotSync {
+        device,
+        node_name,
+        snapshot_file,
+        snapshot_node_name,
+        format,
+        mode,
+    } = data;
+    let overlay = Overlay::File(OverlayFile {
+        filename: snapshot_file,
+        node_name: snapshot_node_name,
+        format: format.unwrap_or_else(|| "qcow2".to_owned()),
+        is_there: mode == Some(NewImageMode::Existing),
+    });
+    ExternalSnapshot::new(device, node_name, overlay)
 }

@@ -103,6 +103,12 @@ impl Held {
         }
     }
 
+    /// Whether the internal snapshots of a disk are changed: until the end of the change the driver does nothing else.
+    pub(crate) fn changes(&self, node: &Arc<Node>) -> bool {
+        let held = self.find(node);
+        held.is_some_and(|held| matches!(held.change, Some(Ok(_))))
+    }
+
     fn find(&self, node: &Arc<Node>) -> Option<&HeldDisk> {
         let mut disks = self.disks.iter();
         disks.find(|held| Arc::ptr_eq(&held.disk.node, node))

@@ -23,7 +23,6 @@ impl Plan {
         Ok(self.if_drive(graph.drive(device), node))
     }
 
-    #[allow(dead_code, reason = "graph changes need it")]
     /// As [`Plan::device`], where the node may be named apart. A node that is named by its own name stays what it is.
     pub(crate) fn device_or_node(
         &self,
@@ -50,6 +49,31 @@ impl Plan {
             }
         }
         node
+    }
+
+    /// The overlay that an action so far puts on a node.
+    pub(crate) fn covered_by(&self, node: &Arc<Node>) -> Option<&Arc<Node>> {
+        let mut led = self.led.iter();
+        let (_, above) = led.find(|(below, _)| Arc::ptr_eq(below, node))?;
+        Some(above)
+    }
+
+    /// Whether an action so far puts a node on another, or another on it.
+    pub(crate) fn mentions(&self, node: &Arc<Node>) -> bool {
+        let mut led = self.led.iter();
+        led.any(|(below, above)| Arc::ptr_eq(below, node) || Arc::ptr_eq(above, node))
+    }
+
+    /// Whose users will use `node`: those of the node at the beginning of the steps that lead to it; and how many steps these are.
+    pub(crate) fn origin(&self, node: &Arc<Node>) -> (Arc<Node>, usize) {
+        let (mut origin, mut steps) = (node.clone(), 0);
+        for (below, above) in self.led.iter().rev() {
+            if Arc::ptr_eq(above, &origin) {
+                origin = below.clone();
+                steps += 1;
+            }
+        }
+        (origin, steps)
     }
 
     /// Says that the commit leads those who use `below` to `above`, which is in the graph by now. Both are held still.

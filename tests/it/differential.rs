@@ -123,6 +123,7 @@ fn sessions_get_the_same_answers_as_on_qemu_storage_daemon() {
     let mut unexplained = String::new();
     for name in [
         "session",
+        "external",
         "nodes",
         "graph",
         "reopen",

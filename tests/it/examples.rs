@@ -148,7 +148,14 @@ impl Scene {
             "query-block"
             | "blockdev-snapshot-delete-internal-sync"
             | "x-blockdev-snapshot-revert" => empty().drive(0, "disk.qcow2").snapshot("monday"),
-            "blockdev-snapshot-internal-sync" | "block_resize" => empty().drive(0, "disk.qcow2"),
+            "blockdev-snapshot-internal-sync" | "blockdev-snapshot-sync" | "block_resize" => {
+                empty().drive(0, "disk.qcow2")
+            }
+            "blockdev-snapshot" => {
+                let file = json!({"driver": "file", "filename": "disk.qcow2"});
+                let overlay = json!({"driver": "qcow2", "node-name": "overlay", "backing": null, "file": file});
+                empty().drive(0, "other.qcow2").run("blockdev-add", overlay)
+            }
             "transaction" => {
                 let drives = empty().drive(0, "disk.qcow2").drive(1, "other.qcow2");
                 drives.snapshot("thursday")

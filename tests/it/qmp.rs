@@ -72,6 +72,11 @@ fn transactions() {
 }
 
 #[test]
+fn external() {
+    golden("external");
+}
+
+#[test]
 fn dry_run() {
     golden("dry-run");
 }

@@ -77,6 +77,20 @@ impl Graph {
         Ok(())
     }
 
+    /// Whether the users of `from` may be led to `to`: what [`Graph::replace`] would refuse.
+    pub fn check_replace(&self, from: &Arc<Node>, to: &Arc<Node>) -> Result<()> {
+        self.check_movers(&self.movers(from, to)?, None)
+    }
+
+    /// Takes out a node that nobody uses, whoever asked for it, with what only it used. Empty while somebody does.
+    pub fn remove_unused(&mut self, node: &Arc<Node>) -> Removed {
+        let entry = self.table.of(node);
+        if entry.is_none_or(|entry| !entry.users.is_empty()) || self.has_parent(node) {
+            return Removed { nodes: Vec::new() };
+        }
+        self.take_out(node)
+    }
+
     /// Takes a filter out: its users go on to its layer of this role. The filter is handed back to be closed, with what only
     /// it used; what stays in the graph is as if it had never been there. `held` holds the filter.
     ///
@@ -99,6 +113,21 @@ impl Graph {
         self.check_movers(&movers, Some(filter))?;
         self.lead(&movers);
         Ok(self.take_out(filter))
+    }
+
+    /// Whether so many overlays more can be put on a node: what is longer could not be opened again.
+    pub fn check_chain(&self, node: &Arc<Node>, more: usize) -> Result<()> {
+        let images = chain_len(node);
+        match images + more <= MAX_CHAIN_DEPTH {
+            true => Ok(()),
+            false => Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "The chain of '{}' has {images} images, and can have no more than {MAX_CHAIN_DEPTH}",
+                    node.name()
+                ),
+            )),
+        }
     }
 
     /// Whether [`Graph::append`] would do it.
@@ -135,15 +164,7 @@ impl Graph {
         }
         overlay.driver().check_backing()?;
         check_no_cycle(overlay, below)?;
-        if chain_len(below) >= MAX_CHAIN_DEPTH {
-            return Err(Error::new(
-                ErrorKind::Unsupported,
-                format!(
-                    "The chain of '{}' has {MAX_CHAIN_DEPTH} images and cannot be longer",
-                    below.name()
-                ),
-            ));
-        }
+        self.check_chain(below, 1)?;
         let movers = self.movers(below, overlay)?;
         self.check_movers(&movers, None)?;
         let stays = self.uses_but_for(below, |parent| movers.has(parent));

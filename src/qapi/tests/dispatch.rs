@@ -51,6 +51,18 @@ impl handlers::BlockStats<Counter> for Fake {
     }
 }
 
+impl handlers::BlockSnapshot<Counter> for Fake {
+    async fn blockdev_snapshot_sync(
+        cx: &Counter,
+        _: args::BlockdevSnapshotSync,
+    ) -> Result<(), QmpError> {
+        cx.count(())
+    }
+    async fn blockdev_snapshot(cx: &Counter, _: args::BlockdevSnapshot) -> Result<(), QmpError> {
+        cx.count(())
+    }
+}
+
 impl handlers::BlockCore<Counter> for Fake {
     async fn query_block(cx: &Counter) -> Result<Vec<types::BlockInfo>, QmpError> {
         cx.count(Vec::new())

@@ -45,6 +45,7 @@ impl Image {
             // While requests go on, as far as it goes.
             self.settle_until(Instant::now() + QCOW2_SETTLE_ON_CLOSE)
                 .await;
+            self.check_settled()?;
         }
         let alone = self.gate.close().await;
         self.check_range(0, 0)?;
@@ -89,7 +90,14 @@ impl Image {
         self.settle_to_close(&alone).await;
         self.write_back_all().await?;
         self.mark_clean().await?;
-        if self.settling.is_empty() && !self.is_marked_dirty() {
+        match self.is_marked_dirty() {
+            false => self.check_settled(),
+            true => Err(refused("its refcounts are not known to be right")),
+        }
+    }
+
+    fn check_settled(&self) -> Result<()> {
+        if self.settling.is_empty() {
             return Ok(());
         }
         Err(Error::new(
@@ -137,6 +145,6 @@ impl Image {
 fn refused(reason: &str) -> Error {
     Error::new(
         ErrorKind::Unsupported,
-        format!("qcow2: the image cannot become writable: {reason}"),
+        format!("qcow2: the image cannot be reopened: {reason}"),
     )
 }

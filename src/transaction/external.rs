@@ -1,0 +1,432 @@
+//! External snapshots: a new layer takes the place of a disk's root, which stays below it as it was.
+//!
+//! ```text
+//!   resolve  who may be put below what        prepare  make and open the overlay, without a backing
+//!   stage    what was written is durable      commit   overlay -> root, and users to the overlay
+//!   finish   the old root becomes read-only
+//! ```
+
+use std::path::Path;
+use std::sync::Arc;
+
+use block::driver::{BackingFile, BoxFuture, Preallocation, Requests as _};
+use block::graph::{Graph, Node, NodeChange, User};
+use block::open::{
+    Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
+    NewImage, NodeOptions, NodeRef, Opener, Qcow2Options, RawOptions, open,
+};
+use qapi::rt::QmpError;
+
+use super::{Action, Effect, Held, Plan, Preparing};
+use crate::daemon::lookup::from_engine;
+use crate::daemon::{Control, Cx, internal_error};
+
+/// Puts an overlay on a disk.
+pub(crate) struct ExternalSnapshot {
+    device: Option<String>,
+    node_name: Option<String>,
+    overlay: Overlay,
+    /// What the overlay is put on, once it is resolved.
+    below: Option<Arc<Node>>,
+    /// The overlay, once it is there.
+    above: Option<Arc<Node>>,
+    effect: Effect,
+}
+
+/// What is put on the disk.
+#[derive(Debug, Clone)]
+pub(crate) enum Overlay {
+    /// A node that is there.
+    Node(String),
+    /// A file, to be opened.
+    File(OverlayFile),
+}
+
+/// An overlay that is opened by the action.
+#[derive(Debug, Clone)]
+pub(crate) struct OverlayFile {
+    /// The path.
+    pub(crate) filename: String,
+    /// The name of the new node.
+    pub(crate) node_name: Option<String>,
+    /// The format of the file.
+    pub(crate) format: String,
+    /// Whether the image is there already; else it is made.
+    pub(crate) is_there: bool,
+}
+
+impl ExternalSnapshot {
+    /// An overlay for the disk that the client calls `device` or `node_name`.
+    pub(crate) fn new(device: Option<String>, node_name: Option<String>, overlay: Overlay) -> Self {
+        ExternalSnapshot {
+            device,
+            node_name,
+            overlay,
+            below: None,
+            above: None,
+            effect: Effect::default(),
+        }
+    }
+
+    async fn make(&mut self, with: &mut Preparing) -> Result<(), QmpError> {
+        let below = self.below.clone().ok_or_else(internal_error)?;
+        // While guests go on: little is left to be written when they stand still.
+        if !below.behaviour().read_only {
+            flushed(&below, below.flush().await)?;
+        }
+        if let Overlay::File(file) = self.overlay.clone() {
+            self.open(file, &below, with).await?;
+        }
+        let above = self.above.clone().ok_or_else(internal_error)?;
+        let (origin, steps) = with.plan.origin(&below);
+        let ends = (below.clone(), above.clone());
+        let checked = with.cx.commit(move |control| {
+            let (below, above) = ends;
+            let graph = &control.graph;
+            check_overlay(graph, &above)?;
+            graph.check_append(&below, &above).map_err(from_engine)?;
+            // What earlier actions will have done.
+            graph.check_chain(&origin, steps + 1).map_err(from_engine)?;
+            graph.check_replace(&origin, &above).map_err(from_engine)
+        });
+        checked.await?;
+        with.plan.lead(&below, &above);
+        Ok(())
+    }
+
+    /// Makes the file, if it is to be made, and opens it as a node that shows nothing of another.
+    async fn open(
+        &mut self,
+        file: OverlayFile,
+        below: &Arc<Node>,
+        with: &mut Preparing,
+    ) -> Result<(), QmpError> {
+        let OverlayFile {
+            filename,
+            node_name,
+            format,
+            is_there,
+        } = file;
+        if !is_there {
+            let backing = backing_of(below).await?;
+            if backing
+                .name
+                .as_deref()
+                .is_some_and(|name| is_same_file(name, &filename))
+            {
+                return Err(QmpError::generic(
+                    "Error: Trying to create an image with the same filename as the backing file",
+                ));
+            }
+            let content = NewContent::of_format(&format, below.size(), backing);
+            let image = NewImage {
+                filename: filename.clone(),
+                content: content.map_err(from_engine)?,
+            };
+            with.create_image(&image, Existing::Replace).await?;
+        }
+        let options = options(&filename, node_name, &format, below)?;
+        let opener = with.cx.commit(|control| {
+            let opener = Opener::new(&control.io, &control.graph);
+            Ok(opener)
+        });
+        let opened = open(&opener.await?, &options).await.map_err(from_engine)?;
+        let inserted = with.cx.commit(move |control| {
+            let inserted = control.graph.insert(opened);
+            inserted.map_err(from_engine)
+        });
+        let above = inserted.await?;
+        self.effect.node_name = Some(above.name().to_owned());
+        self.above = Some(above);
+        Ok(())
+    }
+
+    async fn hold_ready(&self, held: &Held) -> Result<(), QmpError> {
+        let (Some(below), Some(above)) = (&self.below, &self.above) else {
+            return Err(internal_error());
+        };
+        // A change of the disk's snapshots makes it durable, and lets nobody else in.
+        if !below.behaviour().read_only && !held.changes(below) {
+            flushed(below, below.driver().flush().await)?;
+        }
+        let is_made = matches!(&self.overlay, Overlay::File(file) if !file.is_there);
+        let size = held.size(below);
+        if !is_made || above.size() == size {
+            return Ok(());
+        }
+        if held.changes(above) {
+            return Err(QmpError::generic(format!(
+                "Node '{}' changes its size, so that no snapshot of its overlay can be taken in the same transaction",
+                below.name()
+            )));
+        }
+        // Not through the node, which is held.
+        let resized = above.driver().resize(size, Preallocation::Off).await;
+        resized.map_err(from_engine)
+    }
+
+    /// Nobody here writes to what is below from now on: other programs may read it.
+    async fn settle_below(&self, cx: &Cx) {
+        let Some(below) = self.below.clone() else {
+            return;
+        };
+        if below.behaviour().read_only {
+            return;
+        }
+        let name = below.name().to_owned();
+        let reopened = async {
+            let change = NodeChange::read_only(&below, true);
+            let checked = cx.commit(|control| {
+                let checked = control.graph.reopen(vec![change]);
+                checked.map_err(from_engine)
+            });
+            let ready = checked.await?.prepare().await.map_err(from_engine)?;
+            let reopened = cx.commit(move |control| {
+                let reopened = control.graph.reopened(ready);
+                reopened.map_err(from_engine)
+            });
+            let removed = reopened.await?;
+            removed.close().await.map_err(from_engine)
+        };
+        if let Err(error) = reopened.await {
+            log::info!(
+                "node '{name}' stays writable below its overlay: {}",
+                error.desc
+            );
+        }
+    }
+
+    async fn take_back(&mut self, cx: &Cx) {
+        let Overlay::File(_) = &self.overlay else {
+            return;
+        };
+        let Some(above) = self.above.take() else {
+            return;
+        };
+        let removed = cx.commit(move |control| Ok(control.graph.remove_unused(&above)));
+        if let Ok(removed) = removed.await
+            && let Err(error) = removed.close().await
+        {
+            log::warn!("an overlay that was to be taken back: {error}");
+        }
+    }
+}
+
+impl Action for ExternalSnapshot {
+    fn resolve(&mut self, control: &mut Control, plan: &mut Plan) -> Result<(), QmpError> {
+        let graph = &control.graph;
+        let (device, node_name) = (self.device.as_deref(), self.node_name.as_deref());
+        let below = plan.device_or_node(graph, device, node_name)?;
+        check_below(graph, plan, &below)?;
+        match &self.overlay {
+            Overlay::Node(name) => {
+                let missing = || {
+                    QmpError::generic(format!(
+                        "Cannot find device='{name}' nor node-name='{name}'"
+                    ))
+                };
+                let above = graph.node(name).cloned().ok_or_else(missing)?;
+                if plan.mentions(&above) || Arc::ptr_eq(&above, &below) {
+                    return Err(in_use());
+                }
+                check_overlay(graph, &above)?;
+                self.effect.node_name = Some(name.clone());
+                self.above = Some(above);
+            }
+            Overlay::File(file) => {
+                if self.node_name.is_some() && file.node_name.is_none() {
+                    return Err(QmpError::generic("New overlay node-name missing"));
+                }
+                let taken =
+                    |name: &String| graph.node(name).is_some() || graph.drive(name).is_some();
+                if file.node_name.as_ref().is_some_and(taken) {
+                    return Err(QmpError::generic("New overlay node-name already in use"));
+                }
+                self.effect.filename = Some(file.filename.clone());
+                self.effect.node_name.clone_from(&file.node_name);
+            }
+        }
+        self.below = Some(below);
+        Ok(())
+    }
+
+    fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(self.make(with))
+    }
+
+    fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(self.hold_ready(held))
+    }
+
+    fn commit(&mut self, control: &mut Control, held: &Held) {
+        let (Some(below), Some(above)) = (&self.below, &self.above) else {
+            return;
+        };
+        let quiesced = held.quiesced(below).zip(held.quiesced(above));
+        let Some((one, other)) = quiesced else {
+            log::error!("node '{}' is not held for its overlay", below.name());
+            return;
+        };
+        // Checked when it was prepared; since then users may have gone, and none has come.
+        if let Err(error) = control.graph.append(below, above, [one, other]) {
+            log::error!("the overlay of node '{}': {error}", below.name());
+        }
+    }
+
+    fn finish<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
+        Box::pin(self.settle_below(cx))
+    }
+
+    fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
+        Box::pin(self.take_back(cx))
+    }
+
+    fn effect(&self) -> Effect {
+        self.effect.clone()
+    }
+}
+
+/// Whether a disk may get an overlay.
+fn check_below(graph: &Graph, plan: &Plan, below: &Arc<Node>) -> Result<(), QmpError> {
+    let busy = |reason: String| {
+        let name = below.name();
+        Err(QmpError::generic(format!(
+            "Node '{name}' is busy: {reason}"
+        )))
+    };
+    let backed = |overlay: &Node| format!("node is used as backing hd of '{}'", overlay.name());
+    if let Some(overlay) = plan.covered_by(below) {
+        return busy(backed(overlay));
+    }
+    let mut parents = graph.parents(below);
+    if let Some((parent, _)) = parents.find(|(_, link)| link.role == "backing") {
+        return busy(backed(parent));
+    }
+    let mut users = graph.users(below);
+    let mut parents = graph.parents(below);
+    let is_copied = is_filter(below) || parents.any(|(parent, _)| is_filter(parent));
+    match is_copied || users.any(|user| matches!(user, User::Job(_))) {
+        true => busy("block device is in use by block job: backup".to_owned()),
+        false => Ok(()),
+    }
+}
+
+/// Whether a node may be an overlay, as far as it alone decides that. Jobs write to their targets, and do not care what is read there.
+fn check_overlay(graph: &Graph, above: &Arc<Node>) -> Result<(), QmpError> {
+    let mut users = graph.users(above);
+    let mut parents = graph.parents(above);
+    if users.any(|user| !matches!(user, User::Job(_)))
+        || parents.any(|(_, link)| link.role != "target")
+    {
+        return Err(in_use());
+    }
+    match is_filter(above) {
+        true => Err(QmpError::generic("Filters cannot be used as overlays")),
+        false => Ok(()),
+    }
+}
+
+fn in_use() -> QmpError {
+    QmpError::generic("The overlay is already in use")
+}
+
+fn is_filter(node: &Node) -> bool {
+    node.driver().info().driver == "copy-before-write"
+}
+
+/// How the new image names what is below it: so that it is found from everywhere.
+async fn backing_of(below: &Arc<Node>) -> Result<BackingFile, QmpError> {
+    let info = below.driver().info();
+    let unnamable = |what: &str| {
+        QmpError::generic(format!(
+            "Node '{}' {what}, which a new image cannot say of its backing file; use blockdev-snapshot",
+            below.name()
+        ))
+    };
+    if info.snapshot.is_some() {
+        return Err(unnamable("shows an internal snapshot"));
+    }
+    let mut filename = info.filename;
+    if let Some(file) = below.link("file") {
+        let at = below.block_status(0, below.size().min(1)).await;
+        let is_window = at.is_ok_and(|status| status.host_offset.is_some_and(|at| at > 0));
+        if info.driver == "raw" && (is_window || file.size() != below.size()) {
+            return Err(unnamable("shows a part of its file"));
+        }
+        if filename.is_empty() {
+            filename = file.driver().info().filename;
+        }
+    }
+    if let Ok(path) = std::path::absolute(Path::new(&filename))
+        && let Some(path) = path.to_str()
+        && info.driver != "null-co"
+    {
+        filename = path.to_owned();
+    }
+    let format = match info.driver {
+        // The bytes as they are, whatever brings them.
+        "file" | "host_device" => "raw",
+        driver => driver,
+    };
+    Ok(BackingFile {
+        name: Some(filename),
+        format: Some(format.to_owned()),
+    })
+}
+
+fn is_same_file(one: &str, other: &str) -> bool {
+    let canonical = |path| std::fs::canonicalize(path).ok();
+    one == other || canonical(one).is_some_and(|one| canonical(other) == Some(one))
+}
+
+/// The overlay goes on as what is below it: for reading or writing, past the page cache or not.
+fn options(
+    filename: &str,
+    node_name: Option<String>,
+    format: &str,
+    below: &Node,
+) -> Result<NodeOptions, QmpError> {
+    let behaviour = below.behaviour();
+    let file = NodeOptions {
+        // The format flushes after each write; the file below it must not do so for every piece of metadata.
+        cache: CacheMode {
+            writethrough: false,
+            ..behaviour.cache
+        },
+        ..NodeOptions::new(DriverOptions::File(FileOptions {
+            filename: filename.to_owned(),
+            aio: Aio::default(),
+            locking: Locking::Auto,
+        }))
+    };
+    let file = NodeRef::Inline(Box::new(file));
+    let driver = match format {
+        "qcow2" => DriverOptions::Qcow2(Qcow2Options {
+            backing: BackingOption::Detached,
+            ..Qcow2Options::new(file)
+        }),
+        "raw" => DriverOptions::Raw(RawOptions {
+            file,
+            offset: None,
+            size: None,
+        }),
+        _ => return Err(QmpError::generic(format!("Unknown driver '{format}'"))),
+    };
+    Ok(NodeOptions {
+        node_name,
+        read_only: behaviour.read_only,
+        discard: behaviour.discard,
+        cache: behaviour.cache,
+        ..NodeOptions::new(driver)
+    })
+}
+
+fn flushed(node: &Node, flushed: block::error::Result<()>) -> Result<(), QmpError> {
+    flushed.map_err(|error| {
+        let name = node.name();
+        QmpError::generic(format!("Write to node '{name}' failed: {error}"))
+    })
+}
+
+#[cfg(test)]
+mod tests;

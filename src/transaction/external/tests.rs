@@ -137,6 +137,8 @@ impl Disk {
     }
 }
 
+type Make = fn(&Disk) -> Box<dyn Action>;
+
 fn named(name: &str) -> SnapshotSelector {
     SnapshotSelector {
         id: None,
@@ -191,7 +193,7 @@ async fn nothing_is_left_of_overlays_of_a_transaction_that_fails() {
     fs::write(disk.path("text"), "no image").unwrap();
     let before = disk.state().await;
     let former = fs::read(disk.path("two")).unwrap();
-    let failing: [fn(&Disk) -> Box<dyn Action>; 6] = [
+    let failing: [Make; 6] = [
         |_| Box::new(Abort),
         |disk| disk.overlay("none", true),
         |disk| disk.overlay("text", true),

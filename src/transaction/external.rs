@@ -379,7 +379,7 @@ fn is_same_file(one: &str, other: &str) -> bool {
     one == other || canonical(one).is_some_and(|one| canonical(other) == Some(one))
 }
 
-/// The overlay goes on as what is below it: for reading or writing, past the page cache or not.
+/// The overlay goes on as what is below it: for reading or writing, past the page cache or not, by threads or a ring.
 fn options(
     filename: &str,
     node_name: Option<String>,
@@ -395,11 +395,11 @@ fn options(
         },
         ..NodeOptions::new(DriverOptions::File(FileOptions {
             filename: filename.to_owned(),
-            aio: Aio::default(),
+            aio: aio_of(below),
             locking: Locking::Auto,
         }))
     };
-    let file = NodeRef::Inline(Box::new(file));
+    let file = NodeRef::Inline(Arc::new(file));
     let driver = match format {
         "qcow2" => DriverOptions::Qcow2(Qcow2Options {
             backing: BackingOption::Detached,
@@ -419,6 +419,21 @@ fn options(
         cache: behaviour.cache,
         ..NodeOptions::new(driver)
     })
+}
+
+/// How the file below a disk is read and written.
+fn aio_of(below: &Node) -> Aio {
+    let mut file = below.link("file");
+    while let Some(node) = file {
+        let options = node.options();
+        if let Some(DriverOptions::File(file) | DriverOptions::HostDevice(file)) =
+            options.as_deref().map(|options| &options.driver)
+        {
+            return file.aio;
+        }
+        file = node.link("file");
+    }
+    Aio::default()
 }
 
 fn flushed(node: &Node, flushed: block::error::Result<()>) -> Result<(), QmpError> {

@@ -44,6 +44,9 @@ pub struct Journal {
     folder: PathBuf,
     /// For making names durable; locked.
     handle: Arc<File>,
+    /// Which write from now on fails, once; 0 for none.
+    #[cfg(test)]
+    pub(crate) fails_in: Arc<std::sync::atomic::AtomicU64>,
 }
 
 impl Journal {
@@ -60,6 +63,8 @@ impl Journal {
         Ok(Journal {
             folder: fs::canonicalize(folder)?,
             handle: Arc::new(handle),
+            #[cfg(test)]
+            fails_in: Arc::default(),
         })
     }
 

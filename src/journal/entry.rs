@@ -31,12 +31,16 @@ pub struct Entry {
     staged: Vec<StagedImage>,
     /// A commit may be there.
     is_committed: bool,
+    #[cfg(test)]
+    fails_in: Arc<std::sync::atomic::AtomicU64>,
 }
 
 impl Journal {
     /// Begins the journal of a transaction, durably.
     pub async fn begin(&self) -> io::Result<Entry> {
         let (folder, handle) = (self.folder.clone(), self.handle.clone());
+        #[cfg(test)]
+        let fails_in = self.fails_in.clone();
         let mut entry = blocking(move || {
             let uuid = uuid()?;
             let path = folder.join(format!("{uuid}.{SUFFIX}"));
@@ -53,6 +57,8 @@ impl Journal {
                 at: 0,
                 staged: Vec::new(),
                 is_committed: false,
+                #[cfg(test)]
+                fails_in,
             })
         })
         .await?;
@@ -62,9 +68,17 @@ impl Journal {
             uuid: entry.uuid.clone(),
             time: time.unwrap_or_default().as_secs(),
         };
-        entry.append(begin, Durable::Yes).await?;
         let folder = entry.folder.clone();
-        blocking(move || folder.sync_all()).await?;
+        let begun = match entry.append(begin, Durable::Yes).await {
+            Ok(()) => blocking(move || folder.sync_all()).await,
+            failed => failed,
+        };
+        if let Err(error) = begun {
+            // It says nothing yet; should it stay, the next start removes it.
+            let path = entry.path;
+            let _ = blocking(move || fs::remove_file(path)).await;
+            return Err(error);
+        }
         Ok(entry)
     }
 }
@@ -202,6 +216,17 @@ impl Entry {
         blocking(move || fs::remove_file(path)).await
     }
 
+    /// As a disk that has written something and cannot say so.
+    #[cfg(test)]
+    fn fault(&self) -> io::Result<()> {
+        use std::sync::atomic::Ordering::SeqCst;
+        let next = |left: u64| left.checked_sub(1);
+        match self.fails_in.fetch_update(SeqCst, SeqCst, next) {
+            Ok(1) => Err(io::ErrorKind::Other.into()),
+            _ => Ok(()),
+        }
+    }
+
     async fn append(&mut self, record: Record, durable: Durable) -> io::Result<()> {
         let (file, at, bytes) = (self.file.clone(), self.at, record.encode());
         let end = at + bytes.len() as u64;
@@ -213,6 +238,8 @@ impl Entry {
             }
         })
         .await?;
+        #[cfg(test)]
+        self.fault()?;
         self.at = end;
         Ok(())
     }

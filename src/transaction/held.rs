@@ -183,7 +183,7 @@ impl Held {
     ///
     /// A disk that hangs is left to a task of its own, which takes its change back when it is done; until then it is left.
     pub(super) async fn roll_back(self) -> Left {
-        let disks = self.disks.into_iter().map(async |mut held| {
+        let disks = self.disks.into_iter().map(|mut held| async move {
             if let Ok(left) = timeout(limits::TRANSACTION_STEP, held.roll_back()).await {
                 return left.then_some(held.disk.device);
             }

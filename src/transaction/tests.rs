@@ -1,6 +1,7 @@
 //! The order of things, with actions and disks that write down what happens to them.
 
 pub(super) mod fake;
+mod faults;
 
 use block::driver::Requests as _;
 use block::driver::SnapshotSelector;

@@ -2,6 +2,8 @@
 //!
 //! Writers put the numbers 1, 2, 3, ... round-robin over the disks, each number after the one before is answered.
 //! So whatever is a state of that guest holds a prefix of the numbers: all up to some number, and none above.
+//!
+//! `QBLOCKD_CUTS` is how many transactions are taken (100 if absent).
 
 use std::fs;
 use std::path::Path;
@@ -30,7 +32,9 @@ pub(crate) const DISK_BYTES: u64 = WRITERS as u64 * SLOTS * STRIDE;
 /// Numbers that have places of their own; the next goes where the first of them was.
 pub(crate) const NUMBERS: u64 = SLOTS * DISKS.len() as u64;
 /// How many transactions are taken under way.
-const CUTS: usize = 30;
+fn how_many() -> usize {
+    std::env::var("QBLOCKD_CUTS").map_or(100, |text| text.parse().expect("a number"))
+}
 
 /// The disk and the offset where a writer puts a number.
 pub(crate) fn place(writer: usize, number: u64) -> (usize, u64) {
@@ -200,11 +204,11 @@ fn run(daemon: &mut Daemon) -> Seen {
         let _stopper = Stopper(&stop);
         let mut cuts: Vec<Cut> = Vec::new();
         let mut random = fastrand::Rng::with_seed(2026);
-        for at in 0..CUTS {
+        for at in 0..how_many() {
             advance(&progress, random.u64(1..200));
             cuts.push(cut(&mut qmp, &progress, format!("cut{at}")));
             // Some go again, so that clusters are freed and used anew meanwhile.
-            if at % 3 == 2 {
+            if at % 3 != 0 {
                 let gone = cuts.remove(random.usize(..cuts.len()));
                 for (disk, _) in DISKS {
                     let which = snapshot_of(disk, &gone.name);
@@ -257,7 +261,9 @@ fn snapshots_of_one_transaction_show_one_moment_of_a_guest_that_writes() {
         return;
     };
     let folder = tempfile::tempdir().unwrap();
-    let mut arguments = vec!["--nbd-server".to_owned(), "unix:nbd.sock".to_owned()];
+    let mut arguments = ["--state-dir", "state", "--nbd-server", "unix:nbd.sock"]
+        .map(str::to_owned)
+        .to_vec();
     for (disk, options) in DISKS {
         let line = format!("qemu-img create -q -f qcow2 -o {options} {disk}.qcow2 {DISK_BYTES}");
         tool(folder.path(), &line);
@@ -288,8 +294,9 @@ fn snapshots_of_one_transaction_show_one_moment_of_a_guest_that_writes() {
     let apart = check(folder.path(), &seen.apart);
     assert!(apart.is_err(), "snapshots of different times look like one");
     eprintln!(
-        "{CUTS} transactions over {} disks under {} writes in {ran:.1?}; the longest write took {:.1?}, \
+        "{} transactions over {} disks under {} writes in {ran:.1?}; the longest write took {:.1?}, \
          the longest transaction {:.1?}",
+        how_many(),
         DISKS.len(),
         seen.last.iter().sum::<u64>(),
         seen.longest_write,

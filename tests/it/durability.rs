@@ -7,6 +7,7 @@ mod churn;
 mod cut_off;
 pub(crate) mod full;
 mod load;
+mod many;
 mod transactions;
 mod unsettled;
 

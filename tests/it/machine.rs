@@ -224,3 +224,58 @@ fn what_a_client_that_goes_has_left_waiting_does_not_happen() {
     drop((qmp, guest));
     assert!(daemon.terminate().success());
 }
+
+#[test]
+fn jobs_end_with_the_daemon_while_the_machine_stands_still() {
+    let Some(()) = harness::need(&["qemu-img"]) else {
+        return;
+    };
+    for by_command in [true, false] {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut daemon, mut qmp, mut waiting) = stopped(folder.path());
+        // It takes a quarter of an hour at this speed.
+        let backup = json!({"device": "hd0", "job-id": "job0", "target": "target.raw", "format": "raw", "sync": "full", "speed": 1024});
+        qmp.ok("drive-backup", backup);
+        let options = json!({"driver": "file", "filename": "new.raw", "size": 1 << 20, "preallocation": "full"});
+        qmp.ok(
+            "blockdev-create",
+            json!({"job-id": "job1", "options": options}),
+        );
+        let begun = Instant::now();
+        let status = match by_command {
+            true => {
+                qmp.ok("quit", json!({}));
+                daemon.exited()
+            }
+            false => daemon.terminated(),
+        };
+        assert!(status.success());
+        assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
+        for _ in 0..2 {
+            assert_eq!(waiting.reply().unwrap().1, ESHUTDOWN);
+        }
+        let mut events = std::mem::take(&mut qmp.events);
+        events.extend(qmp.rest());
+        let names: Vec<&str> = events
+            .iter()
+            .filter_map(|event| event["event"].as_str())
+            .collect();
+        assert!(names.contains(&"BLOCK_JOB_CANCELLED"), "{names:?}");
+        assert_eq!(names.last(), Some(&"SHUTDOWN"));
+        let gone = |id: &str| {
+            let of_id =
+                |event: &&Value| event["data"]["id"] == id && event["data"]["status"] == "null";
+            events.iter().filter(of_id).count() == 1
+        };
+        assert!(gone("job0") && gone("job1"), "{events:?}");
+        harness::tool(folder.path(), "qemu-img check -q a.qcow2");
+        assert_eq!(
+            harness::tool(folder.path(), "qemu-img snapshot -l a.qcow2"),
+            ""
+        );
+        // Nothing of what waited has happened.
+        harness::tool(folder.path(), "qemu-img convert -O raw a.qcow2 a.raw");
+        let content = fs::read(folder.path().join("a.raw")).unwrap();
+        assert!(content[..BLOCK] == [1; BLOCK]);
+    }
+}

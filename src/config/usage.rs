@@ -13,10 +13,13 @@ A storage daemon that speaks QMP: serves disk images over NBD, takes and deletes
   --drive [id=<id>],file=<image>[,format=qcow2|raw|auto][,size=<bytes, or with K M G T>]
           [,cache=none|writeback|writethrough|directsync|unsafe][,aio=threads|io_uring|native]
           [,readonly=on|off][,discard=ignore|unmap][,detect-zeroes=off|on|unmap]
+          [,werror=enospc|report|ignore|stop][,rerror=report|ignore|stop]
                          serve an image; with size= it is created if missing. Every drive is exported over NBD
                          under its id. Without --qmp, --monitor and --nbd-server, sockets are made and printed.
                          Without format= it is qcow2; auto looks at the image, and at backing files whose format
-                         is not named. Nothing else is ever guessed
+                         is not named. Nothing else is ever guessed. When writes (werror) or reads (rerror) fail
+                         clients are told (report), or the requests of all drives wait for the QMP command cont:
+                         always (stop), or where space is short (enospc, what happens unless werror= is given)
   --qmp unix:<path>|tcp:<host>:<port>
                          serve QMP
   --nbd-server unix:<path>|tcp:<host>:<port>

@@ -279,3 +279,32 @@ fn jobs_end_with_the_daemon_while_the_machine_stands_still() {
         assert!(content[..BLOCK] == [1; BLOCK]);
     }
 }
+
+#[test]
+fn what_waits_goes_to_the_overlay_that_a_snapshot_has_put_there() {
+    let Some(()) = harness::need(&["qemu-img"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let (daemon, mut qmp, mut guest) = stopped(folder.path());
+    let before = io_status(&mut qmp, "hd0");
+    let snapshot = json!({"device": "hd0", "snapshot-file": "over.qcow2", "format": "qcow2"});
+    qmp.ok("blockdev-snapshot-sync", snapshot);
+    assert_eq!(status(&mut qmp), "paused");
+    qmp.ok("cont", json!({}));
+    for _ in 0..2 {
+        assert_eq!(guest.reply().unwrap().1, 0);
+    }
+    assert_eq!(io_status(&mut qmp, "hd0"), before);
+    drop((qmp, guest));
+    assert!(daemon.terminate().success());
+    for (image, byte) in [("a.qcow2", 1), ("over.qcow2", 2)] {
+        harness::tool(folder.path(), &format!("qemu-img check -q {image}"));
+        harness::tool(
+            folder.path(),
+            &format!("qemu-img convert -O raw {image} raw"),
+        );
+        let content = fs::read(folder.path().join("raw")).unwrap();
+        assert!(content[..BLOCK] == [byte; BLOCK], "{image}");
+    }
+}

@@ -124,14 +124,17 @@ fn cut(qmp: &mut Qmp, progress: &[Progress], name: String) -> Cut {
 }
 
 /// What a snapshot (or, without a name, the disk itself) holds, for each disk.
-pub(crate) fn contents(folder: &Path, snapshot: Option<&str>) -> Vec<Vec<u8>> {
-    let read = |(disk, _): (&str, &str)| {
-        let which = snapshot.map_or(String::new(), |name| format!("-l snapshot.name={name}"));
-        let line = format!("qemu-img convert -f qcow2 -O raw {which} {disk}.qcow2 {disk}.raw");
-        tool(folder, &line);
-        fs::read(folder.join(format!("{disk}.raw"))).unwrap()
-    };
-    DISKS.map(read).to_vec()
+fn contents(folder: &Path, snapshot: Option<&str>) -> Vec<Vec<u8>> {
+    let of = |(disk, _): (&str, &str)| content(folder, disk, snapshot);
+    DISKS.map(of).to_vec()
+}
+
+/// The same of one disk.
+pub(crate) fn content(folder: &Path, disk: &str, snapshot: Option<&str>) -> Vec<u8> {
+    let which = snapshot.map_or(String::new(), |name| format!("-l snapshot.name={name}"));
+    let line = format!("qemu-img convert -f qcow2 -O raw {which} {disk}.qcow2 {disk}.raw");
+    tool(folder, &line);
+    fs::read(folder.join(format!("{disk}.raw"))).unwrap()
 }
 
 /// The last number that disks hold of a writer, if they hold all before it too.

@@ -1,7 +1,7 @@
 //! A daemon that is killed in transactions over three disks under load: after the restart each has happened on all of them, or on
 //! none, and what it took shows one moment of the guest.
 //!
-//! `QBLOCKD_TRANSACTION_KILLS` is how often (10 if absent), `QBLOCKD_CRASH_SEED` the seed.
+//! `QBLOCKD_TRANSACTION_KILLS` is how often (12 if absent), `QBLOCKD_CRASH_SEED` the seed.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::super::consistency::{
-    BLOCK, DISK_BYTES, DISKS, NUMBERS, WRITERS, contents, place, prefix,
+    BLOCK, DISK_BYTES, DISKS, NUMBERS, WRITERS, content, place, prefix,
 };
 use super::super::guest::{Guest, Request};
 use super::super::harness::{self, Daemon, Program, Qmp, tool};
@@ -56,35 +56,61 @@ fn write_numbers(socket: &Path, writer: usize, first: u64, progress: &Progress, 
     }
 }
 
+/// What a transaction does to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cut {
+    Internal,
+    External,
+    Backup,
+}
+
+/// What transactions do to the three disks.
+const KINDS: [[Cut; 3]; 4] = [
+    [Cut::Internal, Cut::Internal, Cut::Internal],
+    [Cut::External, Cut::External, Cut::External],
+    [Cut::External, Cut::Internal, Cut::External],
+    [Cut::Backup, Cut::Internal, Cut::External],
+];
+
 fn action(kind: &str, disk: &str, name: &str) -> Value {
     json!({"type": kind, "data": {"device": disk, "name": name}})
 }
 
-/// A transaction that takes a snapshot of each disk, and deletes and reverts to others besides.
-fn transaction(name: &str, old: Option<&str>) -> Value {
+/// The file that a cut makes.
+fn file(disk: &str, name: &str) -> String {
+    format!("{disk}-{name}.qcow2")
+}
+
+/// A transaction that cuts all disks, and deletes older snapshots besides.
+fn transaction(kind: [Cut; 3], name: &str, old: Option<&str>) -> Value {
     let mut actions = Vec::new();
-    for (disk, _) in DISKS {
-        actions.push(action("blockdev-snapshot-internal-sync", disk, name));
-    }
-    // What the guest sees stays the same.
-    actions.push(action("x-blockdev-snapshot-revert", "b", name));
     for (disk, _) in DISKS {
         let kind = "x-blockdev-snapshot-delete-internal-sync";
         actions.extend(old.map(|old| action(kind, disk, old)));
     }
+    for ((disk, _), cut) in DISKS.into_iter().zip(kind) {
+        match cut {
+            Cut::Internal => {
+                actions.push(action("blockdev-snapshot-internal-sync", disk, name));
+                // What the guest sees stays the same.
+                actions.push(action("x-blockdev-snapshot-revert", disk, name));
+            }
+            Cut::External => actions.push(json!({"type": "blockdev-snapshot-sync", "data":
+                {"device": disk, "snapshot-file": file(disk, name)}})),
+            Cut::Backup => actions.push(json!({"type": "drive-backup", "data":
+                {"device": disk, "target": file(disk, name), "sync": "full", "job-id": name}})),
+        }
+    }
     json!({"actions": actions})
 }
 
-/// The snapshots of each disk, as qemu-img sees them.
-fn names(folder: &Path) -> Vec<Vec<String>> {
-    let of = |(disk, _): (&str, &str)| {
-        let line = format!("qemu-img info -f qcow2 --output=json {disk}.qcow2");
-        let info: Value = serde_json::from_str(&tool(folder, &line)).unwrap();
-        let snapshots = info["snapshots"].as_array().cloned().unwrap_or_default();
-        let name = |snapshot: &Value| snapshot["name"].as_str().unwrap().to_owned();
-        snapshots.iter().map(name).collect()
-    };
-    DISKS.map(of).to_vec()
+/// The snapshots of a disk, as qemu-img sees them.
+fn names(folder: &Path, disk: &str) -> Vec<String> {
+    let line = format!("qemu-img info -f qcow2 --output=json {disk}.qcow2");
+    let info: Value = serde_json::from_str(&tool(folder, &line)).unwrap();
+    let snapshots = info["snapshots"].as_array().cloned().unwrap_or_default();
+    let name = |snapshot: &Value| snapshot["name"].as_str().unwrap().to_owned();
+    snapshots.iter().map(name).collect()
 }
 
 /// Waits until a journal says that everything is to happen.
@@ -133,7 +159,13 @@ impl Victim {
     }
 
     /// Kills the daemon in a transaction under load, and looks at what there is after a restart.
-    fn round(&mut self) {
+    fn round(&mut self, kind: [Cut; 3]) {
+        tool(self.folder.path(), "rm -f *.qcow2");
+        for (disk, options) in DISKS {
+            let line =
+                format!("qemu-img create -q -f qcow2 -o {options} {disk}.qcow2 {DISK_BYTES}");
+            tool(self.folder.path(), &line);
+        }
         let (mut daemon, mut qmp) = self.restart();
         let socket = daemon.path("nbd.sock");
         let progress: Vec<Progress> = (0..WRITERS).map(|_| Progress::default()).collect();
@@ -153,7 +185,7 @@ impl Victim {
             let before = format!("cut{}", self.taken);
             self.taken += 1;
             let begin = Instant::now();
-            qmp.ok("transaction", transaction(&before, None));
+            qmp.ok("transaction", transaction(KINDS[0], &before, None));
             self.usual = begin.elapsed();
             let name = format!("cut{}", self.taken);
             self.taken += 1;
@@ -161,8 +193,12 @@ impl Victim {
                 .iter()
                 .map(|each| each.answered.load(Ordering::SeqCst));
             let least: Vec<u64> = answered.collect();
-            let line =
-                json!({"execute": "transaction", "arguments": transaction(&name, Some(&before))});
+            // Files take longer.
+            if kind != KINDS[0] {
+                self.usual *= 6;
+            }
+            let arguments = transaction(kind, &name, Some(&before));
+            let line = json!({"execute": "transaction", "arguments": arguments});
             qmp.send(&line.to_string());
             let sent = Instant::now();
             match self.random.bool() {
@@ -170,7 +206,7 @@ impl Victim {
                 // Most kills of the other kind miss the moment between the first header and the last.
                 false => {
                     wait_for_commit(&daemon.path("state"), sent + 3 * self.usual);
-                    thread::sleep(self.usual.mul_f64(self.random.f64() * 0.2));
+                    thread::sleep(Duration::from_micros(self.random.u64(0..5000)));
                 }
             }
             daemon.kill();
@@ -185,34 +221,48 @@ impl Victim {
         for (disk, _) in DISKS {
             daemon.tool(&format!("qemu-img check -q -r all -f qcow2 {disk}.qcow2"));
         }
-        self.check(&name, &least, &progress);
+        self.check(kind, &name, &least, &progress);
     }
 
-    fn check(&mut self, name: &str, least: &[u64], progress: &[Progress]) {
+    fn check(&mut self, kind: [Cut; 3], name: &str, least: &[u64], progress: &[Progress]) {
         let folder = self.folder.path();
-        let names = names(folder);
-        assert!(
-            names.iter().all(|one| *one == names[0]),
-            "half a transaction: {names:?}"
-        );
-        let there = names[0].last().expect("one of the two snapshots");
-        assert_eq!(
-            names[0].len(),
-            1,
-            "the old one, or the new one in its place: {names:?}"
-        );
-        let happened = there == name;
-        self.happened[usize::from(happened)] += 1;
-        let disks = contents(folder, Some(there));
-        for (writer, least) in least.iter().enumerate() {
-            let last = prefix(&disks, writer).unwrap_or_else(|text| panic!("{there}: {text}"));
-            let most = progress[writer].sent.load(Ordering::SeqCst);
-            let range = match happened {
-                true => *least..=most,
-                // One more may have been under way.
-                false => 0..=*least + 1,
+        // Of each disk: whether the older snapshot is gone, and the cut is there.
+        let parts = DISKS.into_iter().zip(kind).flat_map(|((disk, _), cut)| {
+            let mut names = names(folder, disk);
+            let is_there = match cut {
+                Cut::Internal => names.iter().any(|other| other == name),
+                Cut::External | Cut::Backup => folder.join(file(disk, name)).exists(),
             };
-            assert!(range.contains(&last), "{there}: {last} is not in {range:?}");
+            names.retain(|other| other != name);
+            [names.is_empty(), is_there]
+        });
+        let parts: Vec<bool> = parts.collect();
+        let happened = parts[0];
+        assert!(
+            parts.iter().all(|part| *part == happened),
+            "half a transaction: {kind:?} {parts:?}"
+        );
+        self.happened[usize::from(happened)] += 1;
+        // A backup that was cut off is not done.
+        if !happened || kind.contains(&Cut::Backup) {
+            return;
+        }
+        let content = |((disk, _), cut): ((&str, &str), Cut)| {
+            let which = match cut {
+                Cut::Internal => Some(name),
+                // What is below the new layer.
+                Cut::External | Cut::Backup => None,
+            };
+            content(folder, disk, which)
+        };
+        let disks: Vec<Vec<u8>> = DISKS.into_iter().zip(kind).map(content).collect();
+        for (writer, least) in least.iter().enumerate() {
+            let last = prefix(&disks, writer).unwrap_or_else(|text| panic!("{kind:?}: {text}"));
+            let range = *least..=progress[writer].sent.load(Ordering::SeqCst);
+            assert!(
+                range.contains(&last),
+                "{kind:?}: {last} is not in {range:?}"
+            );
         }
     }
 }
@@ -222,31 +272,19 @@ fn a_daemon_killed_in_transactions_leaves_each_of_them_done_or_not_done() {
     let Some(()) = harness::need(&["qemu-img"]) else {
         return;
     };
-    let kills = setting("QBLOCKD_TRANSACTION_KILLS", 10);
+    let kills = setting("QBLOCKD_TRANSACTION_KILLS", 12);
     let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..));
     println!("QBLOCKD_CRASH_SEED={seed}");
-    let folder = tempfile::tempdir().unwrap();
-    for (disk, options) in DISKS {
-        let line = format!("qemu-img create -q -f qcow2 -o {options} {disk}.qcow2 {DISK_BYTES}");
-        tool(folder.path(), &line);
-    }
     let mut victim = Victim {
-        folder,
+        folder: tempfile::tempdir().unwrap(),
         random: fastrand::Rng::with_seed(seed),
         usual: Duration::ZERO,
         taken: 0,
         outcomes: BTreeMap::new(),
         happened: [0; 2],
     };
-    for _ in 0..kills {
-        victim.round();
-        for (disk, _) in DISKS {
-            let line = format!(
-                "for s in $(qemu-img snapshot -l {disk}.qcow2 | awk 'NR>2 {{print $2}}'); \
-                                do qemu-img snapshot -d $s {disk}.qcow2; done"
-            );
-            tool(victim.folder.path(), &line);
-        }
+    for kill in 0..kills {
+        victim.round(KINDS[kill as usize % KINDS.len()]);
     }
     let [not, done] = victim.happened;
     println!(

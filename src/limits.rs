@@ -159,3 +159,9 @@ pub const TRANSACTION_LONG_HOLD: Duration = Duration::from_millis(50);
 /// How long a disk, or the journal, may take for one step of a transaction while guests are held. Steps write little; a disk that
 /// needs longer hangs, and those of others go on without it.
 pub const TRANSACTION_STEP: Duration = Duration::from_secs(10);
+
+// Statistics.
+
+/// Entries in an answer of query-blockstats for what is below the drives and nodes that are asked for: twice as many as there can be
+/// nodes. Chains that several drives stand on are shown for each.
+pub const STATS_ENTRIES: usize = 2 * block::limits::MAX_NODES;

@@ -32,7 +32,7 @@ pub(super) use device_info::{Depth, device_info};
 pub use job::job_event;
 pub(super) use job::{block_job_info, job_info, no_block_job, on_error};
 pub(super) use node_options::{node_options, node_ref};
-pub(super) use stats::{drive_stats, node_stats};
+pub(super) use stats::Answer as StatsAnswer;
 
 /// How an export is removed.
 pub(super) fn remove_mode(mode: Option<types::BlockExportRemoveMode>) -> RemoveMode {

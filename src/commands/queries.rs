@@ -54,13 +54,16 @@ impl handlers::BlockStats<Cx> for Handlers {
     async fn query_blockstats(cx: &Cx, args: QueryBlockstats) -> Result<Vec<BlockStats>, QmpError> {
         let QueryBlockstats { query_nodes } = args;
         cx.commit(move |control| {
-            let graph = &control.graph;
+            let (graph, mut answer) = (&control.graph, convert::StatsAnswer::new());
             Ok(match query_nodes {
                 Some(true) => {
                     let nodes = graph.nodes().rev();
-                    nodes.map(|node| convert::node_stats(node)).collect()
+                    nodes.map(|node| answer.node(node)).collect()
                 }
-                _ => graph.drives().iter().map(convert::drive_stats).collect(),
+                _ => {
+                    let drives = graph.drives().iter();
+                    drives.map(|drive| answer.drive(drive)).collect()
+                }
             })
         })
         .await

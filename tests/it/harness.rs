@@ -290,10 +290,15 @@ impl Qmp {
 
     /// The next message, whatever it is.
     pub(crate) fn receive(&mut self) -> Value {
+        serde_json::from_str(&self.line()).unwrap()
+    }
+
+    /// As [`Qmp::receive`], as text.
+    pub(crate) fn line(&mut self) -> String {
         let mut line = String::new();
         self.reader.read_line(&mut line).unwrap();
         assert!(line.ends_with("\r\n"), "{line:?}");
-        serde_json::from_str(&line).unwrap()
+        line
     }
 
     /// The next reply; events before it are kept.

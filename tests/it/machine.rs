@@ -308,3 +308,25 @@ fn what_waits_goes_to_the_overlay_that_a_snapshot_has_put_there() {
         assert!(content[..BLOCK] == [byte; BLOCK], "{image}");
     }
 }
+
+const LAYERS: usize = 1000;
+
+/// Clients can put any number of nodes on each other.
+#[test]
+fn statistics_of_a_thousand_layers_are_cut_off_and_not_the_daemon() {
+    let mut daemon = Daemon::start(Program::Qblockd, &[]);
+    let mut qmp = daemon.qmp();
+    qmp.ok(
+        "blockdev-add",
+        json!({"driver": "null-co", "node-name": "n0"}),
+    );
+    for nth in 1..LAYERS {
+        let node = json!({"driver": "raw", "node-name": format!("n{nth}"), "file": format!("n{}", nth - 1)});
+        qmp.ok("blockdev-add", node);
+    }
+    qmp.send(r#"{"execute": "query-blockstats", "arguments": {"query-nodes": true}}"#);
+    let text = qmp.line();
+    let layers = text.matches("\"parent\"").count();
+    assert!((10_000..=20_000).contains(&layers), "{layers}");
+    assert_eq!(status(&mut qmp), "running");
+}

@@ -1,39 +1,23 @@
 //! What drives and nodes have done, as `query-blockstats` shows it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use block::graph::{Drive, DriveStats, Node, RequestCount, RequestKind, Totals};
+use block::limits::MAX_CHAIN_DEPTH;
 use qapi::types::{
     BlockDeviceStats, BlockStats, BlockStatsSpecific, BlockStatsSpecificBranch,
     BlockStatsSpecificFile,
 };
 
 use super::signed;
+use crate::limits;
 
-/// A drive, with the tree of nodes below it.
-pub(in crate::commands) fn drive_stats(drive: &Drive) -> BlockStats {
-    let root = drive.node();
-    let below = root.as_ref().map(|root| tree(root, Backing::Shown));
-    let highest = root.map_or(0, |root| root.highest_write());
-    BlockStats {
-        device: Some(drive.id.clone()),
-        qdev: Some(drive.id.clone()),
-        stats: of_drive(drive.stats(), highest),
-        ..below.unwrap_or_else(|| BlockStats {
-            device: None,
-            qdev: None,
-            node_name: None,
-            stats: of_drive(DriveStats::default(), 0),
-            driver_specific: None,
-            parent: None,
-            backing: None,
-        })
-    }
-}
-
-/// A node, with those that hold its data.
-pub(in crate::commands) fn node_stats(node: &Node) -> BlockStats {
-    tree(node, Backing::Hidden)
+/// What one answer shows. Layers that many nodes share are shown for each of them, and clients can stack nodes as they like, so that
+/// the number of entries is bounded, apart from those of the drives and nodes that are asked for.
+#[derive(Debug)]
+pub(in crate::commands) struct Answer {
+    left: usize,
 }
 
 /// Whether backing images are shown. Where all nodes are listed they are there anyway.
@@ -43,37 +27,110 @@ enum Backing {
     Hidden,
 }
 
-/// Built from the base up, so that no chain is too deep to be shown.
-fn tree(node: &Node, backing: Backing) -> BlockStats {
-    let mut chain = vec![node_alone(node)];
-    let mut below = node.link("backing");
-    while backing == Backing::Shown
-        && let Some(node) = below
-    {
-        chain.push(node_alone(&node));
-        below = node.link("backing");
+impl Answer {
+    pub(in crate::commands) fn new() -> Self {
+        Answer {
+            left: limits::STATS_ENTRIES,
+        }
     }
-    let mut shown = None;
-    while let Some(stats) = chain.pop() {
-        let backing = shown.take().map(Box::new);
-        shown = Some(BlockStats { backing, ..stats });
+
+    /// A drive, with the tree of nodes below it.
+    pub(in crate::commands) fn drive(&mut self, drive: &Drive) -> BlockStats {
+        let root = drive.node();
+        let highest = root.as_ref().map_or(0, |root| root.highest_write());
+        let below = root.map(|root| self.tree(&root, Backing::Shown, MAX_CHAIN_DEPTH));
+        BlockStats {
+            device: Some(drive.id.clone()),
+            qdev: Some(drive.id.clone()),
+            stats: of_drive(drive.stats(), highest),
+            ..below.unwrap_or_else(|| BlockStats {
+                device: None,
+                qdev: None,
+                node_name: None,
+                stats: of_drive(DriveStats::default(), 0),
+                driver_specific: None,
+                parent: None,
+                backing: None,
+            })
+        }
     }
-    shown.unwrap_or_else(|| node_alone(node))
+
+    /// A node, with those that hold its data.
+    pub(in crate::commands) fn node(&mut self, node: &Node) -> BlockStats {
+        self.tree(node, Backing::Hidden, MAX_CHAIN_DEPTH)
+    }
+
+    /// A node with what is below it, `depth` layers at most. What backs it, a filter's node among that, is built from the base up, because
+    /// such chains are long.
+    fn tree(&mut self, node: &Node, backing: Backing, depth: usize) -> BlockStats {
+        let mut chain = Vec::new();
+        let mut below = match backing {
+            Backing::Shown => backed_by(node),
+            Backing::Hidden => None,
+        };
+        while let Some(node) = below
+            && chain.len() < depth
+            && self.take()
+        {
+            below = backed_by(&node);
+            chain.push(node);
+        }
+        let mut shown = None;
+        for (at, node) in chain.iter().enumerate().rev() {
+            let image = self.image(node, shown, backing, depth - at - 1);
+            shown = Some(Box::new(image));
+        }
+        self.image(node, shown, backing, depth)
+    }
+
+    /// A node with the one that has its data, and what backs it.
+    fn image(
+        &mut self,
+        node: &Node,
+        backed_by: Option<Box<BlockStats>>,
+        backing: Backing,
+        depth: usize,
+    ) -> BlockStats {
+        // What a format keeps apart from its data is no disk's.
+        let data = node.link("data-file").or_else(|| node.link("file"));
+        let data = data.filter(|_| depth > 0 && self.take());
+        let parent = data.map(|data| {
+            // What a filter is on is shown in full where backing images are.
+            let backing = match is_filter(node) {
+                true => Backing::Hidden,
+                false => backing,
+            };
+            Box::new(self.tree(&data, backing, depth - 1))
+        });
+        BlockStats {
+            device: None,
+            qdev: None,
+            node_name: Some(node.name().to_owned()),
+            stats: of_node(node),
+            driver_specific: specific(node),
+            parent,
+            backing: backed_by,
+        }
+    }
+
+    /// Takes the place of an entry, if there is one left.
+    fn take(&mut self) -> bool {
+        let is_left = self.left > 0;
+        self.left -= usize::from(is_left);
+        is_left
+    }
 }
 
-/// A node without what backs it.
-fn node_alone(node: &Node) -> BlockStats {
-    // What a format keeps apart from its data is no disk's.
-    let data = node.link("data-file").or_else(|| node.link("file"));
-    BlockStats {
-        device: None,
-        qdev: None,
-        node_name: Some(node.name().to_owned()),
-        stats: of_node(node),
-        driver_specific: specific(node),
-        parent: data.map(|data| Box::new(node_alone(&data))),
-        backing: None,
+/// What QEMU shows as a backing image: also what a filter is on.
+fn backed_by(node: &Node) -> Option<Arc<Node>> {
+    match is_filter(node) {
+        true => node.link("file"),
+        false => node.link("backing"),
     }
+}
+
+fn is_filter(node: &Node) -> bool {
+    node.driver().info().driver == "copy-before-write"
 }
 
 fn specific(node: &Node) -> Option<BlockStatsSpecific> {

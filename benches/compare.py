@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures qblockd beside qemu-storage-daemon in the same run and prints ratios.
 
-    cargo build --release && benches/compare.py [snapshot] [settle] [nbd] [cow] [qmp] [--sizes 64G,1T] [--rounds 3]
+    cargo build --release && benches/compare.py [snapshot] [settle] [nbd] [cow] [qmp] [backup] [slow_target]
+        [--sizes 64G,1T] [--rounds 3]
 
 Both daemons get the same command line, the same kind of image and the same requests, in turn (A B A B ...), because
 machines drift. Figures are medians; the ratio says how much better qblockd is (above 1: better). Needs qemu-utils and fio.
@@ -24,6 +25,7 @@ PROGRAMS = {
     "qblockd": os.path.join(ROOT, "target", "release", "qblockd"),
     "QSD": "qemu-storage-daemon",
 }
+SECTIONS = ["snapshot", "settle", "nbd", "cow", "qmp", "backup", "slow_target"]
 
 
 class Qmp:
@@ -384,9 +386,117 @@ def bench_qmp(args, directory):
     table("QMP, commands per second", [("query-version, one client", figures)], "higher")
 
 
+def copied_with(program, image, target, target_format, directory):
+    """Seconds that blockdev-backup takes until its job is concluded."""
+    with daemon(program, image, directory) as (qmp, _, _):
+        subprocess.run(["qemu-img", "create", "-q", "-f", target_format, target, "4G"], check=True)
+        qmp.run("blockdev-add", **{
+            "driver": target_format, "node-name": "target", "file": {"driver": "file", "filename": target},
+        })
+        start = time.monotonic()
+        qmp.run("blockdev-backup", device="disk", target="target", sync="full", job_id="job", auto_dismiss=False)
+        while qmp.run("query-jobs")[0]["status"] != "concluded":
+            time.sleep(0.005)
+        seconds = time.monotonic() - start
+        job = qmp.run("query-jobs")[0]
+        if "error" in job:
+            raise RuntimeError(job["error"])
+        qmp.run("job-dismiss", id="job")
+        return seconds
+
+
+def copied_by(command, *files):
+    start = time.monotonic()
+    subprocess.run([*command, *files], check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - start
+
+
+def bench_backup(args, directory):
+    """2 GiB of noise in a disk of 4 GiB, and a sparse disk, copied by a job and by programs that need the disk alone."""
+    source, target = os.path.join(directory, "source.qcow2"), os.path.join(directory, "target")
+    rows, peers = [], []
+    for content, piece in (("2 GiB of noise", 1 << 20), ("64 KiB of noise in each of 2048 MiB", 64 << 10)):
+        raw = os.path.join(directory, "source.raw")
+        with open(raw, "wb") as file:
+            file.truncate(4 << 30)
+            for index in range(2048):
+                file.seek(index << 20)
+                file.write(os.urandom(piece))
+        subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, source], check=True)
+        os.unlink(raw)
+        write_out(source)
+        figures = {}
+        for _ in range(args.rounds):
+            ways = [("cp and sync", lambda: copied_by(["sh", "-c", 'cp "$0" "$1" && sync -d "$1"'], source, target))]
+            ways.append(("cp", lambda: copied_by(["cp"], source, target)))
+            for target_format in ("qcow2", "raw"):
+                convert = ["qemu-img", "convert", "-O", target_format]
+                ways.append((f"qemu-img convert to {target_format}", lambda c=convert: copied_by(c, source, target)))
+                for program in PROGRAMS:
+                    ways.append((
+                        f"{program} to {target_format}",
+                        lambda p=program, f=target_format: copied_with(p, source, target, f, directory),
+                    ))
+            for name, way in ways:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(target)
+                figures.setdefault(name, []).append(way())
+        for target_format in ("qcow2", "raw"):
+            rows.append((
+                f"{content}, to {target_format}",
+                {program: figures[f"{program} to {target_format}"] for program in PROGRAMS},
+            ))
+        for name in ("cp", "cp and sync", "qemu-img convert to qcow2", "qemu-img convert to raw"):
+            peers.append((f"{name}: {content}", statistics.median(figures[name])))
+        os.unlink(source)
+        os.unlink(target)
+    table("blockdev-backup, seconds", rows, "lower")
+    print("\n| beside it | seconds |\n|---|---|")
+    for name, seconds in peers:
+        print(f"| {name} | {seconds:.3f} |", flush=True)
+
+
+def bench_slow_target(args, directory):
+    """A guest's 4 KiB writes while its disk is copied to a target that takes 100 ms for each request."""
+    for depth in (1, 16):
+        tables = {"operations per second": [], "99th percentile, us": []}
+        for copying in (False, True):
+            figures = {title: {program: [] for program in PROGRAMS} for title in tables}
+            for _ in range(args.rounds):
+                for program in PROGRAMS:
+                    image = os.path.join(directory, "slow.qcow2")
+                    create(image, "1G")
+                    subprocess.run([
+                        "qemu-img", "bench", "-w", "-f", "qcow2", "-t", "writeback", "--pattern", "7",
+                        "-s", "64k", "-S", "64k", "-c", "16384", image,
+                    ], check=True, stdout=subprocess.DEVNULL)
+                    write_out(image)
+                    with daemon(program, image, directory) as (qmp, uri, pid):
+                        if copying:
+                            qmp.run("blockdev-add", **{
+                                "driver": "null-co", "node-name": "target", "size": 1 << 30,
+                                "latency-ns": 100_000_000, "read-zeroes": False,
+                            })
+                            # Slow enough to last, so that guests meet what has not been copied.
+                            backup = {"device": "disk", "target": "target", "sync": "full", "speed": 1 << 20}
+                            qmp.run("blockdev-backup", job_id="job", **backup)
+                        measured = fio(uri, pid, "randwrite", depth, args.seconds)
+                        if copying:
+                            with contextlib.suppress(RuntimeError):
+                                qmp.run("block-job-cancel", device="job", force=True)
+                    for title, figure in zip(tables, measured):
+                        figures[title][program].append(figure)
+                    os.unlink(image)
+            for title, rows in tables.items():
+                rows.append(("beside a backup" if copying else "alone", figures[title]))
+        for title, rows in tables.items():
+            better = "higher" if "operations" in title else "lower"
+            table(f"4k randwrite, depth {depth}, {title}", rows, better)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", choices=["snapshot", "settle", "nbd", "cow", "qmp", []])
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []])
     parser.add_argument("--sizes", default="1G,64G,1T")
     parser.add_argument("--alone", default="16T", help="sizes at which only qblockd is measured")
     parser.add_argument("--settle-sizes", default="1T")
@@ -394,7 +504,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=5)
     args = parser.parse_args()
-    sections = args.sections or ["snapshot", "settle", "nbd", "cow", "qmp"]
+    sections = args.sections or SECTIONS
     version = subprocess.run([PROGRAMS["QSD"], "--version"], check=True, capture_output=True, text=True).stdout
     print(f"{os.cpu_count()} cores; {version.splitlines()[0]}; {args.rounds} rounds, medians")
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:

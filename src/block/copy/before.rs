@@ -33,7 +33,7 @@ impl BeforeChange {
             ended.as_mut().enable();
             match shared.mode() {
                 Mode::Passing => return Ok(()),
-                Mode::Switching => match shared.map.is_read(bytes.clone()) {
+                Mode::Switching => match shared.map.is_looked_at(bytes.clone()) {
                     true => ended.await,
                     false => return Ok(()),
                 },

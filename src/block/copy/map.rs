@@ -23,7 +23,7 @@ pub(super) struct Map {
     /// Disk size in bytes: the last cluster may be cut off.
     size: u64,
     state: Mutex<State>,
-    /// Told when a claim ends.
+    /// Told when a claim or a question ends.
     ended: Notify,
 }
 
@@ -35,6 +35,8 @@ struct State {
     pending_bytes: u64,
     /// Clusters that are being read.
     reading: Vec<(u64, Range<u64>)>,
+    /// Clusters of which somebody asks what they are.
+    asked: Vec<(u64, Range<u64>)>,
     next_id: u64,
 }
 
@@ -47,6 +49,13 @@ pub(super) enum Found {
     Busy,
     /// The first pending clusters there, for the caller to copy.
     Claimed(Claim),
+}
+
+/// A range of which its owner asks what it is. What has not been taken by the time of the answer is as the answer says.
+#[derive(Debug)]
+pub(super) struct Asking<'a> {
+    map: &'a Map,
+    id: u64,
 }
 
 /// A run of clusters that its owner reads. Dropped without `taken`, they are pending again.
@@ -112,7 +121,7 @@ impl Map {
             || state.next_pending(first, self.count()).is_some()
     }
 
-    /// A future that is ready when a claim ends after this call.
+    /// A future that is ready when a claim or a question ends after this call.
     pub(super) fn ended(&self) -> tokio::sync::futures::Notified<'_> {
         self.ended.notified()
     }
@@ -124,27 +133,38 @@ impl Map {
         if let Some(first) = state.next_pending(wanted.start, wanted.end) {
             return Found::Claimed(self.claim_run(&mut state, first, wanted.end, most));
         }
-        match state.overlaps(&wanted) {
+        match overlaps(&state.reading, &wanted) {
             true => Found::Busy,
             false => Found::Free,
         }
     }
 
-    /// Whether somebody reads clusters of these bytes.
-    pub(super) fn is_read(&self, bytes: Range<u64>) -> bool {
+    /// Whether somebody reads clusters of these bytes, or asks what they are.
+    pub(super) fn is_looked_at(&self, bytes: Range<u64>) -> bool {
         let wanted = self.clusters(&bytes);
-        self.state().overlaps(&wanted)
+        let state = self.state();
+        overlaps(&state.reading, &wanted) || overlaps(&state.asked, &wanted)
     }
 
-    /// The number that the next claim will have.
-    pub(super) fn next_claim(&self) -> u64 {
+    /// Begins to ask what these bytes are. Guests that copy before they write need not wait for that.
+    pub(super) fn ask(&self, bytes: Range<u64>) -> Asking<'_> {
+        let clusters = self.clusters(&bytes);
+        let mut state = self.state();
+        let id = state.take_id();
+        state.asked.push((id, clusters));
+        Asking { map: self, id }
+    }
+
+    /// The number that the next claim or question will have.
+    pub(super) fn next_look(&self) -> u64 {
         self.state().next_id
     }
 
-    /// Whether claims with a number below `claim` have not ended.
-    pub(super) fn is_reading_before(&self, claim: u64) -> bool {
+    /// Whether claims or questions with a number below `look` have not ended.
+    pub(super) fn is_looked_at_before(&self, look: u64) -> bool {
         let state = self.state();
-        state.reading.iter().any(|(id, _)| *id < claim)
+        let mut all = state.reading.iter().chain(&state.asked);
+        all.any(|(id, _)| *id < look)
     }
 
     /// The first pending run in these bytes, at most `most` of them.
@@ -188,8 +208,7 @@ impl Map {
         let clusters = first..state.pending_end(first, end.min(first + longest));
         state.set(clusters.clone(), false);
         state.pending_bytes -= self.bytes(&clusters);
-        let id = state.next_id;
-        state.next_id += 1;
+        let id = state.take_id();
         state.reading.push((id, clusters.clone()));
         Claim {
             map: self.clone(),
@@ -218,10 +237,15 @@ impl Map {
     }
 }
 
+fn overlaps(ranges: &[(u64, Range<u64>)], wanted: &Range<u64>) -> bool {
+    let overlaps = |range: &Range<u64>| range.start < wanted.end && wanted.start < range.end;
+    ranges.iter().any(|(_, range)| overlaps(range))
+}
+
 impl State {
-    fn overlaps(&self, wanted: &Range<u64>) -> bool {
-        let overlaps = |range: &Range<u64>| range.start < wanted.end && wanted.start < range.end;
-        self.reading.iter().any(|(_, range)| overlaps(range))
+    fn take_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id - 1
     }
 
     /// The first cluster in `[first, end)` whose bit is as wanted, or `end`.
@@ -295,6 +319,13 @@ impl Drop for Claim {
     }
 }
 
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.map.state().asked.retain(|(id, _)| *id != self.id);
+        self.map.ended.notify_waiters();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -315,6 +346,20 @@ mod tests {
         map.claim(16..17, 16).unwrap().taken();
         assert!(matches!(map.find(16..32, 16), Found::Free));
         assert_eq!(map.pending_bytes(), SIZE - 16);
+    }
+
+    #[test]
+    fn questions_keep_nobody_from_copying_but_are_looks() {
+        let map = Map::new(SIZE, 4);
+        let first = map.next_look();
+        let asking = map.ask(0..SIZE);
+        assert!(matches!(map.find(16..17, 16), Found::Claimed(_)));
+        map.claim(16..17, 16).unwrap().taken();
+        assert!(matches!(map.find(16..17, 16), Found::Free));
+        assert!(map.is_looked_at(16..17) && map.is_looked_at_before(first + 1));
+        assert!(!map.is_looked_at_before(first));
+        drop(asking);
+        assert!(!map.is_looked_at(0..SIZE) && !map.is_looked_at_before(u64::MAX));
     }
 
     #[test]

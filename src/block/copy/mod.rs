@@ -20,6 +20,16 @@
 //! ([`PointInTime`]), reads from there what is still missing, and lets guests pass. What is pending then has not changed since the point in
 //! time, so the snapshot shows it as it was. Otherwise guests wait for the target.
 //!
+//! Measured with `benches/slow_target.rs` (4 KiB random writes, 16 at once, two busy processors): beside a target that takes 100 ms
+//! for a request, the slowest hundredth of guests' writes takes 104 ms where they wait for the target, 4.8 ms with their old content in
+//! memory, and 0.4 ms with a snapshot; beside one that takes 20 MB/s, 57 ms, 54 ms and 0.7 ms. A snapshot costs the source space for
+//! what guests write meanwhile, and scatters it for good, so it is taken only when memory is not enough. That is what
+//! [`PointInTime::Auto`] does.
+//!
+//! **Not in the kernel.** `copy_file_range` was measured and left out: without reflinks it is no faster than reading and writing from two
+//! threads (2 GiB in the page cache: 0.41 s each on ext4, 0.67 and 0.66 s on tmpfs), and what does not pass through memory cannot be
+//! looked at for zeroes.
+//!
 //! **Errors.** Those of the copying itself go to [`CopyHooks::on_error`]. A guest's request meets an error only where the old
 //! content can be neither read nor kept, and only with [`OnCbwError::BreakGuestWrite`]. The source is never changed by a copy.
 //!
@@ -59,7 +69,8 @@ pub enum SyncMode {
     Full,
     /// What the top layer has allocated. The target has the layers below by itself.
     Top,
-    /// Nothing but what guests are about to change. It ends only by being cancelled.
+    /// Nothing but what guests are about to change. It ends only by being cancelled. What the target has and, where it has nothing, what
+    /// the source holds is the disk at the point in time, whenever no guest's request is under way.
     None,
 }
 

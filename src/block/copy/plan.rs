@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::pin::pin;
 
 use super::shared::Shared;
+use crate::driver::BlockStatus;
 use crate::error::Result;
 use crate::limits::COPY_STATUS_BYTES;
 
@@ -53,7 +54,7 @@ impl Shared {
             _ => {
                 let len = COPY_STATUS_BYTES.max(cluster).min(size - at);
                 // Who reads there will meet the error.
-                let status = self.reader().block_status(at, len).await;
+                let status = self.status(at, len).await;
                 let (len, zero) = status.map_or((len, false), |status| (status.len, status.zero));
                 plan.known = Some((at..at + len, zero));
                 (at..at + len, zero)
@@ -80,7 +81,13 @@ impl Shared {
         }
     }
 
-    /// Whether the source's top layer has allocated any of these bytes.
+    /// What the source holds there. It is so at the point in time as far as nobody has taken it when this answers.
+    async fn status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
+        let _asking = self.map.ask(offset..offset + len);
+        self.reader().block_status(offset, len).await
+    }
+
+    /// Whether the source's top layer has allocated any of these bytes, which the caller has claimed.
     pub(super) async fn is_allocated(&self, offset: u64, len: u64) -> Result<bool> {
         let mut at = offset;
         while at < offset + len {
@@ -99,7 +106,7 @@ impl Shared {
         let (mut at, mut free_from) = (0, 0);
         while at < size {
             let len = COPY_STATUS_BYTES.min(size - at);
-            let status = self.reader().block_status(at, len).await?;
+            let status = self.status(at, len).await?;
             if status.allocated {
                 self.add_dropped(self.map.drop_range(free_from..at));
                 free_from = at + status.len;

@@ -5,7 +5,7 @@
 //! keeps old content by itself.
 //!
 //! ```text
-//! Copying ──snapshot taken, reader switched──> Switching ──last reads of the disk itself have ended──> Passing
+//! Copying ──snapshot taken, reader switched──> Switching ──last looks at the disk itself have ended──> Passing
 //! ```
 //!
 //! The snapshot cannot be deleted while it is read, and is deleted when the copy is over, whatever its end. What a killed process
@@ -129,20 +129,22 @@ impl Shared {
             which: which.clone(),
             view: None,
         });
+        // Requests wait while a snapshot makes durable what came before it: that should not be much.
+        self.source.disk.flush().await?;
         snapshots.create(new).await?;
         let view = snapshots.view(which.clone()).await?;
         if let Some(taken) = &mut *self.relief.taken() {
             taken.view = Some(view.clone());
         }
         self.set_reader(view);
-        let earlier = self.map.next_claim();
+        let earlier = self.map.next_look();
         if self.mode() == Mode::Copying {
             self.set_mode(Mode::Switching);
         }
         loop {
             let mut ended = pin!(self.map.ended());
             ended.as_mut().enable();
-            if !self.map.is_reading_before(earlier) {
+            if !self.map.is_looked_at_before(earlier) {
                 break;
             }
             ended.await;

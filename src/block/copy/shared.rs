@@ -28,7 +28,7 @@ pub(super) enum Mode {
     Passing,
     /// Old content is copied before they change it.
     Copying,
-    /// A snapshot has been taken: they wait for the last reads of the disk itself, and copy nothing.
+    /// A snapshot has been taken: they wait for the last looks at the disk itself, and copy nothing.
     Switching,
 }
 

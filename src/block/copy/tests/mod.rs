@@ -18,7 +18,10 @@ use crate::formats::raw::Raw;
 use crate::io::Data;
 use crate::protocols::memory::Memory;
 
+mod before;
+mod faults;
 mod model;
+mod relief;
 
 /// An owner that lets a copy go on, and answers errors as it is told.
 struct Owner {

@@ -111,6 +111,22 @@ async fn guest(disk: Arc<CopyBeforeWrite>, number: u64, mut random: fastrand::Rn
     known
 }
 
+/// Changes long ranges anywhere, with no regard to others.
+async fn rude_guest(disk: Arc<CopyBeforeWrite>, mut random: fastrand::Rng) {
+    for _ in 0..10 {
+        let len = random.u64(1..SIZE / 3);
+        let offset = random.u64(0..SIZE - len);
+        match random.u8(0..3) {
+            0 => disk.discard(offset, len).await.unwrap(),
+            1 => {
+                let zeroes = disk.write_zeroes(offset, len, ZeroFlags::default());
+                zeroes.await.unwrap();
+            }
+            _ => put(&*disk, offset, noise(&mut random, len)).await.unwrap(),
+        }
+    }
+}
+
 async fn fill(disk: &dyn Requests, random: &mut fastrand::Rng, times: u64) {
     for _ in 0..times {
         let len = SLOT * random.u64(1..40);
@@ -154,8 +170,10 @@ async fn run_case(case: Case, seed: u64) {
     let guests: Vec<_> = (0..GUESTS)
         .map(|number| tokio::spawn(guest(setup.guest.clone(), number, random.fork())))
         .collect();
-    let owner = Owner::strict();
-    setup.copier.run(owner.clone()).await.unwrap();
+    let rude = random
+        .bool()
+        .then(|| tokio::spawn(rude_guest(setup.guest.clone(), random.fork())));
+    setup.copier.run(Owner::strict()).await.unwrap();
     let mut live = before.clone();
     let mut unknown = vec![false; before.len()];
     for guest in guests {
@@ -166,6 +184,10 @@ async fn run_case(case: Case, seed: u64) {
                 live[range].copy_from_slice(&bytes);
             }
         }
+    }
+    if let Some(rude) = rude {
+        rude.await.unwrap();
+        unknown.fill(true);
     }
     setup.copier.close().await.unwrap();
     let progress = setup.copier.progress();
@@ -184,6 +206,44 @@ async fn run_case(case: Case, seed: u64) {
     if case.target != Format::Raw {
         let again = open(&target_file, under).await;
         assert_same(&content(&*again).await, &before, "target, opened again");
+    }
+}
+
+/// What fleecing shows: the source, and in front of it what the target has.
+#[tokio::test]
+async fn with_sync_none_target_and_source_together_show_the_point_in_time() {
+    for seed in rounds() {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (_, source) = disk(Format::Qcow2(64 << 10), SIZE, None).await;
+        fill(&*source, &mut random, 15).await;
+        let before = content(&*source).await;
+        let (_, target) = disk(
+            Format::Qcow2(64 << 10),
+            SIZE,
+            Some(Child::new(source.clone())),
+        )
+        .await;
+        let options = CopyOptions {
+            sync: SyncMode::None,
+            ..CopyOptions::default()
+        };
+        let setup = setup(
+            Jitter::new(source, seed, 3),
+            Jitter::new(target, seed, 3),
+            options,
+        );
+        setup.copier.activate().unwrap();
+        let copier = setup.copier.clone();
+        let running = tokio::spawn(async move { copier.run(Owner::strict()).await });
+        for _ in 0..10 {
+            rude_guest(setup.guest.clone(), random.fork()).await;
+            guest(setup.guest.clone(), 0, random.fork()).await;
+            let shown = content(&*setup.target).await;
+            assert_same(&shown, &before, "target over source");
+        }
+        running.abort();
+        let _ = running.await;
+        setup.copier.close().await.unwrap();
     }
 }
 

@@ -165,3 +165,8 @@ pub const TRANSACTION_STEP: Duration = Duration::from_secs(10);
 /// Entries in an answer of query-blockstats for what is below the drives and nodes that are asked for: twice as many as there can be
 /// nodes. Chains that several drives stand on are shown for each.
 pub const STATS_ENTRIES: usize = 2 * block::limits::MAX_NODES;
+
+/// How long behind its commit a transaction may still be switching headers, as far as a start behind a crash believes. An image that
+/// was written to later is taken for changed by somebody else. Switches take milliseconds; the rest is for disks that are slow to
+/// take the commit.
+pub const JOURNAL_SWITCH: Duration = Duration::from_secs(3);

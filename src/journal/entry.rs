@@ -11,6 +11,7 @@ use block::driver::HeaderSwitch;
 
 use super::record::{Creation, Identity, ImageSwitch, Record, StagedImage, VERSION, modified};
 use super::{Journal, SUFFIX};
+use crate::limits;
 
 /// The bytes that a commit takes for each image, but for its path: a sector and some fields of a header in hexadecimal, and names
 /// and numbers around them.
@@ -157,6 +158,9 @@ impl Entry {
     pub async fn commit(&mut self, switches: Vec<(usize, HeaderSwitch)>) -> io::Result<()> {
         let images = self.staged.clone();
         let switches = blocking(move || {
+            let since = SystemTime::now().duration_since(UNIX_EPOCH);
+            let end = since.unwrap_or_default() + limits::JOURNAL_SWITCH;
+            let end = (end.as_secs() as i64, i64::from(end.subsec_nanos()));
             let switch = |(place, switch): (usize, HeaderSwitch)| {
                 let (at, bytes) = switch.difference();
                 let image: &StagedImage = images.get(place).ok_or(io::ErrorKind::NotFound)?;
@@ -167,7 +171,7 @@ impl Entry {
                 }
                 Ok(ImageSwitch {
                     image: image.clone(),
-                    modified: modified(&metadata),
+                    until: modified(&metadata).map(|last| last.max(end)),
                     at,
                     bytes: bytes.to_vec(),
                     before: switch.before,

@@ -56,8 +56,9 @@ pub struct StagedImage {
 pub struct ImageSwitch {
     /// The image.
     pub image: StagedImage,
-    /// When its file was changed last before that. What has been changed later was changed by somebody else.
-    pub modified: Option<(i64, i64)>,
+    /// When its file is changed by this transaction for the last time. What is changed later is changed by somebody else. `None` for
+    /// a device, which does not tell.
+    pub until: Option<(i64, i64)>,
     /// Its first sector as it is.
     #[serde(with = "hex")]
     pub before: Vec<u8>,
@@ -229,7 +230,7 @@ mod tests {
                         },
                         offset: 0,
                     },
-                    modified: Some((-1, 5)),
+                    until: Some((-1, 5)),
                     before: vec![0, 1, 0xab, 0xff],
                     at: 2,
                     bytes: vec![0; 2],

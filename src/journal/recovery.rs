@@ -279,7 +279,7 @@ async fn switch_image(
     // Written bytes are durable, or the result is an error.
     let _ = file.close().await;
     match result {
-        Ok(result) => (result, None),
+        Ok(result) => result,
         Err(error) => (ImageResult::Failed, Some(error.to_string())),
     }
 }
@@ -288,11 +288,12 @@ async fn switch_header(
     file: &File,
     switch: &ImageSwitch,
     direction: Direction,
-) -> Result<ImageResult, Error> {
+) -> Result<(ImageResult, Option<String>), Error> {
+    let changed = |what: &str| Ok((ImageResult::Changed, Some(what.to_owned())));
     let offset = switch.image.offset;
     let end = offset + switch.before.len() as u64;
     let Some(after) = switch.after().filter(|_| end <= file.size()) else {
-        return Ok(ImageResult::Changed);
+        return changed("The file is too short");
     };
     let sector = file.read(offset, end - offset).await?.to_bytes();
     let (is, result) = match direction {
@@ -304,13 +305,13 @@ async fn switch_header(
         Direction::Back => &switch.before,
     };
     if sector[..] == wanted[..] {
-        return Ok(ImageResult::Unchanged);
+        return Ok((ImageResult::Unchanged, None));
     }
     if sector[..] != is[..] {
-        return Ok(ImageResult::Changed);
+        return changed("Its header is neither the old nor the new one");
     }
     if direction == Direction::Forward && is_newer(switch)? {
-        return Ok(ImageResult::Changed);
+        return changed("It was written to after the crash");
     }
     let write = HeaderSwitch {
         before: is.clone(),
@@ -324,16 +325,16 @@ async fn switch_header(
     )
     .await?;
     file.flush().await?;
-    Ok(result)
+    Ok((result, None))
 }
 
-/// Whether something was written to the file behind the commit, which the switch would mix with what it knows of.
+/// Whether somebody else has written to the file since, which the switch would mix with what it knows of.
 fn is_newer(switch: &ImageSwitch) -> Result<bool, Error> {
     let path = &switch.image.path;
     let metadata = fs::metadata(path)
         .map_err(|error| Error::io(format!("Could not look at '{}'", path.display()), &error))?;
-    // A power failure may have kept an older time of the file.
-    Ok(modified(&metadata) > switch.modified)
+    // A power failure may have kept an older time. A killed process may have left the time of a switch, but not the switch.
+    Ok(modified(&metadata) > switch.until)
 }
 
 /// Gives back what a change that does not happen has taken in an image. A leak does no harm, so errors are logged.

@@ -28,9 +28,21 @@ fn drive_list(graph: &Graph) -> Vec<BlockInfo> {
         qdev: Some(drive.id.clone()),
         inserted: drive
             .node()
-            .map(|root| convert::device_info(&root, Depth::WholeChain)),
+            .map(|root| convert::device_info(&image_of(root), Depth::WholeChain)),
     };
     graph.drives().iter().map(info).collect()
+}
+
+/// The image that a drive shows. Filters that jobs have put above it for a time, and that no client has named, are hidden here,
+/// as QEMU hides them.
+fn image_of(mut root: Arc<Node>) -> Arc<Node> {
+    while !root.is_named()
+        && root.driver().info().driver == "copy-before-write"
+        && let Some(below) = root.link("file")
+    {
+        root = below;
+    }
+    root
 }
 
 /// Answers `query-named-block-nodes`: the newest first, what stands on others before what it stands on.

@@ -21,6 +21,7 @@ use block::graph::{
 };
 use qapi::rt::QmpError;
 
+use super::plan::below_filters;
 use super::{Action, Effect, Held, Plan, Preparing};
 use crate::daemon::lookup::{self, from_engine};
 use crate::daemon::{Control, Cx};
@@ -510,15 +511,4 @@ fn device_of(graph: &Graph, device: &str, source: &Arc<Node>) -> String {
         .find(is_root)
         .map(|drive| drive.id.clone())
         .unwrap_or_default()
-}
-
-/// The disk below the filters of other backups.
-fn below_filters(node: &Arc<Node>) -> Arc<Node> {
-    let mut node = node.clone();
-    while node.driver().info().driver == "copy-before-write"
-        && let Some(below) = node.link("file")
-    {
-        node = below;
-    }
-    node
 }

@@ -5,9 +5,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::driver::{BoxFuture, NewSnapshot, SnapshotInfo, SnapshotSelector, Snapshots};
 use block::error::{Error, ErrorKind};
-use block::graph::Node;
+use block::graph::{Link, Node};
 use qapi::rt::QmpError;
 
+use super::plan::below_filters;
 use super::{Action, Effect, Held, Plan};
 use crate::daemon::{Control, internal_error};
 
@@ -205,8 +206,19 @@ impl Action for SnapshotAction {
         if !plan.is_root(&control.graph, &node) {
             return Err(QmpError::generic("Need a root block node"));
         }
+        // Snapshots are the image's. All that change them, by way of a filter or not, share one change.
+        let disk = below_filters(&node);
+        let is_copied = !Arc::ptr_eq(&disk, &node);
+        if is_copied && matches!(self.operation, Operation::Revert(_)) {
+            return Err(QmpError::generic(format!(
+                "Device '{}' is being copied by a job and cannot go back meanwhile",
+                self.device
+            )));
+        }
+        let node = disk;
         self.check(&node)?;
         let views = control.graph.parents(&node);
+        let views = views.filter(|(_, link)| link.role == Link::IMAGE);
         let views = views.map(|(view, _)| view.clone()).collect();
         plan.change_snapshots(&self.device, &node);
         self.disk = Some(SnapshotDisk { node, views });

@@ -210,11 +210,22 @@ impl Graph {
         Ok(movers)
     }
 
+    /// Whether a filter is in the graph and not above anything yet: whoever comes to its layer is led to it next.
+    fn is_waiting(&self, node: &Arc<Node>) -> bool {
+        let users = self.table.of(node).into_iter();
+        let mut users = users.flat_map(|entry| &entry.users);
+        node.driver().info().driver == "copy-before-write"
+            && self.table.above(node).is_empty()
+            && !users.any(|user| user.user.follows())
+    }
+
     /// Whether all may use the node that they are to follow to. What `leaving` does to its layers does not count.
     fn check_movers(&self, movers: &Movers, leaving: Option<&Arc<Node>>) -> Result<()> {
         let to = &movers.to;
         let there = self.uses_but_for(to, |user| match user {
-            Placed::Parent(parent) => leaving.is_some_and(|left| Arc::ptr_eq(left, parent)),
+            Placed::Parent(parent) => {
+                leaving.is_some_and(|left| Arc::ptr_eq(left, parent)) || self.is_waiting(parent)
+            }
             Placed::Outside(_) => false,
         });
         for (user, access) in &movers.wanted {

@@ -3,6 +3,7 @@
 #![allow(clippy::expect_used, clippy::unwrap_used)]
 
 mod amend;
+mod backup;
 mod check;
 mod clients;
 mod consistency;

@@ -35,7 +35,6 @@ pub(crate) struct Preparing {
 
 /// An image file that a transaction has.
 #[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(dead_code, reason = "new layers and backup targets are made with it")]
 pub(crate) struct Made {
     /// Where it is, without links.
     pub(crate) path: PathBuf,

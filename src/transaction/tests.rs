@@ -380,6 +380,19 @@ async fn a_disk_that_hangs_makes_the_transaction_fail_and_the_others_go_on() {
     a.unwrap().read(0, 1).await.unwrap();
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_hangs_in_its_switch_is_taken_back_with_the_others() {
+    let (error, log) = with_faults(&[Fault::CommitHangs]).await;
+    assert_eq!(
+        error,
+        "Failed to create snapshot 'x' on device 'b': the disk has not answered within 10 s"
+    );
+    assert!(
+        log.ends_with(&format!("commit a, commit c, {END}")),
+        "{log}"
+    );
+}
+
 /// Puts a node on what a device means, as a snapshot into a new layer does.
 struct Covers {
     device: &'static str,

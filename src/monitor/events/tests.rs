@@ -100,3 +100,27 @@ async fn who_left_gets_nothing() {
     assert!(seen(&outbox).await.is_empty());
     assert!(events.hub.lock().outboxes.is_empty());
 }
+
+#[tokio::test(start_paused = true)]
+async fn kept_events_go_to_every_client_until_one_has_said_something_behind_them() {
+    let events = Events::new(LIMITS);
+    let told = Arc::new(AtomicBool::new(false));
+    let tell = told.clone();
+    events.keep(vec![event("KEPT", &[])], move || {
+        tell.store(true, Ordering::Relaxed);
+    });
+    let (first, silent) = client(&events);
+    let (second, talks) = client(&events);
+    for outbox in [&first, &second] {
+        assert_eq!(seen(outbox).await, [r#""event": "KEPT""#]);
+    }
+    // One that has gone without a word has not seen it.
+    drop(silent);
+    let (third, _waits) = client(&events);
+    assert_eq!(seen(&third).await, [r#""event": "KEPT""#]);
+    assert!(!told.load(Ordering::Relaxed));
+    talks.heard();
+    assert!(told.load(Ordering::Relaxed));
+    let (late, _late) = client(&events);
+    assert!(seen(&late).await.is_empty());
+}

@@ -37,6 +37,7 @@ pub(crate) enum Fault {
     Prepare,
     Commit,
     CommitPanics,
+    CommitHangs,
     RollBack,
 }
 
@@ -155,6 +156,9 @@ impl SnapshotChange for FakeChange {
                 !self.disk.faults.contains(&Fault::CommitPanics),
                 "as the test wants it"
             );
+            if self.disk.faults.contains(&Fault::CommitHangs) {
+                std::future::pending::<()>().await;
+            }
             self.disk.run("commit", Fault::Commit)
         })
     }

@@ -139,3 +139,61 @@ fn actions_on_one_disk_are_about_what_those_before_have_left() {
     }
     tool(folder.path(), "qemu-img check -q a.qcow2");
 }
+
+#[test]
+fn a_device_is_the_layer_that_an_earlier_action_puts_on_it() {
+    let Some(()) = harness::need(&["qemu-img"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let arguments = [
+        "--state-dir",
+        "state",
+        "--drive",
+        "id=a,file=a.qcow2,size=1M",
+    ];
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
+    let mut qmp = daemon.qmp();
+    let layer = |file: &str| {
+        let data = json!({"device": "a", "snapshot-file": file, "snapshot-node-name": &file[..1]});
+        json!({"type": "blockdev-snapshot-sync", "data": data})
+    };
+    let mut actions = vec![
+        create("a", "below"),
+        layer("o.qcow2"),
+        create("a", "between"),
+        layer("p.qcow2"),
+    ];
+    qmp.ok(
+        "transaction",
+        json!({"actions": actions, "x-dry-run": true}),
+    );
+    // The uppermost layer has no snapshots yet.
+    let mut wrong = actions.clone();
+    wrong.push(revert("a", "between"));
+    let (_, desc) = qmp.error("transaction", json!({"actions": wrong}));
+    assert!(
+        desc.contains("'between' does not exist on device 'a'"),
+        "{desc}"
+    );
+    // A node that has a layer on it is not what it was.
+    wrong.pop();
+    wrong.push(create("o", "late"));
+    let (_, desc) = qmp.error("transaction", json!({"actions": wrong}));
+    assert_eq!(desc, "Need a root block node");
+    for file in ["o.qcow2", "p.qcow2"] {
+        assert!(!folder.path().join(file).exists(), "{file}");
+    }
+    actions.push(create("a", "above"));
+    qmp.ok("transaction", json!({"actions": actions}));
+    qmp.ok("quit", json!({}));
+    assert!(daemon.exited().success());
+    for (image, snapshot) in [("a", "below"), ("o", "between"), ("p", "above")] {
+        let image = format!("{image}.qcow2");
+        assert_eq!(names(folder.path(), &image), [snapshot]);
+        tool(folder.path(), &format!("qemu-img check -q {image}"));
+    }
+    let line = "qemu-img info --backing-chain --output=json p.qcow2";
+    let chain: Value = serde_json::from_str(&tool(folder.path(), line)).unwrap();
+    assert_eq!(chain.as_array().map(Vec::len), Some(3));
+}

@@ -20,6 +20,9 @@ pub const MAX_WAITING_EVENTS: usize = 1024;
 /// Failed requests of a drive that wait for the owner of the graph. Clients are told of one in a second anyway.
 pub const MAX_UNTOLD_ERRORS: usize = 16;
 
+/// Files beside a file whose content is being replaced that killed processes may have left, before replacing it is refused.
+pub const MAX_LEFT_BESIDE: u32 = 1000;
+
 /// The longest read that a node takes, in bytes. A read answers with memory of its own size, so this bounds
 /// what a single request can make the process allocate. Callers split what is longer.
 pub const MAX_REQUEST: u64 = 64 << 20;

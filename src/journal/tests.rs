@@ -341,6 +341,7 @@ async fn files_that_were_made_go_or_stay_and_what_they_replaced_comes_back() {
             fs::write(lab.path("empty"), b"").unwrap();
             fs::write(lab.path("full"), b"old").unwrap();
             let inode = fs::metadata(lab.path("full")).unwrap().ino();
+            let aside = beside(&lab.path("full"));
             let mut entry = lab.journal().begin().await.unwrap();
             for name in ["fresh", "empty", "full"] {
                 make(&mut entry, &lab.path(name), until).await;
@@ -360,7 +361,7 @@ async fn files_that_were_made_go_or_stay_and_what_they_replaced_comes_back() {
             assert_eq!(now, expected, "{until:?} {report:?}");
             let same = fs::metadata(lab.path("full")).unwrap().ino() == inode;
             assert_eq!(same, !commits);
-            assert!(!beside(&lab.path("full")).exists(), "{until:?}");
+            assert!(!aside.exists(), "{until:?}");
             let outcome = match commits {
                 true => Outcome::RolledForward,
                 false => Outcome::Removed,

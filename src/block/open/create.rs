@@ -23,6 +23,7 @@ use crate::driver::{BackingFile, Child, Driver, Preallocation, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::create::{CreateOptions, create};
 use crate::io::IoContext;
+use crate::limits::MAX_LEFT_BESIDE;
 use crate::protocols::file::{File, FileAccess};
 
 /// An image to make.
@@ -248,10 +249,20 @@ impl Place {
     }
 }
 
-/// Where the new content of an existing file is made, and the former one kept until it is not needed; `path` without links.
+/// Where the new content of an existing file is made, and the former one kept until it is not needed; `path` without links. The
+/// same for as long as nobody makes it: a process that was killed may have left one of the same number.
 pub fn beside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    path.with_file_name(format!(".{name}.qblockd-{}", std::process::id()))
+    // File systems take 255 bytes.
+    let fits = |end: &usize| name.is_char_boundary(*end);
+    let end = (0..=name.len().min(200)).rev().find(fits).unwrap_or(0);
+    let (name, process) = (&name[..end], std::process::id());
+    let numbered = |number: u32| path.with_file_name(format!(".{name}.qblockd-{process}-{number}"));
+    let mut free = (0..MAX_LEFT_BESIDE).map(numbered);
+    let is_free = |path: &PathBuf| fs::symlink_metadata(path).is_err();
+    // Where all are taken the last one is refused as any file that exists.
+    free.find(is_free)
+        .unwrap_or_else(|| numbered(MAX_LEFT_BESIDE))
 }
 
 /// A new file beside the one whose place it is to take. Dropped, it is gone.

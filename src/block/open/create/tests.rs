@@ -175,3 +175,19 @@ fn formats_have_qemus_names() {
         "Backing file not supported for file format 'raw'"
     );
 }
+
+#[tokio::test]
+async fn what_a_killed_process_has_left_beside_is_in_nobodys_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().canonicalize().unwrap();
+    for name in ["a.img".to_owned(), "\u{e4}".repeat(127)] {
+        let path = folder.join(&name);
+        fs::write(&path, "content").unwrap();
+        let left = beside(&path);
+        fs::write(&left, "left").unwrap();
+        make(&path, raw()).await.unwrap().keep();
+        assert_eq!(fs::metadata(&path).unwrap().len(), SIZE);
+        assert_eq!(fs::read(left).unwrap(), b"left");
+        assert_ne!(beside(&path), path);
+    }
+}

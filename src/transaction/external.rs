@@ -2,9 +2,11 @@
 //!
 //! ```text
 //!   resolve  who may be put below what        prepare  make and open the overlay, without a backing
-//!   stage    what was written is durable      commit   overlay -> root, and users to the overlay
-//!   finish   the old root becomes read-only
+//!   stage    the overlay's size is right      commit   overlay -> root, and users to the overlay
+//!   finish   the old root is durable, and read-only
 //! ```
+//!
+//! Guests do not wait for what was written before: an overlay passes flushes on to what is below it until that is read-only.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -145,10 +147,6 @@ impl ExternalSnapshot {
         let (Some(below), Some(above)) = (&self.below, &self.above) else {
             return Err(internal_error());
         };
-        // A change of the disk's snapshots makes it durable, and lets nobody else in.
-        if !below.behaviour().read_only && !held.changes(below) {
-            flushed(below, below.driver().flush().await)?;
-        }
         let is_made = matches!(&self.overlay, Overlay::File(file) if !file.is_there);
         let size = held.size(below);
         if !is_made || above.size() == size {
@@ -193,6 +191,10 @@ impl ExternalSnapshot {
                 "node '{name}' stays writable below its overlay: {}",
                 error.desc
             );
+            // What a snapshot shows is durable when the client is told of it.
+            if let Err(error) = below.flush().await {
+                log::error!("node '{name}', which has an overlay now: {error}");
+            }
         }
     }
 

@@ -46,15 +46,20 @@ pub(crate) fn place(writer: usize, number: u64) -> (usize, u64) {
 
 /// How far a writer is.
 #[derive(Default)]
-struct Progress {
+pub(crate) struct Progress {
     /// The last number that was sent.
-    sent: AtomicU64,
+    pub(crate) sent: AtomicU64,
     /// The last number that was answered.
-    answered: AtomicU64,
+    pub(crate) answered: AtomicU64,
 }
 
 /// Writes numbers until told to stop; gives back the longest time that one write took.
-fn write_numbers(socket: &Path, writer: usize, progress: &Progress, stop: &AtomicBool) -> Duration {
+pub(crate) fn write_numbers(
+    socket: &Path,
+    writer: usize,
+    progress: &Progress,
+    stop: &AtomicBool,
+) -> Duration {
     let mut disks = DISKS.map(|(name, _)| {
         let mut client = Client::connect(socket);
         client.handshake(3);
@@ -85,13 +90,13 @@ struct Cut {
     took: Duration,
 }
 
-fn numbers(progress: &[Progress], of: fn(&Progress) -> &AtomicU64) -> Vec<u64> {
+pub(crate) fn numbers(progress: &[Progress], of: fn(&Progress) -> &AtomicU64) -> Vec<u64> {
     let load = |each| of(each).load(Ordering::SeqCst);
     progress.iter().map(load).collect()
 }
 
 /// Waits until every writer has gone on by this many numbers.
-fn advance(progress: &[Progress], count: u64) {
+pub(crate) fn advance(progress: &[Progress], count: u64) {
     let before = numbers(progress, |each| &each.answered);
     let is_so = || {
         let now = numbers(progress, |each| &each.answered);
@@ -250,7 +255,7 @@ fn run(daemon: &mut Daemon) -> Seen {
 }
 
 /// Ends the writers.
-struct Stopper<'a>(&'a AtomicBool);
+pub(crate) struct Stopper<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for Stopper<'_> {
     fn drop(&mut self) {

@@ -12,6 +12,7 @@ mod daemon;
 mod differential;
 mod durability;
 mod examples;
+mod external;
 mod guest;
 mod harness;
 mod hostile;

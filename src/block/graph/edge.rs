@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arc_swap::ArcSwap;
 
@@ -22,38 +23,56 @@ use crate::io::{Entered, Gate};
 /// Requests go to whatever node the edge leads to when they are sent; those that wait there follow it elsewhere.
 #[derive(Clone)]
 pub struct Edge {
-    target: Arc<ArcSwap<Node>>,
+    place: Arc<Place>,
+}
+
+/// What the handles on an edge share.
+pub(super) struct Place {
+    target: ArcSwap<Node>,
+    /// Where the target's inside is in memory: enough to see that the edge leads there still, which every request asks.
+    address: AtomicUsize,
+}
+
+impl Place {
+    fn inner(&self) -> Arc<Inner> {
+        self.target.load().inner.clone()
+    }
 }
 
 impl Edge {
     /// An edge to `node`.
     pub fn new(node: Arc<Node>) -> Self {
+        let address = AtomicUsize::new(address(&node.inner));
+        let target = ArcSwap::new(node);
         Edge {
-            target: Arc::new(ArcSwap::new(node)),
+            place: Arc::new(Place { target, address }),
         }
     }
 
     /// Where it leads at present.
     pub fn node(&self) -> Arc<Node> {
-        self.target.load_full()
+        self.place.target.load_full()
     }
 
     /// Whether both are handles on the same place.
     pub fn is_same(&self, other: &Edge) -> bool {
-        Arc::ptr_eq(&self.target, &other.target)
+        Arc::ptr_eq(&self.place, &other.place)
     }
 
     /// Leads it elsewhere. The node that it has led to is quiesced, or nobody has had the edge yet.
     pub(super) fn lead(&self, node: &Arc<Node>) {
-        self.target.store(node.clone());
+        self.place.target.store(node.clone());
+        let address = address(&node.inner);
+        self.place.address.store(address, Ordering::SeqCst);
     }
 
     pub(super) fn way(&self) -> Way {
-        Way::Edge(self.target.clone())
+        Way::Edge(self.place.clone())
     }
 
-    pub(super) fn target(&self) -> Arc<Inner> {
-        self.target.load().inner.clone()
+    /// Looks at the node where it leads at present.
+    pub(super) fn look<T>(&self, look: impl FnOnce(&Inner) -> T) -> T {
+        look(&self.place.target.load().inner)
     }
 }
 
@@ -68,9 +87,13 @@ impl Node {
         Way::Node(self.inner.clone())
     }
 
-    pub(super) fn target(&self) -> Arc<Inner> {
-        self.inner.clone()
+    pub(super) fn look<T>(&self, look: impl FnOnce(&Inner) -> T) -> T {
+        look(&self.inner)
     }
+}
+
+fn address(inner: &Arc<Inner>) -> usize {
+    Arc::as_ptr(inner).addr()
 }
 
 /// A request inside of a node's gate.
@@ -81,7 +104,7 @@ pub(super) enum Way {
     /// Straight.
     Node(Arc<Inner>),
     /// Wherever this leads.
-    Edge(Arc<ArcSwap<Node>>),
+    Edge(Arc<Place>),
 }
 
 impl Way {
@@ -89,7 +112,7 @@ impl Way {
     pub(super) fn target(&self) -> Arc<Inner> {
         match self {
             Way::Node(inner) => inner.clone(),
-            Way::Edge(target) => target.load().inner.clone(),
+            Way::Edge(place) => place.inner(),
         }
     }
 
@@ -98,7 +121,8 @@ impl Way {
     pub(super) fn leads_to(&self, inner: &Arc<Inner>) -> bool {
         match self {
             Way::Node(_) => true,
-            Way::Edge(target) => Arc::ptr_eq(&target.load().inner, inner),
+            // What is at this address is this node for as long as we have it.
+            Way::Edge(place) => place.address.load(Ordering::SeqCst) == address(inner),
         }
     }
 

@@ -63,7 +63,12 @@ impl Image {
         if self.is_read_only() {
             return Ok(());
         }
-        self.write_back().await
+        self.write_back().await?;
+        // What was written before this image was put on another: that one is asked until it is read-only.
+        match self.backing() {
+            Some(backing) => backing.flush().await,
+            None => Ok(()),
+        }
     }
 
     async fn close(&self) -> Result<()> {

@@ -1,0 +1,175 @@
+//! Overlays put on disks while guests write: every layer that is left behind shows one moment, and is readable at once.
+//!
+//! `QBLOCKD_OVERLAYS` is how many are put on each disk, one after the other.
+
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use super::consistency::{
+    DISK_BYTES, DISKS, Progress, Stopper, WRITERS, advance, numbers, prefix, write_numbers,
+};
+use super::harness::{self, Daemon, Program, Qmp, tool};
+
+/// How many overlays each disk gets in an ordinary run.
+const OVERLAYS: usize = 24;
+
+/// The image of a disk that is the active layer before the overlay of this number.
+fn layer(disk: &str, number: usize) -> String {
+    match number {
+        0 => format!("{disk}.qcow2"),
+        _ => format!("{disk}-{number}.qcow2"),
+    }
+}
+
+/// What the layers of this number show, for each disk.
+fn contents(folder: &Path, number: usize) -> Vec<Vec<u8>> {
+    let read = |(disk, _): (&str, &str)| {
+        let image = layer(disk, number);
+        let line = format!("qemu-img convert -f qcow2 -O raw {image} {disk}.raw");
+        tool(folder, &line);
+        fs::read(folder.join(format!("{disk}.raw"))).unwrap()
+    };
+    DISKS.map(read).to_vec()
+}
+
+/// The numbers that a moment has of each writer: at least, at most.
+type Bounds = Vec<(u64, u64)>;
+
+/// Puts an overlay on each disk, all in one transaction.
+fn cover(qmp: &mut Qmp, progress: &[Progress], number: usize) -> (Bounds, Duration) {
+    let least = numbers(progress, |each| &each.answered);
+    let actions = DISKS.map(|(disk, _)| {
+        let data = json!({"device": disk, "snapshot-file": layer(disk, number)});
+        json!({"type": "blockdev-snapshot-sync", "data": data})
+    });
+    let begin = Instant::now();
+    qmp.ok("transaction", json!({"actions": actions}));
+    let took = begin.elapsed();
+    let most = numbers(progress, |each| &each.sent);
+    (least.into_iter().zip(most).collect(), took)
+}
+
+/// Tries what fails, which nobody may notice.
+fn fail(qmp: &mut Qmp) {
+    let (disk, _) = DISKS[0];
+    let actions = json!([
+        {"type": "blockdev-snapshot-sync", "data": {"device": disk, "snapshot-file": "none.qcow2"}},
+        {"type": "abort", "data": {}},
+    ]);
+    let error = qmp.error("transaction", json!({"actions": actions}));
+    assert_eq!(error.1, "Transaction aborted using Abort action");
+}
+
+fn check(folder: &Path, number: usize, bounds: &Bounds) {
+    let disks = contents(folder, number);
+    for (writer, (least, most)) in bounds.iter().enumerate() {
+        let last = prefix(&disks, writer).unwrap();
+        assert!(
+            (*least..=*most).contains(&last),
+            "layer {number}, writer {writer}: up to {last}, not between {least} and {most}"
+        );
+    }
+}
+
+/// What `query-block` shows of the first disk, whose chain has so many images below the active one.
+fn check_shown(qmp: &mut Qmp, depth: usize) {
+    let drives = qmp.ok("query-block", json!({}));
+    let (disk, _) = DISKS[0];
+    let inserted = &drives[0]["inserted"];
+    assert_eq!(inserted["backing_file_depth"], depth);
+    assert_eq!(inserted["file"], layer(disk, depth));
+    let mut image: &Value = &inserted["image"];
+    for number in (0..=depth).rev() {
+        assert_eq!(image["filename"], layer(disk, number));
+        image = &image["backing-image"];
+    }
+    assert!(image.is_null());
+}
+
+fn run(daemon: &mut Daemon, folder: &Path, overlays: usize) -> (Vec<Bounds>, Vec<u64>, Duration) {
+    let mut qmp = daemon.qmp();
+    let socket = daemon.path("nbd.sock");
+    let progress: Vec<Progress> = (0..WRITERS).map(|_| Progress::default()).collect();
+    let stop = AtomicBool::new(false);
+    let exports = qmp.ok("query-block-exports", json!({}));
+    assert_eq!(exports.as_array().map(Vec::len), Some(DISKS.len()));
+    let mut slowest = Duration::ZERO;
+    let moments = thread::scope(|scope| {
+        for (writer, progress) in progress.iter().enumerate() {
+            let (socket, stop) = (&socket, &stop);
+            scope.spawn(move || write_numbers(socket, writer, progress, stop));
+        }
+        // A failed assertion below must not leave the writers running: the scope waits for them.
+        let _stopper = Stopper(&stop);
+        let mut random = fastrand::Rng::with_seed(2027);
+        let mut moments = Vec::new();
+        for number in 1..=overlays {
+            advance(&progress, random.u64(1..100));
+            let (bounds, took) = cover(&mut qmp, &progress, number);
+            slowest = slowest.max(took);
+            // The layer below is read by another program while guests go on.
+            if number % 8 == 0 {
+                check(folder, number - 1, &bounds);
+                fail(&mut qmp);
+            }
+            moments.push(bounds);
+        }
+        // The reader of this test has a limit, and each image is inside of the one above.
+        if overlays < 100 {
+            check_shown(&mut qmp, overlays);
+        }
+        advance(&progress, 10);
+        stop.store(true, Ordering::SeqCst);
+        moments
+    });
+    qmp.ok("quit", json!({}));
+    assert!(daemon.exited().success());
+    (moments, numbers(&progress, |each| &each.answered), slowest)
+}
+
+#[test]
+fn layers_that_guests_leave_behind_show_one_moment_of_all_disks() {
+    let Some(()) = harness::need(&["qemu-img"]) else {
+        return;
+    };
+    let overlays = std::env::var("QBLOCKD_OVERLAYS").ok();
+    let overlays = overlays.map_or(OVERLAYS, |count| count.parse().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let mut arguments = vec!["--nbd-server".to_owned(), "unix:nbd.sock".to_owned()];
+    for (disk, options) in DISKS {
+        let line = format!("qemu-img create -q -f qcow2 -o {options} {disk}.qcow2 {DISK_BYTES}");
+        tool(folder.path(), &line);
+        let drive = format!("id={disk},file={disk}.qcow2,format=qcow2");
+        arguments.extend(["--drive".to_owned(), drive]);
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
+    let (moments, last, slowest) = run(&mut daemon, folder.path(), overlays);
+    assert!(!folder.path().join("none.qcow2").exists());
+    for (number, bounds) in moments.iter().enumerate() {
+        check(folder.path(), number, bounds);
+    }
+    for (disk, _) in DISKS {
+        for number in 0..=overlays {
+            tool(
+                folder.path(),
+                &format!("qemu-img check -q {}", layer(disk, number)),
+            );
+        }
+    }
+    // The active layers have all that was answered.
+    let disks = contents(folder.path(), overlays);
+    for (writer, last) in last.iter().enumerate() {
+        assert_eq!(prefix(&disks, writer), Ok(*last));
+    }
+    eprintln!(
+        "{overlays} overlays on each of {} disks under {} writes; the slowest transaction took {slowest:.1?}",
+        DISKS.len(),
+        last.iter().sum::<u64>()
+    );
+}

@@ -151,12 +151,6 @@ impl JobContext {
         }
     }
 
-    /// Whether the job is to be held at the next pause point.
-    pub fn should_pause(&self) -> bool {
-        let orders = self.shared.orders.borrow();
-        orders.pause.is_some() && orders.cancel.is_none()
-    }
-
     /// Takes `units` of what the speed allows; waits until it does, and while the job is held. Returns at once when the job is to
     /// end softly; never when by force, as [`JobContext::pause_point`].
     ///
@@ -184,16 +178,6 @@ impl JobContext {
             // Whatever the user wants, he does not want to wait for this.
             let _ = tokio::time::timeout(wait, orders.changed()).await;
         }
-    }
-
-    /// Waits until the job is to end. A forced end does not wait for anybody: the work's future is dropped.
-    pub async fn cancelled(&self) -> Cancel {
-        let mut orders = self.shared.orders.subscribe();
-        let order = orders.wait_for(|orders| orders.cancel.is_some()).await;
-        order
-            .ok()
-            .and_then(|orders| orders.cancel)
-            .unwrap_or(Cancel::Force)
     }
 
     /// Does nothing but what the user wants: is held, and goes on. For work that others do.

@@ -105,14 +105,12 @@ impl Inner {
     }
 
     async fn flush(&self) -> Result<()> {
-        let flush = async {
-            match self.behaviour().read_only {
-                // Nothing has been written since it became so, and before that it was flushed.
-                true => Ok(()),
-                false => self.driver.flush().await,
-            }
-        };
-        self.counted(RequestKind::Flush, 0, flush).await
+        // Nothing has been written since it became so, and before that it was flushed.
+        if self.behaviour().read_only {
+            return Ok(());
+        }
+        self.counted(RequestKind::Flush, 0, self.driver.flush())
+            .await
     }
 
     async fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {

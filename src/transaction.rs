@@ -44,6 +44,7 @@ use block::graph::Node;
 use block::io::RunToEnd;
 use futures_util::FutureExt;
 use qapi::rt::QmpError;
+use tokio::time::timeout;
 
 use crate::daemon::{Control, Cx, internal_error};
 use crate::journal::Entry;
@@ -212,7 +213,8 @@ impl Running {
     /// While guests are held: does all that can fail, and then switches the headers of images.
     async fn stage_and_switch(&mut self, held: &mut Held) -> Result<(), QmpError> {
         for action in &mut self.actions {
-            guarded(action.stage(held)).await?;
+            let staged = timeout(limits::TRANSACTION_STEP, guarded(action.stage(held))).await;
+            staged.unwrap_or_else(|_| Err(slow()))?;
         }
         held.mark("stage");
         held.prepare().await?;
@@ -322,9 +324,17 @@ async fn end(entry: Entry) {
     }
 }
 
+/// The error of an action whose disk hangs.
+fn slow() -> QmpError {
+    let seconds = limits::TRANSACTION_STEP.as_secs();
+    QmpError::generic(format!(
+        "A disk of the transaction has not answered within {seconds} s"
+    ))
+}
+
 /// Waits for the disk of the journal as long as for others.
 async fn limited<T>(written: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    let written = tokio::time::timeout(limits::TRANSACTION_STEP, written).await;
+    let written = timeout(limits::TRANSACTION_STEP, written).await;
     written.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 

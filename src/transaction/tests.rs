@@ -26,6 +26,7 @@ struct Recorder {
 enum Fate {
     Works,
     FailsIn(&'static str),
+    HangsInStage,
     PanicsIn(&'static str),
 }
 
@@ -56,7 +57,13 @@ impl Action for Recorder {
     }
 
     fn stage<'a>(&'a mut self, _: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
-        Box::pin(async { self.run("stage") })
+        Box::pin(async {
+            self.run("stage")?;
+            match self.fate {
+                Fate::HangsInStage => std::future::pending().await,
+                _ => Ok(()),
+            }
+        })
     }
 
     fn commit(&mut self, _: &mut Control, _: &Held) {
@@ -378,6 +385,25 @@ async fn a_disk_that_hangs_makes_the_transaction_fail_and_the_others_go_on() {
     );
     let a = cx.commit(|control| lookup::node(&control.graph, "a")).await;
     a.unwrap().read(0, 1).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_disk_that_hangs_while_it_is_staged_is_not_waited_for() {
+    let (cx, log) = (testing::running(), Log::default());
+    let actions = vec![
+        recorder("a", Fate::Works, &log),
+        recorder("b", Fate::HangsInStage, &log),
+    ];
+    let error = run(&cx, actions).await.unwrap_err();
+    assert_eq!(
+        error.desc,
+        "A disk of the transaction has not answered within 10 s"
+    );
+    let log = log.take();
+    assert!(
+        log.ends_with("stage a, stage b, abort b, abort a, drop a, drop b"),
+        "{log}"
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,6 +4,7 @@
 
 mod amend;
 mod backup;
+mod chains;
 mod check;
 mod clients;
 mod consistency;

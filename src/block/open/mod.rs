@@ -16,9 +16,11 @@ mod options;
 mod reopen;
 mod view;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+use tokio::task::JoinSet;
 
 use crate::driver::{BoxFuture, Driver, Requests};
 use crate::error::{Error, ErrorKind, Result};
@@ -27,7 +29,7 @@ use crate::formats::qcow2::{self, Qcow2};
 use crate::formats::raw::Raw;
 use crate::graph::{Access, Behaviour, Graph, Link, NameSource, Node, NodeName, Opened};
 use crate::io::IoContext;
-use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS};
+use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS, NESTED_LAYERS};
 use crate::protocols::file::{File, FileAccess};
 use crate::protocols::null::Null;
 
@@ -72,9 +74,9 @@ impl Opener {
 /// Files are locked from here on. Cancellation: whatever was opened is closed again; nothing has been written.
 pub async fn open(opener: &Opener, options: &NodeOptions) -> Result<Opened> {
     let mut opening = Opening {
-        opener,
+        opener: Arc::new(opener.clone()),
         nodes: Vec::new(),
-        images: Vec::new(),
+        images: HashSet::new(),
     };
     opening.open(options, 0).await?;
     Ok(Opened {
@@ -83,14 +85,40 @@ pub async fn open(opener: &Opener, options: &NodeOptions) -> Result<Opened> {
 }
 
 /// One call of `open`: the nodes so far, layers below first.
-struct Opening<'a> {
-    opener: &'a Opener,
+struct Opening {
+    opener: Arc<Opener>,
     nodes: Vec<Arc<Node>>,
     /// The images above the one being opened, in the chain that their headers describe.
-    images: Vec<PathBuf>,
+    images: HashSet<PathBuf>,
 }
 
-impl Opening<'_> {
+impl Opening {
+    /// Opens a layer of a node. Chains are long: every so often this goes on in a task, whose stack is empty.
+    async fn open_layer(&mut self, options: NodeOptions, depth: usize) -> Result<Arc<Node>> {
+        if !depth.is_multiple_of(NESTED_LAYERS) {
+            return self.open(&options, depth).await;
+        }
+        let mut inside = Opening {
+            opener: self.opener.clone(),
+            nodes: std::mem::take(&mut self.nodes),
+            images: std::mem::take(&mut self.images),
+        };
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            let opened = inside.open(&options, depth).await;
+            (inside, opened)
+        });
+        match task.join_next().await {
+            Some(Ok((inside, opened))) => {
+                *self = inside;
+                opened
+            }
+            Some(Err(error)) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            // The runtime ends.
+            Some(Err(_)) | None => Err(invalid("Opening was given up".to_owned())),
+        }
+    }
+
     fn open<'a>(
         &'a mut self,
         options: &'a NodeOptions,
@@ -280,15 +308,15 @@ impl Opening<'_> {
         let options = backing::options(reference, parent, aio)?;
         let target = self.canonical(backing::resolve(reference)?).await;
         let image = self.canonical(reference.image.to_owned()).await;
-        self.images.push(image);
+        self.images.insert(image.clone());
         if self.images.contains(&target) {
             return Err(invalid(format!(
                 "'{}' is its own backing file, by way of '{}'",
                 reference.filename, reference.image
             )));
         }
-        let node = self.open(&options, depth + 1).await?;
-        self.images.pop();
+        let node = self.open_layer(options, depth + 1).await?;
+        self.images.remove(&image);
         if let Some(file) = node.link("file") {
             // How its requests are run was asked for the image above.
             file.set_options(Arc::new(backing::file_options(reference, Aio::default())?));
@@ -322,7 +350,7 @@ impl Opening<'_> {
             }
             NodeRef::Inline(own) => {
                 let options = inherited(own, parent);
-                let node = self.open(&options, depth + 1).await?;
+                let node = self.open_layer(options, depth + 1).await?;
                 node.set_options(own.clone());
                 Ok(node)
             }

@@ -14,7 +14,7 @@ const ACCESS: Access = Access {
     shares_writes: true,
 };
 
-impl Opening<'_> {
+impl Opening {
     /// A node that shows a snapshot of an image that is open, or of one that is opened for this, read-only.
     pub(super) async fn open_view(
         &mut self,

@@ -63,26 +63,23 @@ fn a_chain_of_two_hundred_images_is_served_and_shown() {
     let read = guest.read(0, 2048).unwrap();
     assert_eq!((read[511], read[512], read[1024]), (7, 9, 7));
     drop(guest);
+    qmp.ok("block-export-del", json!({"id": "e", "mode": "hard"}));
+    qmp.event("BLOCK_EXPORT_DELETED");
+    qmp.ok("blockdev-del", json!({"node-name": "top"}));
     // One image more is one too many, and a chain does not end in itself.
     daemon.tool(&format!(
         "qemu-img create -q -f qcow2 -u -b {top} -F qcow2 more.q 16M"
     ));
-    daemon.tool("qemu-img create -q -f qcow2 -u -b loop.q -F qcow2 loop.q 16M");
+    daemon.tool("qemu-img create -q -f qcow2 -u -b loop1.q -F qcow2 loop0.q 16M");
+    daemon.tool("qemu-img create -q -f qcow2 -u -b loop0.q -F qcow2 loop1.q 16M");
     for (image, reason) in [
         ("more.q", "More than 200 layers"),
-        ("loop.q", "its own backing file"),
+        ("loop0.q", "is its own backing file"),
     ] {
-        let options = json!({"driver": "qcow2", "node-name": "no", "file": file(image),
-                             "read-only": true});
+        let options = json!({"driver": "qcow2", "node-name": "no", "file": file(image)});
         let (_, message) = qmp.error("blockdev-add", options);
-        assert!(
-            message.contains(reason) || message.contains("lock"),
-            "{message}"
-        );
+        assert!(message.contains(reason), "{message}");
     }
-    qmp.ok("block-export-del", json!({"id": "e", "mode": "hard"}));
-    qmp.event("BLOCK_EXPORT_DELETED");
-    qmp.ok("blockdev-del", json!({"node-name": "top"}));
     let mut by_options = json!({"driver": "qcow2", "file": file("0.q"), "backing": null});
     for layer in 1..LAYERS / 2 {
         by_options = json!({"driver": "qcow2", "file": file(&format!("{layer}.q")),

@@ -29,14 +29,20 @@ struct Movers {
 impl Graph {
     /// Takes a filter in, with what was opened for it, that is going to be put above `below`. Nobody uses it yet.
     ///
-    /// Who uses `below` will use the filter, so that its access need not go with what the filter does to `below`; that of
-    /// jobs, which stay, must. Errors as [`Graph::insert`], and as [`Graph::insert_above`] would have.
+    /// Who uses `below` will use the filter, so that its access need not go with what the filter does to `below`; nor need that of
+    /// others who come to use `below` before the filter is put above it. That of jobs, which stay, must. Errors as
+    /// [`Graph::insert`], and as [`Graph::insert_above`] would have.
     pub fn insert_filter(&mut self, opened: Opened, below: &Arc<Node>) -> Result<Arc<Node>> {
         let nodes = opened.nodes.clone();
         let filter = self.insert_beside(opened, Some(below))?;
         let movers = self.movers(below, &filter);
         match movers.and_then(|movers| self.check_movers(&movers, None)) {
-            Ok(()) => Ok(filter),
+            Ok(()) => {
+                if let Some(entry) = self.table.of_mut(&filter) {
+                    entry.waits = true;
+                }
+                Ok(filter)
+            }
             Err(error) => {
                 nodes.iter().rev().for_each(|node| self.table.remove(node));
                 Err(error)
@@ -210,21 +216,14 @@ impl Graph {
         Ok(movers)
     }
 
-    /// Whether a filter is in the graph and not above anything yet: whoever comes to its layer is led to it next.
-    fn is_waiting(&self, node: &Arc<Node>) -> bool {
-        let users = self.table.of(node).into_iter();
-        let mut users = users.flat_map(|entry| &entry.users);
-        node.driver().info().driver == "copy-before-write"
-            && self.table.above(node).is_empty()
-            && !users.any(|user| user.user.follows())
-    }
-
-    /// Whether all may use the node that they are to follow to. What `leaving` does to its layers does not count.
+    /// Whether all may use the node that they are to follow to. What `leaving` does to its layers does not count, nor what filters do
+    /// that are to be put above that node: all of these will use the filter.
     fn check_movers(&self, movers: &Movers, leaving: Option<&Arc<Node>>) -> Result<()> {
         let to = &movers.to;
         let there = self.uses_but_for(to, |user| match user {
             Placed::Parent(parent) => {
-                leaving.is_some_and(|left| Arc::ptr_eq(left, parent)) || self.is_waiting(parent)
+                let waits = self.table.of(parent).is_some_and(|entry| entry.waits);
+                waits || leaving.is_some_and(|left| Arc::ptr_eq(left, parent))
             }
             Placed::Outside(_) => false,
         });
@@ -283,6 +282,7 @@ impl Graph {
         entry.users = stay;
         if let Some(entry) = self.table.of_mut(to) {
             entry.users.extend::<Vec<Use>>(moved);
+            entry.waits = false;
         }
     }
 }

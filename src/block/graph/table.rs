@@ -24,6 +24,8 @@ pub(super) struct Entry {
     pub(super) owned: bool,
     /// Users that are not nodes.
     pub(super) users: Vec<Use>,
+    /// It came in as a filter, and those whose requests are to go through it do not use it yet.
+    pub(super) waits: bool,
 }
 
 impl Table {
@@ -57,6 +59,7 @@ impl Table {
             node: node.clone(),
             owned,
             users: Vec::new(),
+            waits: false,
         };
         self.entries.insert(self.next, entry);
         self.numbers.insert(node.name().to_owned(), self.next);

@@ -197,3 +197,70 @@ fn a_device_is_the_layer_that_an_earlier_action_puts_on_it() {
     let chain: Value = serde_json::from_str(&tool(folder.path(), line)).unwrap();
     assert_eq!(chain.as_array().map(Vec::len), Some(3));
 }
+
+fn overlay(name: &str) -> Value {
+    let data = json!({
+        "device": "a", "snapshot-file": format!("{name}.qcow2"), "snapshot-node-name": name
+    });
+    json!({"type": "blockdev-snapshot-sync", "data": data})
+}
+
+fn backup(name: &str) -> Value {
+    let data = json!({
+        "device": "a", "target": format!("{name}.qcow2"), "sync": "full", "job-id": name
+    });
+    json!({"type": "drive-backup", "data": data})
+}
+
+#[test]
+fn overlays_and_backups_of_one_disk_are_of_one_moment() {
+    let Some(()) = harness::need(&["qemu-img", "qemu-io"]) else {
+        return;
+    };
+    for (actions, chain) in [
+        (vec![overlay("one"), backup("copy")], 2),
+        (
+            vec![overlay("one"), create("a", "inside"), backup("copy")],
+            2,
+        ),
+        (
+            vec![create("a", "below"), overlay("one"), overlay("two")],
+            3,
+        ),
+        (vec![overlay("one"), overlay("two"), backup("copy")], 3),
+        (vec![backup("copy"), backup("again")], 1),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        for line in [
+            "qemu-img create -q -f qcow2 a.qcow2 1M",
+            "qemu-io -f qcow2 -c 'write -P 1 0 1M' a.qcow2",
+        ] {
+            tool(folder.path(), line);
+        }
+        let drive = ["--drive", "id=a,file=a.qcow2,format=qcow2"];
+        let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &drive);
+        let mut qmp = daemon.qmp();
+        qmp.ok("transaction", json!({"actions": &actions}));
+        let backups = actions
+            .iter()
+            .filter(|action| action["type"] == "drive-backup");
+        for _ in backups.clone() {
+            let event = qmp.event("BLOCK_JOB_COMPLETED");
+            assert_eq!(event["data"].get("error"), None, "{event}");
+        }
+        let drives = qmp.ok("query-block", json!({}));
+        let depth = drives[0]["inserted"]["backing_file_depth"].as_u64();
+        assert_eq!(depth.map(|depth| depth + 1), Some(chain), "{actions:?}");
+        qmp.ok("quit", json!({}));
+        assert!(daemon.exited().success());
+        for backup in backups {
+            let name = backup["data"]["target"].as_str().unwrap();
+            tool(
+                folder.path(),
+                &format!("qemu-img compare -q a.qcow2 {name}"),
+            );
+            tool(folder.path(), &format!("qemu-img check -q {name}"));
+        }
+        tool(folder.path(), "qemu-img check -q a.qcow2");
+    }
+}

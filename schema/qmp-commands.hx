@@ -805,9 +805,10 @@ EQMP
 
     {
         .name       = "drive-backup",
-        .args_type  = "sync:s,device:B,target:s,speed:i?,mode:s?,format:s?,"
-                      "job-id:s?,compress:b?,on-source-error:s?,on-target-error:s?,"
-                      "auto-finalize:b?,auto-dismiss:b?,filter-node-name:s?,x-perf:q?",
+        .args_type  = "job-id:s?,device:B,sync:s,speed:i?,compress:b?,"
+                      "on-source-error:s?,on-target-error:s?,auto-finalize:b?,"
+                      "auto-dismiss:b?,filter-node-name:s?,x-perf:q?,target:s,"
+                      "format:s?,mode:s?",
         .params     = "sync device target [speed] [mode] [format] ...",
         .help       = "copy a disk as it is now to a file",
         .mhandler.cmd_new = qmp_marshal_input_drive_backup,
@@ -861,9 +862,9 @@ EQMP
 
     {
         .name       = "blockdev-backup",
-        .args_type  = "sync:s,device:B,target:B,speed:i?,job-id:s?,compress:b?,"
+        .args_type  = "job-id:s?,device:B,sync:s,speed:i?,compress:b?,"
                       "on-source-error:s?,on-target-error:s?,auto-finalize:b?,"
-                      "auto-dismiss:b?,filter-node-name:s?,x-perf:q?",
+                      "auto-dismiss:b?,filter-node-name:s?,x-perf:q?,target:B",
         .params     = "sync device target [speed] ...",
         .help       = "copy a disk as it is now to a node",
         .mhandler.cmd_new = qmp_marshal_input_blockdev_backup,

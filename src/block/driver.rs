@@ -236,6 +236,11 @@ pub trait Driver: Requests {
     /// Facts for queries; cheap, never blocks on I/O for long.
     fn info(&self) -> DriverInfo;
 
+    /// Whether it comes between a disk and its users for a time, and shows the disk that is its `file`.
+    fn is_filter(&self) -> bool {
+        false
+    }
+
     /// The layers below, with the role each has (`file`, `data-file`, `backing`).
     fn children(&self) -> Vec<(&'static str, Child)>;
 

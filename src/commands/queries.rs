@@ -37,7 +37,7 @@ fn drive_list(graph: &Graph) -> Vec<BlockInfo> {
 /// as QEMU hides them.
 fn image_of(mut root: Arc<Node>) -> Arc<Node> {
     while !root.is_named()
-        && root.driver().info().driver == "copy-before-write"
+        && root.driver().is_filter()
         && let Some(below) = root.link("file")
     {
         root = below;

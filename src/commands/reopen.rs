@@ -111,9 +111,9 @@ fn image_of_chain(graph: &Graph, device: &str, name: &str) -> Result<Arc<Node>, 
             "not allowing backing file change on an image without a backing file",
         ));
     }
-    let mut chain = std::iter::successors(Some(root), |node| match node.driver().info().driver {
-        "copy-before-write" => node.link("file"),
-        _ => node.link("backing"),
+    let mut chain = std::iter::successors(Some(root), |node| match node.driver().is_filter() {
+        true => node.link("file"),
+        false => node.link("backing"),
     });
     match chain.any(|node| Arc::ptr_eq(&node, &image)) {
         true => Ok(image),

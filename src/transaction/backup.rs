@@ -21,7 +21,6 @@ use block::graph::{
 };
 use qapi::rt::QmpError;
 
-use super::plan::below_filters;
 use super::{Action, Effect, Held, Plan, Preparing};
 use crate::daemon::lookup::{self, from_engine};
 use crate::daemon::{Control, Cx};
@@ -160,7 +159,7 @@ impl BackupAction {
         };
         let target_link = Link::new("target", target, exclusive);
         let perf = &self.options.perf;
-        let snapshots: Arc<dyn SnapshotSource> = below_filters(source);
+        let snapshots: Arc<dyn SnapshotSource> = source.below_filters();
         let from = Source {
             // By way of the filter, which goes on to what comes into the source's place.
             disk: Arc::new(file.edge.clone()),
@@ -466,7 +465,7 @@ impl Action for BackupAction {
 
 /// Whether a target can be written with a disk.
 fn check_target(source: &Arc<Node>, target: &Arc<Node>, compress: bool) -> Result<(), QmpError> {
-    if Arc::ptr_eq(source, target) || Arc::ptr_eq(&below_filters(source), target) {
+    if Arc::ptr_eq(source, target) || Arc::ptr_eq(&source.below_filters(), target) {
         return Err(QmpError::generic("Source and target cannot be the same"));
     }
     if target.behaviour().read_only {

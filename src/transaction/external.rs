@@ -306,7 +306,8 @@ fn check_below(graph: &Graph, plan: &Plan, below: &Arc<Node>) -> Result<(), QmpE
     }
     let mut users = graph.users(below);
     let mut parents = graph.parents(below);
-    let is_copied = is_filter(below) || parents.any(|(parent, _)| is_filter(parent));
+    let is_copied =
+        below.driver().is_filter() || parents.any(|(parent, _)| parent.driver().is_filter());
     match is_copied || users.any(|user| matches!(user, User::Job(_))) {
         true => busy("block device is in use by block job: backup".to_owned()),
         false => Ok(()),
@@ -322,7 +323,7 @@ fn check_overlay(graph: &Graph, above: &Arc<Node>) -> Result<(), QmpError> {
     {
         return Err(in_use());
     }
-    match is_filter(above) {
+    match above.driver().is_filter() {
         true => Err(QmpError::generic("Filters cannot be used as overlays")),
         false => Ok(()),
     }
@@ -330,10 +331,6 @@ fn check_overlay(graph: &Graph, above: &Arc<Node>) -> Result<(), QmpError> {
 
 fn in_use() -> QmpError {
     QmpError::generic("The overlay is already in use")
-}
-
-fn is_filter(node: &Node) -> bool {
-    node.driver().info().driver == "copy-before-write"
 }
 
 /// How the new image names what is below it: so that it is found from everywhere.

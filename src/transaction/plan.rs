@@ -120,14 +120,3 @@ impl Plan {
         &mut self.disks[place]
     }
 }
-
-/// The disk below the filters of backups.
-pub(super) fn below_filters(node: &Arc<Node>) -> Arc<Node> {
-    let mut node = node.clone();
-    while node.driver().info().driver == "copy-before-write"
-        && let Some(below) = node.link("file")
-    {
-        node = below;
-    }
-    node
-}

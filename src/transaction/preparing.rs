@@ -174,14 +174,11 @@ fn final_path(filename: &str) -> io::Result<PathBuf> {
 }
 
 /// The file of the host that an image lies in. `None` where it lies elsewhere.
-async fn image_file(node: &Node) -> Option<StagedImage> {
+async fn image_file(node: &Arc<Node>) -> Option<StagedImage> {
     const SECTOR: u64 = 512;
     let mut offset = 0;
-    let mut below = node.link("file")?;
     // A filter shows the image below it.
-    if node.driver().info().driver == "copy-before-write" {
-        below = below.link("file")?;
-    }
+    let mut below = node.below_filters().link("file")?;
     loop {
         let info = below.driver().info();
         if matches!(info.driver, "file" | "host_device") {

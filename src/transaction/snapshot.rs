@@ -8,7 +8,6 @@ use block::error::{Error, ErrorKind};
 use block::graph::{Link, Node};
 use qapi::rt::QmpError;
 
-use super::plan::below_filters;
 use super::{Action, Effect, Held, Plan};
 use crate::daemon::{Control, internal_error};
 
@@ -207,7 +206,7 @@ impl Action for SnapshotAction {
             return Err(QmpError::generic("Need a root block node"));
         }
         // Snapshots are the image's. All that change them, by way of a filter or not, share one change.
-        let disk = below_filters(&node);
+        let disk = node.below_filters();
         let is_copied = !Arc::ptr_eq(&disk, &node);
         if is_copied && matches!(self.operation, Operation::Revert(_)) {
             return Err(QmpError::generic(format!(

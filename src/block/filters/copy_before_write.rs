@@ -108,6 +108,10 @@ impl Driver for CopyBeforeWrite {
         }
     }
 
+    fn is_filter(&self) -> bool {
+        true
+    }
+
     fn children(&self) -> Vec<(&'static str, Child)> {
         vec![("file", self.file.clone()), ("target", self.target.clone())]
     }

@@ -251,7 +251,7 @@ impl Graph {
         };
         let in_use = |message: String| Err(Error::new(ErrorKind::InUse, message));
         let copies = |(parent, link): (&Arc<Node>, Link)| {
-            link.role == "target" && parent.driver().info().driver == "copy-before-write"
+            link.role == "target" && parent.driver().is_filter()
         };
         let is_job = |user: &Use| matches!(user.user, User::Job(_));
         if entry.users.iter().any(is_job) || self.parents(&entry.node).any(copies) {

@@ -165,6 +165,17 @@ impl Node {
         &*self.inner.driver
     }
 
+    /// The disk that it shows: itself, or what is below it and the filters that follow.
+    pub fn below_filters(self: &Arc<Self>) -> Arc<Node> {
+        let mut node = self.clone();
+        while node.driver().is_filter()
+            && let Some(below) = node.link("file")
+        {
+            node = below;
+        }
+        node
+    }
+
     /// The layers below.
     pub fn links(&self) -> Vec<Link> {
         self.inner.lock_links().clone()

@@ -96,7 +96,7 @@ impl Answer {
         let data = data.filter(|_| depth > 0 && self.take());
         let parent = data.map(|data| {
             // What a filter is on is shown in full where backing images are.
-            let backing = match is_filter(node) {
+            let backing = match node.driver().is_filter() {
                 true => Backing::Hidden,
                 false => backing,
             };
@@ -123,14 +123,10 @@ impl Answer {
 
 /// What QEMU shows as a backing image: also what a filter is on.
 fn backed_by(node: &Node) -> Option<Arc<Node>> {
-    match is_filter(node) {
+    match node.driver().is_filter() {
         true => node.link("file"),
         false => node.link("backing"),
     }
-}
-
-fn is_filter(node: &Node) -> bool {
-    node.driver().info().driver == "copy-before-write"
 }
 
 fn specific(node: &Node) -> Option<BlockStatsSpecific> {

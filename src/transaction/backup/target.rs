@@ -12,7 +12,7 @@ use block::open::{
 };
 use qapi::rt::QmpError;
 
-use super::{Preparing, below_filters};
+use super::Preparing;
 use crate::daemon::Control;
 use crate::daemon::lookup::from_engine;
 
@@ -59,7 +59,7 @@ impl FileTarget {
         source: &Arc<Node>,
         sync: SyncMode,
     ) -> Result<Opened, QmpError> {
-        let disk = below_filters(source);
+        let disk = source.below_filters();
         let backing = match sync {
             SyncMode::Full => None,
             SyncMode::Top => disk.link("backing"),

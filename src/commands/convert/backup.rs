@@ -115,7 +115,7 @@ fn options(common: types::BackupCommon, target: BackupTarget) -> BackupOptions {
 
 fn perf(wire: types::BackupPerf) -> BackupPerf {
     let types::BackupPerf {
-        // The kernel copies wherever it can.
+        // Without meaning here: see the schema.
         use_copy_range: _,
         max_workers,
         max_chunk,

@@ -85,6 +85,13 @@ pub fn run(config: Config) -> ExitCode {
 
 async fn live(config: Config) -> Result<(), String> {
     let signals = Signals::take().map_err(|error| format!("cannot take signals over: {error}"))?;
+    let (control_loop, _, cx) = wired(signals);
+    let finished = control_loop.run(start(cx, config)).await;
+    stop(finished).await
+}
+
+/// A loop that has not begun, the service in front of it, and the way of handlers to it.
+fn wired(signals: Signals) -> (ControlLoop, Arc<DaemonService>, Cx) {
     let (queue, commands) = mpsc::channel(limits::QMP_CLIENTS);
     let (handle, commits) = mpsc::channel(limits::COMMITS);
     // Unbounded, because who sends cannot wait; it takes one message per export, of which there are `limits::EXPORTS`.
@@ -95,7 +102,7 @@ async fn live(config: Config) -> Result<(), String> {
     let handle = ControlHandle(handle);
     let events = Events::new(monitor::RATE_LIMITS);
     let service = Arc::new(DaemonService::new(queue, handle.clone()));
-    let monitors = monitor::Server::new(service, events.clone());
+    let monitors = monitor::Server::new(service.clone(), events.clone());
     let control = Control::new(
         Graph::reporting(sink),
         exports::Exports::new(closed),
@@ -113,10 +120,7 @@ async fn live(config: Config) -> Result<(), String> {
         signals,
     };
     let cx = Cx::new(handle.clone(), Session::new(&[]));
-    let finished = ControlLoop::new(control, inputs, handle)
-        .run(start(cx, config))
-        .await;
-    stop(finished).await
+    (ControlLoop::new(control, inputs, handle), service, cx)
 }
 
 /// The start, and what happens when it is done.

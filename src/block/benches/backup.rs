@@ -4,49 +4,26 @@
 //! image file and `qemu-img convert`, in turn. Prints medians in seconds. The figures beside qemu-storage-daemon are in
 //! `benches/compare.py`, section `backup`.
 
+mod common;
+
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-use block::copy::{
-    Copier, CopyHooks, CopyOptions, OnCopyError, Progress, Side, Source, TargetContent,
-};
-use block::driver::{BoxFuture, Driver, Requests, SnapshotSource, Snapshots};
-use block::driver::{Child, Preallocation};
-use block::error::Error;
+use block::copy::{Copier, CopyOptions, Source, TargetContent};
+use block::driver::{Child, Driver, Preallocation, Requests};
 use block::formats::qcow2::create::{CreateOptions, create};
 use block::formats::qcow2::{CompressionType, OpenOptions, Qcow2};
 use block::formats::raw::Raw;
 use block::io::IoContext;
 use block::open::{Aio, FileOptions, Locking};
 use block::protocols::file::{File, FileAccess};
+use common::{Disk, Owner};
 
 const DISK: u64 = 4 << 30;
 const DATA: u64 = 2 << 30;
-
-struct Owner;
-
-impl CopyHooks for Owner {
-    fn admit(&self, _bytes: u64) -> BoxFuture<'_, ()> {
-        Box::pin(async {})
-    }
-
-    fn progress(&self, _progress: Progress) {}
-
-    fn on_error(&self, _side: Side, _error: &Error) -> BoxFuture<'_, OnCopyError> {
-        Box::pin(async { OnCopyError::Fail })
-    }
-}
-
-struct Disk(Arc<Qcow2>);
-
-impl SnapshotSource for Disk {
-    fn snapshots(&self) -> Option<&dyn Snapshots> {
-        self.0.snapshots()
-    }
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Target {

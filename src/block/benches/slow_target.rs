@@ -4,16 +4,16 @@
 //! target that takes 100 ms for each request, and to one that takes 20 MB/s. Prints how many there were per second, and
 //! what the slowest hundredth of them and the slowest one took, for each way to keep the point in time.
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use block::copy::{
-    Copier, CopyHooks, CopyOptions, OnCopyError, PointInTime, Progress, Side, Source, SyncMode,
-};
+use block::copy::{Copier, CopyOptions, PointInTime, Source, SyncMode};
 use block::driver::{
-    BlockStatus, BoxFuture, Child, Driver, Preallocation, RequestLimits, Requests, SnapshotSource,
-    Snapshots, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Child, Driver, Preallocation, RequestLimits, Requests, WriteFlags,
+    ZeroFlags,
 };
 use block::error::{Error, Result};
 use block::filters::copy_before_write::CopyBeforeWrite;
@@ -22,6 +22,7 @@ use block::formats::qcow2::{OpenOptions, Qcow2};
 use block::io::{Data, IoContext};
 use block::open::{Aio, FileOptions, Locking};
 use block::protocols::file::{File, FileAccess};
+use common::{Disk, Owner};
 use tokio::sync::Mutex;
 
 const SIZE: u64 = 1 << 30;
@@ -29,28 +30,6 @@ const DEPTH: u64 = 16;
 const TIME: Duration = Duration::from_secs(4);
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
-
-struct Owner;
-
-impl CopyHooks for Owner {
-    fn admit(&self, _bytes: u64) -> BoxFuture<'_, ()> {
-        Box::pin(async {})
-    }
-
-    fn progress(&self, _progress: Progress) {}
-
-    fn on_error(&self, _side: Side, _error: &Error) -> BoxFuture<'_, OnCopyError> {
-        Box::pin(async { OnCopyError::Fail })
-    }
-}
-
-struct Disk(Arc<Qcow2>);
-
-impl SnapshotSource for Disk {
-    fn snapshots(&self) -> Option<&dyn Snapshots> {
-        self.0.snapshots()
-    }
-}
 
 /// Swallows writes, slowly.
 struct Slow {

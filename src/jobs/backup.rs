@@ -158,7 +158,11 @@ impl Hooks {
 
 impl CopyHooks for Hooks {
     fn admit(&self, bytes: u64) -> BoxFuture<'_, ()> {
-        Box::pin(self.cx.throttle(bytes))
+        Box::pin(self.cx.begin(bytes))
+    }
+
+    fn finished(&self) {
+        self.cx.end();
     }
 
     fn progress(&self, progress: Progress) {

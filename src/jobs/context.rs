@@ -44,6 +44,8 @@ pub(super) struct Shared {
     len: AtomicU64,
     /// The work waits for time or for the user.
     is_idle: AtomicBool,
+    /// How many parts of the work [`JobContext::begin`] has let begin that have not ended.
+    under_way: watch::Sender<usize>,
     limit: Mutex<RateLimit>,
     meter: Mutex<Meter>,
 }
@@ -59,6 +61,7 @@ impl Shared {
             offset: AtomicU64::new(0),
             len: AtomicU64::new(len),
             is_idle: AtomicBool::new(false),
+            under_way: watch::Sender::new(0),
             limit: Mutex::new(RateLimit::new(speed)),
             meter: Mutex::new(Meter::new(Instant::now())),
         }
@@ -130,10 +133,11 @@ impl JobContext {
     /// Returns at once, unless the job is to be held: then when it may go on, or is to end softly. When it is to end by force
     /// there is nothing to go on with: this waits to be dropped.
     ///
-    /// To clients the job is held from when this is called, so that nothing of it should be under way then.
+    /// To clients the job is held from when this is called and nothing that [`JobContext::begin`] let begin is under way.
     /// Cancellation: safe.
     pub async fn pause_point(&self) {
         let mut orders = self.shared.orders.subscribe();
+        let mut under_way = self.shared.under_way.subscribe();
         let mut told = None;
         loop {
             let Orders { pause, cancel, .. } = orders.borrow_and_update().clone();
@@ -141,14 +145,44 @@ impl JobContext {
             let Some(pause) = pause.filter(|_| cancel.is_none()) else {
                 break;
             };
-            if told.replace(pause) != Some(pause) {
-                self.report(Report::Paused(pause));
-            }
             let _idle = Idle::new(&self.shared);
-            if orders.changed().await.is_err() {
+            let changed = tokio::select! {
+                // The senders are `self`'s.
+                _ = under_way.wait_for(|parts| *parts == 0), if told != Some(pause) => {
+                    told = Some(pause);
+                    self.report(Report::Paused(pause));
+                    continue;
+                }
+                changed = orders.changed() => changed,
+            };
+            if changed.is_err() {
                 break;
             }
         }
+    }
+
+    /// As [`JobContext::throttle`], for work of several parts at once: from the answer on the caller's part is under way, until it
+    /// says [`JobContext::end`]. A job is held when no part is.
+    ///
+    /// Cancellation: nothing is under way; what was taken may be lost.
+    pub async fn begin(&self, units: u64) {
+        self.throttle(units).await;
+        loop {
+            self.shared.under_way.send_modify(|parts| *parts += 1);
+            // Whoever waits for the job to stand still counts behind the order: one of the two sees the other.
+            let Orders { pause, cancel, .. } = self.shared.orders.borrow().clone();
+            if pause.is_none() || cancel.is_some() {
+                return;
+            }
+            self.end();
+            self.pause_point().await;
+        }
+    }
+
+    /// A part that [`JobContext::begin`] let begin has ended.
+    pub fn end(&self) {
+        let less = |parts: &mut usize| *parts = parts.saturating_sub(1);
+        self.shared.under_way.send_modify(less);
     }
 
     /// Takes `units` of what the speed allows; waits until it does, and while the job is held. Returns at once when the job is to

@@ -206,7 +206,7 @@ impl Run {
             SyncMode::None => self.failed().await,
             SyncMode::Full => {}
             SyncMode::Top => {
-                self.retried(Side::Source, || self.shared.drop_unallocated())
+                self.retried(None, Side::Source, || self.shared.drop_unallocated())
                     .await
             }
         }
@@ -216,13 +216,13 @@ impl Run {
         if !self.shared.map.is_done() {
             return Err(Error::new(ErrorKind::Io, "A worker of the copy has died"));
         }
-        self.retried(Side::Target, || self.shared.target.flush())
+        self.retried(None, Side::Target, || self.shared.target.flush())
             .await;
         self.shared.check()
     }
 
-    /// Does something until it succeeds, or the copy has failed with its error.
-    async fn retried<F>(&self, side: Side, action: impl Fn() -> F)
+    /// Does something until it succeeds, or the copy has failed with its error. A worker has a turn.
+    async fn retried<F>(&self, mut turn: Option<&mut Turn<'_>>, side: Side, action: impl Fn() -> F)
     where
         F: Future<Output = Result<()>>,
     {
@@ -233,17 +233,26 @@ impl Run {
             }
             match result {
                 Ok(()) => return,
-                Err(error) => self.on_error(side, error).await,
+                Err(error) => self.on_error(turn.as_deref_mut(), side, error).await,
             }
         }
     }
 
     /// Asks what to do, and does it: afterwards it is tried again, or the copy has failed.
-    async fn on_error(&self, side: Side, error: Error) {
+    async fn on_error(&self, mut turn: Option<&mut Turn<'_>>, side: Side, error: Error) {
+        if let Some(turn) = turn.as_deref_mut() {
+            turn.rest();
+        }
         match self.hooks.on_error(side, &error).await {
             OnCopyError::Retry => {}
             OnCopyError::Ignore => tokio::time::sleep(COPY_RETRY_PAUSE).await,
-            OnCopyError::Fail => self.shared.fail(error),
+            OnCopyError::Fail => {
+                self.shared.fail(error);
+                return;
+            }
+        }
+        if let Some(turn) = turn {
+            turn.work(0).await;
         }
     }
 
@@ -275,13 +284,19 @@ impl Run {
                 return Shift::Done;
             };
             let bytes = piece.bytes.end - piece.bytes.start;
-            self.hooks.admit(if piece.zero { 0 } else { bytes }).await;
-            self.after_guests().await;
-            match piece.zero {
-                true => self.copy_zeroes(piece).await,
-                false => self.copy_data(piece).await,
+            let mut turn = Turn::new(&*self.hooks);
+            turn.work(if piece.zero { 0 } else { bytes }).await;
+            // While the copy is paused guests' old content may take as long as that: nobody is at work who waits for it.
+            while self.is_behind() {
+                turn.rest();
+                self.after_guests().await;
+                turn.work(0).await;
             }
-            self.hooks.finished();
+            match piece.zero {
+                true => self.copy_zeroes(&mut turn, piece).await,
+                false => self.copy_data(&mut turn, piece).await,
+            }
+            drop(turn);
             if self.crew.leave() {
                 return Shift::Left;
             }
@@ -289,24 +304,28 @@ impl Run {
     }
 
     /// Old content of guests goes first when there is much of it.
+    fn is_behind(&self) -> bool {
+        self.shared.is_crowded() && self.shared.check().is_ok()
+    }
+
     async fn after_guests(&self) {
         loop {
             let mut changed = pin!(self.shared.changed.notified());
             changed.as_mut().enable();
-            if !self.shared.is_crowded() || self.shared.check().is_err() {
+            if !self.is_behind() {
                 return;
             }
             changed.await;
         }
     }
 
-    async fn copy_zeroes(&self, piece: Piece) {
+    async fn copy_zeroes(&self, turn: &mut Turn<'_>, piece: Piece) {
         while let Some(claim) = self.shared.map.claim(piece.bytes.clone(), u64::MAX) {
             let (offset, len) = (claim.offset(), claim.len());
             // There is nothing to read: guests need not wait for the target.
             claim.taken();
-            self.retried(Side::Target, || self.shared.put_zeroes(offset, len))
-                .await;
+            let put = || self.shared.put_zeroes(offset, len);
+            self.retried(Some(&mut *turn), Side::Target, put).await;
             if self.shared.check().is_err() {
                 return;
             }
@@ -314,13 +333,13 @@ impl Run {
         }
     }
 
-    async fn copy_data(&self, piece: Piece) {
+    async fn copy_data(&self, turn: &mut Turn<'_>, piece: Piece) {
         while let Some(claim) = self.shared.map.claim(piece.bytes.clone(), self.chunk) {
             let offset = claim.offset();
-            let Some(data) = self.read(claim).await else {
+            let Some(data) = self.read(turn, claim).await else {
                 return;
             };
-            self.write(offset, data).await;
+            self.write(Some(&mut *turn), offset, data).await;
             if self.shared.check().is_err() {
                 return;
             }
@@ -328,7 +347,7 @@ impl Run {
     }
 
     /// Reads what is claimed. After an error it is pending again, and comes up once more.
-    async fn read(&self, claim: Claim) -> Option<Data> {
+    async fn read(&self, turn: &mut Turn<'_>, claim: Claim) -> Option<Data> {
         let reader = self.shared.reader();
         match reader.read(claim.offset(), claim.len()).await {
             Ok(data) => {
@@ -337,17 +356,17 @@ impl Run {
             }
             Err(error) => {
                 drop(claim);
-                self.on_error(Side::Source, error).await;
+                self.on_error(Some(turn), Side::Source, error).await;
                 None
             }
         }
     }
 
-    async fn write(&self, offset: u64, data: Data) {
+    async fn write(&self, turn: Option<&mut Turn<'_>>, offset: u64, data: Data) {
         let len = data.len();
         let put = || self.shared.put(offset, data.clone());
         let begun = Instant::now();
-        self.retried(Side::Target, put).await;
+        self.retried(turn, Side::Target, put).await;
         self.crew.note(begun.elapsed());
         if self.shared.check().is_ok() {
             self.done(len);
@@ -395,7 +414,7 @@ impl Run {
 
     async fn write_kept(&self, kept: Kept) {
         let bytes = kept.data.len();
-        self.write(kept.offset, kept.data.clone()).await;
+        self.write(None, kept.offset, kept.data.clone()).await;
         drop(kept);
         self.shared.kept_is_written(bytes);
     }
@@ -421,5 +440,39 @@ impl Run {
             }
             changed.await;
         }
+    }
+}
+
+/// A worker's, with the owner of the copy: at work only with its consent, and at rest while it is asked.
+struct Turn<'a> {
+    hooks: &'a dyn CopyHooks,
+    is_at_work: bool,
+}
+
+impl<'a> Turn<'a> {
+    fn new(hooks: &'a dyn CopyHooks) -> Self {
+        Turn {
+            hooks,
+            is_at_work: false,
+        }
+    }
+
+    /// Waits until the worker may go on with so many bytes more.
+    async fn work(&mut self, bytes: u64) {
+        self.rest();
+        self.hooks.admit(bytes).await;
+        self.is_at_work = true;
+    }
+
+    fn rest(&mut self) {
+        if std::mem::take(&mut self.is_at_work) {
+            self.hooks.finished();
+        }
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.rest();
     }
 }

@@ -192,15 +192,17 @@ pub struct Progress {
 /// What a running copy asks its owner. Called from several tasks at once.
 pub trait CopyHooks: Send + Sync {
     /// Answers when the copy may go on with another `bytes` bytes: a pause point, and the speed limit. No guest waits for it
-    /// meanwhile. Cancellation: safe.
+    /// meanwhile. From the answer on the caller is at work. Cancellation: safe.
     fn admit(&self, bytes: u64) -> BoxFuture<'_, ()>;
 
-    /// What was admitted last by this caller has been dealt with: written, failed, or given up for later. Must not block.
+    /// The caller of an `admit` that has answered is at work no longer: what it did is written, given up for later, or waits for
+    /// a decision or for guests. With all callers at rest the copy stands still, but for what guests leave it. Must not block.
     fn finished(&self) {}
 
     /// Says how far the copy is. Must not block.
     fn progress(&self, progress: Progress);
 
-    /// What to do about an error; it may wait for as long as the copy is to stand still. Cancellation: safe.
+    /// What to do about an error; it may wait for as long as the copy is to stand still. Nobody who waits for it is at work.
+    /// Cancellation: safe.
     fn on_error(&self, side: Side, error: &Error) -> BoxFuture<'_, OnCopyError>;
 }

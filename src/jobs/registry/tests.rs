@@ -23,6 +23,8 @@ enum Work {
     FailsOnce(ErrorKind, OnError),
     Panics,
     Forever,
+    /// Two parts at once: one that takes as long as the test wants, one that begins and ends all the time.
+    Parts(Arc<tokio::sync::Notify>),
 }
 
 const PIECE: u64 = 1 << 20;
@@ -30,6 +32,22 @@ const PIECE: u64 = 1 << 20;
 impl Script {
     fn note(&self, what: &'static str) {
         self.log.lock().unwrap().push(what);
+    }
+
+    async fn parts(cx: &JobContext, enough: &tokio::sync::Notify) {
+        let long = async {
+            cx.begin(0).await;
+            enough.notified().await;
+            cx.end();
+        };
+        let short = async {
+            loop {
+                cx.begin(0).await;
+                tokio::task::yield_now().await;
+                cx.end();
+            }
+        };
+        tokio::join!(long, short);
     }
 
     async fn pieces(cx: &JobContext, count: u64) {
@@ -54,6 +72,7 @@ impl JobDriver for Script {
                 }
                 Work::Panics => panic!("as the test wants it"),
                 Work::Forever => std::future::pending().await,
+                Work::Parts(ref enough) => Script::parts(cx, enough).await,
             }
             Ok(())
         })
@@ -319,4 +338,32 @@ async fn queries_tell_block_jobs_from_others() {
     let error = world.jobs.find_block_job("create").unwrap_err();
     assert_eq!(error.message(), "Block job 'create' not found");
     assert_eq!(world.jobs.find("x").unwrap_err().message(), "Job not found");
+}
+
+#[tokio::test]
+async fn a_job_is_paused_when_no_part_of_it_is_under_way() {
+    let mut world = World::new();
+    let enough = Arc::new(tokio::sync::Notify::new());
+    let key = world.start(Work::Parts(enough.clone()), 0);
+    world.pass(Duration::from_millis(5)).await;
+    world.jobs.pause(key).unwrap();
+    world.pass(Duration::from_millis(30)).await;
+    let info = world.jobs.list().remove(0);
+    assert_eq!((info.status, info.paused), (Status::Running, true));
+    enough.notify_one();
+    world.until(Status::Paused).await;
+    // Let go before it has stopped: nothing is told of it.
+    world.jobs.resume(key).unwrap();
+    world.jobs.pause(key).unwrap();
+    world.jobs.resume(key).unwrap();
+    world.pass(Duration::from_millis(5)).await;
+    world.jobs.cancel(key, Cancel::Force).unwrap();
+    world.until(Status::Concluded).await;
+    let told = world.told();
+    assert_eq!(
+        told[..4],
+        ["created", "running", "paused", "running"],
+        "{told:?}"
+    );
+    assert_eq!(told[4], "aborting", "{told:?}");
 }

@@ -22,6 +22,7 @@ mod before;
 mod faults;
 mod model;
 mod relief;
+mod rest;
 
 /// An owner that lets a copy go on, and answers errors as it is told.
 struct Owner {

@@ -4,7 +4,7 @@ use block::driver::{BackingFile, Compat, Preallocation};
 use block::error::Result as EngineResult;
 use block::formats::qcow2::CompressionType;
 use block::formats::qcow2::create::{CreateOptions, DataFileOptions};
-use block::graph::{Access, Graph, User};
+use block::graph::{Access, Graph, Resizer, User};
 use block::open::{NewContent, NewImage, NodeRef, Opener};
 use qapi::commands::BlockdevCreate;
 use qapi::handlers::BlockCreate;
@@ -172,6 +172,7 @@ fn place(graph: &mut Graph, job: &str, reference: NodeRef) -> EngineResult<Place
         NodeRef::Name(name) => name,
     };
     let node = graph.lookup(Some(&name), Some(&name))?;
+    graph.check_resize(&node, Resizer::Job(job))?;
     let access = Access {
         writes: true,
         shares_writes: true,

@@ -1,6 +1,7 @@
 //! Nodes: `blockdev-add`, `blockdev-del`, `block_resize`.
 
 use block::driver::{Preallocation, Requests};
+use block::graph::Resizer;
 use block::open::{Opener, open};
 use qapi::commands::{BlockResize, BlockdevDel};
 use qapi::rt::QmpError;
@@ -55,16 +56,20 @@ pub(super) async fn resize(cx: &Cx, args: BlockResize) -> Result<(), QmpError> {
             // Clients that know drives only send an empty node name, and the other way round.
             let given = |name: Option<String>| name.filter(|name| !name.is_empty());
             let (device, node_name) = (given(device), given(node_name));
-            convert::device_or_node(&control.graph, device.as_deref(), node_name.as_deref())
+            let graph = &control.graph;
+            let node = convert::device_or_node(graph, device.as_deref(), node_name.as_deref())?;
+            if size < 0 {
+                return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
+            }
+            let checked = graph.check_resize(&node, Resizer::Command);
+            checked.map_err(convert::from_engine)?;
+            Ok(node)
         })
         .await?;
-    let Ok(size) = u64::try_from(size) else {
-        return Err(QmpError::generic("Parameter 'size' expects a >0 size"));
-    };
     if node.behaviour().read_only {
         return Err(QmpError::generic("Image is read-only"));
     }
-    node.resize(size, Preallocation::Off)
+    node.resize(size.unsigned_abs(), Preallocation::Off)
         .await
         .map_err(convert::from_engine)
 }

@@ -357,9 +357,10 @@ impl Action for BackupAction {
         if let BackupTarget::Node(name) = &self.options.target {
             self.target = Some(lookup::device(graph, name)?);
         }
+        graph.check_no_target(&source).map_err(from_engine)?;
         self.check(&source, graph.drive(&self.options.device))?;
         if let Some(target) = &self.target {
-            check_free(graph, target)?;
+            graph.check_no_block_job(target).map_err(from_engine)?;
         }
         self.job_id = match &self.options.job_id {
             Some(id) => id.clone(),
@@ -482,19 +483,6 @@ fn check_target(source: &Arc<Node>, target: &Arc<Node>, compress: bool) -> Resul
         return Err(QmpError::generic(
             "Source and target image have different sizes",
         ));
-    }
-    Ok(())
-}
-
-/// Whether no other job writes the target.
-fn check_free(graph: &Graph, target: &Arc<Node>) -> Result<(), QmpError> {
-    let is_target = graph.parents(target).any(|(_, link)| link.role == "target");
-    let has_job = graph.users(target).any(|user| matches!(user, User::Job(_)));
-    if is_target || has_job {
-        return Err(QmpError::generic(format!(
-            "Node '{}' is busy: block device is in use by block job: backup",
-            target.name()
-        )));
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! Jobs and backups from outside: the same sessions on qemu-storage-daemon, errors, and what guests and tools see of it.
 
+mod below;
 mod moment;
 mod peers;
 mod random;

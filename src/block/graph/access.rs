@@ -1,11 +1,14 @@
 //! Who uses a node, what for, and who may do so beside whom.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::Graph;
 use super::edge::Edge;
 use super::node::{Link, Node};
+use super::table::place;
 use crate::error::{Error, ErrorKind, Result};
+use crate::open::DriverOptions;
 
 /// What a user of a node does to it, and what it lets other users do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,7 +69,138 @@ pub(super) struct Use {
     pub(super) edge: Edge,
 }
 
+/// Who changes the size of a node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resizer<'a> {
+    /// A command that is about nothing else. Exports and drives go on with the new size.
+    Command,
+    /// A job of this id, for which the node is mere space.
+    Job(&'a str),
+}
+
+impl Resizer<'_> {
+    fn describe(self) -> String {
+        match self {
+            Resizer::Command => "a command".to_owned(),
+            Resizer::Job(id) => User::Job(id.to_owned()).describe(),
+        }
+    }
+}
+
+/// What a layer means to the node on it.
+pub(super) enum Layer {
+    /// The node shows it as it is.
+    Filtered,
+    /// It has the content and nothing else.
+    Data,
+    /// It has the node's own structures, content or not.
+    Image,
+    /// It is shown where the node has nothing.
+    Backing,
+    /// A snapshot in it is shown, which does not change.
+    Snapshot,
+    /// What the node shows is copied to it.
+    Target,
+}
+
+/// What the layer of this role means to a node.
+pub(super) fn layer(node: &Node, role: &str) -> Layer {
+    match role {
+        "backing" => Layer::Backing,
+        "data-file" => Layer::Data,
+        "target" => Layer::Target,
+        Link::IMAGE => Layer::Snapshot,
+        _ => match node.options().as_deref().map(|options| &options.driver) {
+            Some(DriverOptions::Raw(raw)) if raw.offset.is_some() || raw.size.is_some() => {
+                Layer::Data
+            }
+            Some(DriverOptions::Qcow2(_)) => Layer::Image,
+            _ if node.driver().info().driver == "qcow2" => Layer::Image,
+            _ => Layer::Filtered,
+        },
+    }
+}
+
 impl Graph {
+    /// Refuses what would disturb a block job that has this node for itself: that it copies to, or by way of.
+    pub fn check_no_block_job(&self, node: &Arc<Node>) -> Result<()> {
+        let mut users = self.users(node);
+        let is_way = node.driver().is_filter() && users.any(|user| !user.follows());
+        match is_way || self.is_target(node) {
+            false => Ok(()),
+            true => Err(busy(node)),
+        }
+    }
+
+    /// Refuses a node to which a job copies.
+    pub fn check_no_target(&self, node: &Arc<Node>) -> Result<()> {
+        match self.is_target(node) {
+            false => Ok(()),
+            true => Err(busy(node)),
+        }
+    }
+
+    fn is_target(&self, node: &Arc<Node>) -> bool {
+        let mut parents = self.parents(node);
+        parents.any(|(parent, link)| link.role == "target" && parent.driver().is_filter())
+    }
+
+    /// Refuses other content for a node that a block job copies, or copies to, by way of whatever stands on it.
+    pub(super) fn check_not_copied(&self, node: &Arc<Node>) -> Result<()> {
+        let mut open = vec![node.clone()];
+        let mut seen = HashSet::from([place(node)]);
+        while let Some(next) = open.pop() {
+            if self.check_no_block_job(&next).is_err() {
+                return Err(busy(node));
+            }
+            for (parent, link) in self.parents(&next) {
+                // What is copied to it is not what it shows; a snapshot stays as it is.
+                let shows = !matches!(link.role, "target" | Link::IMAGE);
+                if shows && seen.insert(place(parent)) {
+                    open.push(parent.clone());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the size of a node may be changed beside those who use it: not below an image, nor what is being copied.
+    pub fn check_resize(&self, node: &Arc<Node>, by: Resizer<'_>) -> Result<()> {
+        self.check_no_target(node)?;
+        let refused = |below: &Arc<Node>, other: &str| {
+            Error::new(
+                ErrorKind::InUse,
+                format!(
+                    "Permission conflict on node '{}': resizing by {} is excluded by {other}",
+                    below.name(),
+                    by.describe()
+                ),
+            )
+        };
+        let mut open = vec![node.clone()];
+        while let Some(next) = open.pop() {
+            for user in self.users(&next) {
+                let shares = match (user, by) {
+                    (User::Export(_) | User::Drive(_), Resizer::Command) => true,
+                    (User::Job(_), Resizer::Command) => next.driver().is_filter(),
+                    (User::Job(id), Resizer::Job(own)) => id == own,
+                    (User::Export(_) | User::Drive(_), Resizer::Job(_)) => false,
+                };
+                if !shares {
+                    return Err(refused(&next, &user.describe()));
+                }
+            }
+            for (parent, link) in self.parents(&next) {
+                match layer(parent, link.role) {
+                    Layer::Snapshot => {}
+                    Layer::Filtered if link.access.shares_writes => open.push(parent.clone()),
+                    _ => return Err(refused(&next, &link_user(parent, &link))),
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Whether a new user may have this access beside those that a node has.
     pub(super) fn check_access(&self, node: &Arc<Node>, wanted: Access, user: &str) -> Result<()> {
         check(node, (user, wanted), &self.uses(node))
@@ -95,6 +229,17 @@ pub(super) fn check(
         None => Ok(()),
         Some((other, _)) => Err(conflict(node, (user, wanted), other)),
     }
+}
+
+/// The error that a block job has the node for itself, as QEMU puts it.
+fn busy(node: &Node) -> Error {
+    Error::new(
+        ErrorKind::InUse,
+        format!(
+            "Node '{}' is busy: block device is in use by block job: backup",
+            node.name()
+        ),
+    )
 }
 
 /// A node as the user of what is below it.

@@ -8,10 +8,9 @@ use std::ops::{BitAnd, BitOr};
 use std::sync::Arc;
 
 use super::Graph;
-use super::access::{Access, Use, User};
+use super::access::{Access, Layer, Use, User, layer};
 use super::node::{Link, Node};
 use super::table::place;
-use crate::open::DriverOptions;
 
 /// What a user of a node does to it, or lets others do, as a set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -280,39 +279,6 @@ fn by_user(user: &Use) -> Done {
     Done {
         permissions: Permissions::CONSISTENT_READ | writes,
         shared: limit(shared, user.access),
-    }
-}
-
-/// What a layer means to the node on it.
-enum Layer {
-    /// The node shows it as it is.
-    Filtered,
-    /// It has the content and nothing else.
-    Data,
-    /// It has the node's own structures, content or not.
-    Image,
-    /// It is shown where the node has nothing.
-    Backing,
-    /// A snapshot in it is shown, which does not change.
-    Snapshot,
-    /// What the node shows is copied to it.
-    Target,
-}
-
-fn layer(node: &Node, role: &str) -> Layer {
-    match role {
-        "backing" => Layer::Backing,
-        "data-file" => Layer::Data,
-        "target" => Layer::Target,
-        Link::IMAGE => Layer::Snapshot,
-        _ => match node.options().as_deref().map(|options| &options.driver) {
-            Some(DriverOptions::Raw(raw)) if raw.offset.is_some() || raw.size.is_some() => {
-                Layer::Data
-            }
-            Some(DriverOptions::Qcow2(_)) => Layer::Image,
-            _ if node.driver().info().driver == "qcow2" => Layer::Image,
-            _ => Layer::Filtered,
-        },
     }
 }
 

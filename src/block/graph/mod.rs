@@ -36,7 +36,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::limits::MAX_NODES;
 
-pub use access::{Access, User};
+pub use access::{Access, Resizer, User};
 pub use counters::{RequestCount, RequestKind};
 pub use device::{
     Client, DriveStats, ErrorAction, ErrorPolicy, GuestError, IoStatus, Machine, OnError, RunState,
@@ -250,15 +250,7 @@ impl Graph {
             ));
         };
         let in_use = |message: String| Err(Error::new(ErrorKind::InUse, message));
-        let copies = |(parent, link): (&Arc<Node>, Link)| {
-            link.role == "target" && parent.driver().is_filter()
-        };
-        let is_job = |user: &Use| matches!(user.user, User::Job(_));
-        if entry.users.iter().any(is_job) || self.parents(&entry.node).any(copies) {
-            return in_use(format!(
-                "Node '{name}' is busy: block device is in use by block job: backup"
-            ));
-        }
+        self.check_no_block_job(&entry.node)?;
         if !entry.users.is_empty() {
             return in_use(format!("Node {name} is in use"));
         }

@@ -92,8 +92,8 @@ impl NodeChange {
         options(before) != options(self.behaviour) || self.settings.is_some() || file_changes
     }
 
-    /// Whether no request may be inside of the node when it changes.
-    fn needs_stillness(&self) -> bool {
+    /// Whether the node may show something else then: no request may be inside of it when it changes.
+    fn changes_content(&self) -> bool {
         let window = matches!(self.settings, Some(DriverSettings::Raw { .. }));
         window || !self.layers.is_empty()
     }
@@ -140,7 +140,7 @@ impl Reopen {
         let mut held = Vec::new();
         let mut ready = Vec::with_capacity(order.len());
         for change in order.iter().filter_map(|node| changes.remove(&place(node))) {
-            if change.needs_stillness() {
+            if change.changes_content() {
                 if !change.node.behaviour().read_only {
                     change.node.flush().await?;
                 }
@@ -262,6 +262,9 @@ impl Graph {
             }
             after.check_cycles(change)?;
             self.check_depth(change, after)?;
+            if change.changes_content() {
+                self.check_not_copied(&change.node)?;
+            }
             let read_only = change.behaviour.read_only;
             let uses = self.uses_after(&change.node, after);
             if read_only && uses.iter().any(|(_, access)| access.writes) {

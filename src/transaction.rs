@@ -47,6 +47,7 @@ use qapi::rt::QmpError;
 use tokio::time::timeout;
 
 use crate::daemon::{Control, Cx, internal_error};
+use crate::jobs::Audience;
 use crate::journal::Entry;
 use crate::limits;
 use held::Guests;
@@ -164,7 +165,7 @@ pub(crate) async fn run(
 ) -> Result<Vec<Effect>, QmpError> {
     let cx = cx.clone();
     RunToEnd::new(async move {
-        let mut running = Running::new(cx, completion).await?;
+        let mut running = Running::new(cx, completion, Audience::Clients).await?;
         match running.attempt(actions).await {
             Ok(headers) => Ok(running.finish(headers).await),
             Err(error) => {
@@ -186,10 +187,10 @@ struct Running {
 }
 
 impl Running {
-    async fn new(cx: Cx, completion: Completion) -> Result<Self, QmpError> {
+    async fn new(cx: Cx, completion: Completion, audience: Audience) -> Result<Self, QmpError> {
         Ok(Running {
             actions: Vec::new(),
-            with: Preparing::new(cx, completion).await?,
+            with: Preparing::new(cx, completion, audience).await?,
             is_left: false,
         })
     }

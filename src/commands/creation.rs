@@ -17,7 +17,7 @@ use qapi::types::{
 use super::{Handlers, convert};
 use crate::daemon::Cx;
 use crate::jobs::create::{CreateJob, Creation, Place, Qcow2Creation};
-use crate::jobs::{JobKind, JobSpec};
+use crate::jobs::{Audience, JobKind, JobSpec};
 
 impl BlockCreate<Cx> for Handlers {
     async fn blockdev_create(cx: &Cx, args: BlockdevCreate) -> Result<(), QmpError> {
@@ -32,7 +32,7 @@ impl BlockCreate<Cx> for Handlers {
                 auto_finalize: true,
                 auto_dismiss: false,
             };
-            let key = control.jobs.create(spec, None);
+            let key = control.jobs.create(spec, None, Audience::Clients);
             let key = key.map_err(convert::from_engine)?;
             // What is wrong from here on is the job's error.
             let creation = wanted.places(&mut control.graph, &job_id);

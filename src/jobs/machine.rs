@@ -63,6 +63,15 @@ pub struct JobSpec {
     pub auto_dismiss: bool,
 }
 
+/// Who is told of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Audience {
+    /// All clients.
+    Clients,
+    /// Nobody: it is a trial, made to see whether it can be, and abandoned.
+    Nobody,
+}
+
 /// How a job that is cancelled ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cancel {
@@ -126,6 +135,7 @@ pub struct Job {
     /// How its I/O is.
     pub io_status: IoStatus,
     group: GroupKey,
+    audience: Audience,
     /// There is a task that carries out its instructions.
     has_task: bool,
     /// Its work was begun.
@@ -143,13 +153,14 @@ pub struct Job {
 }
 
 impl Job {
-    fn new(spec: JobSpec, group: GroupKey) -> Self {
+    fn new(spec: JobSpec, group: GroupKey, audience: Audience) -> Self {
         Job {
             spec,
             status: Status::Created,
             failure: None,
             io_status: IoStatus::Ok,
             group,
+            audience,
             has_task: false,
             started: false,
             held: false,
@@ -206,7 +217,12 @@ impl Machine {
     }
 
     /// Makes a job, in a group of others or alone.
-    pub fn create(&mut self, spec: JobSpec, group: Option<GroupKey>) -> Result<JobKey> {
+    pub fn create(
+        &mut self,
+        spec: JobSpec,
+        group: Option<GroupKey>,
+        audience: Audience,
+    ) -> Result<JobKey> {
         if !is_well_formed(&spec.id) {
             return Err(invalid(format!("Invalid job ID '{}'", spec.id)));
         }
@@ -219,7 +235,7 @@ impl Machine {
         let key = JobKey(self.last);
         self.groups.entry(group).or_default().members.push(key);
         self.ids.insert(spec.id.clone(), key);
-        self.jobs.insert(key, Job::new(spec, group));
+        self.jobs.insert(key, Job::new(spec, group, audience));
         self.tell(key, Notice::Status(Status::Created));
         Ok(key)
     }
@@ -440,7 +456,10 @@ impl Machine {
     // Steps.
 
     fn tell(&mut self, key: JobKey, notice: Notice) {
-        self.effects.push(Effect::Tell(key, notice));
+        let job = self.jobs.get(&key);
+        if job.is_some_and(|job| job.audience == Audience::Clients) {
+            self.effects.push(Effect::Tell(key, notice));
+        }
     }
 
     fn transition(&mut self, key: JobKey, next: Status) {

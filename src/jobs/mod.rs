@@ -33,6 +33,6 @@ mod task;
 pub use context::{JobContext, Operation};
 pub use driver::JobDriver;
 pub use graph::{GraphAccess, GraphChange};
-pub use machine::{Cancel, GroupKey, JobKey, JobKind, JobSpec, Notice};
+pub use machine::{Audience, Cancel, GroupKey, JobKey, JobKind, JobSpec, Notice};
 pub use registry::{JobEvent, JobInfo, JobReport, Jobs, Progress};
 pub use state::{Status, Verb};

@@ -12,7 +12,9 @@ use tokio::task::JoinHandle;
 use super::context::{JobContext, Operation, Orders, Shared};
 use super::driver::JobDriver;
 use super::graph::GraphAccess;
-use super::machine::{Cancel, Effect, GroupKey, JobKey, JobKind, JobSpec, Machine, Notice};
+use super::machine::{
+    Audience, Cancel, Effect, GroupKey, JobKey, JobKind, JobSpec, Machine, Notice,
+};
 use super::state::Status;
 use super::task::{self, Instruction};
 use crate::limits;
@@ -155,7 +157,12 @@ impl Jobs {
     }
 
     /// Makes a job, in a group or alone. Whoever makes it starts or abandons it.
-    pub fn create(&mut self, spec: JobSpec, group: Option<GroupKey>) -> Result<JobKey> {
+    pub fn create(
+        &mut self,
+        spec: JobSpec,
+        group: Option<GroupKey>,
+        audience: Audience,
+    ) -> Result<JobKey> {
         if self.handles.len() >= limits::JOBS {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -163,7 +170,7 @@ impl Jobs {
             ));
         }
         let shared = Arc::new(Shared::new(spec.speed, spec.len));
-        let key = self.machine.create(spec.clone(), group)?;
+        let key = self.machine.create(spec.clone(), group, audience)?;
         let handle = Handle {
             spec,
             shared,

@@ -279,9 +279,9 @@ impl BackupAction {
         let filter = end.filter.clone();
         self.end = Some(end);
         self.filter_name = Some(filter.name().to_owned());
-        let group = with.group;
+        let (group, audience) = (with.group, with.audience);
         let create = move |control: &mut Control| {
-            let job = control.jobs.create(spec, group);
+            let job = control.jobs.create(spec, group, audience);
             job.map_err(from_engine)
         };
         self.job = Some(with.cx.commit(create).await?);

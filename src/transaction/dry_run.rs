@@ -1,7 +1,7 @@
 //! What a transaction would do: it is prepared and staged as far as that goes, and abandoned.
 //!
 //! Every action is tried, on what those before it leave that can be done. Space is taken and files are made, so that what is missing
-//! is found; all of it goes again. Guests of all disks together are not held: those of a disk whose snapshots are changed wait
+//! is found; all of it goes again, and nobody is told of it. Guests of all disks together are not held: those of a disk whose snapshots are changed wait
 //! while that is staged, as for a snapshot of it alone.
 
 use qapi::rt::QmpError;
@@ -9,6 +9,7 @@ use qapi::rt::QmpError;
 use super::held::{Guests, Held};
 use super::{Action, Completion, Effect, Running, guarded};
 use crate::daemon::Cx;
+use crate::jobs::Audience;
 
 /// What an action would do.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +31,7 @@ pub(crate) async fn dry_run(
 ) -> Result<Vec<Preview>, QmpError> {
     let cx = cx.clone();
     block::io::RunToEnd::new(async move {
-        let mut running = Running::new(cx, completion).await?;
+        let mut running = Running::new(cx, completion, Audience::Nobody).await?;
         let previews = running.try_all(actions).await;
         running.abort().await;
         Ok(previews)
@@ -41,14 +42,22 @@ pub(crate) async fn dry_run(
 impl Running {
     async fn try_all(&mut self, actions: Vec<Box<dyn Action>>) -> Vec<Preview> {
         let mut errors: Vec<Option<QmpError>> = Vec::new();
-        // Those that were resolved: their places among all.
+        let mut effects = vec![Effect::default(); actions.len()];
+        // Those that are prepared: their places among all.
         let mut places = Vec::new();
         for (place, action) in actions.into_iter().enumerate() {
             let resolved = self.actions.len();
-            errors.push(self.prepare(action).await.err());
-            if self.actions.len() > resolved {
+            let error = self.prepare(action).await.err();
+            if error.is_none() {
                 places.push(place);
+            } else if self.actions.len() > resolved
+                && let Some(mut failed) = self.actions.pop()
+            {
+                // What it began to do is not in the way of those behind it.
+                effects[place] = failed.effect();
+                failed.abort(&self.with.cx).await;
             }
+            errors.push(error);
         }
         let disks = std::mem::take(&mut self.with.plan.disks);
         if let Ok(mut held) = Held::begin(disks, Guests::GoOn).await {
@@ -63,7 +72,6 @@ impl Running {
             }
             held.roll_back().await;
         }
-        let mut effects = vec![Effect::default(); errors.len()];
         for (action, place) in self.actions.iter().zip(places) {
             effects[place] = action.effect();
         }

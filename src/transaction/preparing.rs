@@ -13,7 +13,7 @@ use qapi::rt::QmpError;
 use super::{Completion, Disk, Plan};
 use crate::daemon::Cx;
 use crate::daemon::lookup::from_engine;
-use crate::jobs::GroupKey;
+use crate::jobs::{Audience, GroupKey};
 use crate::journal::{Entry, Identity, Journal, StagedImage};
 
 /// What actions prepare with.
@@ -26,6 +26,8 @@ pub(crate) struct Preparing {
     pub(crate) io: IoContext,
     /// The group that the transaction's jobs are of, when they end together.
     pub(crate) group: Option<GroupKey>,
+    /// Who is told of the transaction's jobs.
+    pub(crate) audience: Audience,
     /// Where transactions are written down, if anywhere.
     journal: Option<Arc<Journal>>,
     /// The journal of this one, once there is something to write.
@@ -43,7 +45,11 @@ pub(crate) struct Made {
 }
 
 impl Preparing {
-    pub(super) async fn new(cx: Cx, completion: Completion) -> Result<Self, QmpError> {
+    pub(super) async fn new(
+        cx: Cx,
+        completion: Completion,
+        audience: Audience,
+    ) -> Result<Self, QmpError> {
         let parts = cx.commit(move |control| {
             let group = match completion {
                 Completion::Individual => None,
@@ -57,6 +63,7 @@ impl Preparing {
             plan: Plan::default(),
             io,
             group,
+            audience,
             journal,
             entry: None,
             created: Vec::new(),

@@ -277,10 +277,10 @@ async fn a_dry_run_tries_every_action_and_leaves_nothing() {
     assert_eq!(named.map(|info| info.name.as_str()), Some("x"));
     assert_eq!(
         log.take(),
-        "resolve fine, prepare fine, resolve unknown, drop unknown, resolve unfit, prepare unfit, resolve late, \
-         prepare late, flush a, flush b, change a, change b, stage fine, create x of a fails, create x of b, stage late, \
-         prepare a, prepare b fails, roll back a, drop a, roll back b, drop b, abort late, abort unfit, abort fine, \
-         drop fine, drop unfit, drop late"
+        "resolve fine, prepare fine, resolve unknown, drop unknown, resolve unfit, prepare unfit, abort unfit, drop unfit, \
+         resolve late, prepare late, flush a, flush b, change a, change b, stage fine, create x of a fails, create x of b, \
+         stage late, prepare a, prepare b fails, roll back a, drop a, roll back b, drop b, abort late, abort fine, \
+         drop fine, drop late"
     );
 }
 

@@ -62,8 +62,11 @@ fn log(machine: &mut Machine) -> Vec<String> {
 fn in_state(status: Status) -> (Machine, JobKey) {
     let mut machine = Machine::default();
     let group = machine.new_group();
-    let key = machine.create(manual("j"), Some(group)).unwrap();
-    let other = (status == Status::Waiting).then(|| machine.create(spec("other"), Some(group)));
+    let key = machine
+        .create(manual("j"), Some(group), Audience::Clients)
+        .unwrap();
+    let other = (status == Status::Waiting)
+        .then(|| machine.create(spec("other"), Some(group), Audience::Clients));
     if status != Status::Created {
         machine.start(key);
     }
@@ -154,7 +157,7 @@ fn every_verb_in_every_state() {
 #[test]
 fn a_job_that_does_well() {
     let mut machine = Machine::default();
-    let key = machine.create(spec("j"), None).unwrap();
+    let key = machine.create(spec("j"), None, Audience::Clients).unwrap();
     machine.start(key);
     assert_eq!(log(&mut machine), ["j created", "j running", "run j"]);
     machine.ran(key, Ok(()));
@@ -175,7 +178,9 @@ fn a_job_that_does_well() {
 #[test]
 fn a_job_that_waits_for_the_users_word() {
     let mut machine = Machine::default();
-    let key = machine.create(manual("j"), None).unwrap();
+    let key = machine
+        .create(manual("j"), None, Audience::Clients)
+        .unwrap();
     machine.start(key);
     machine.ran(key, Ok(()));
     let begin = [
@@ -204,7 +209,9 @@ fn a_job_that_waits_for_the_users_word() {
 #[test]
 fn a_failure_is_told_with_its_reason() {
     let mut machine = Machine::default();
-    let key = machine.create(manual("j"), None).unwrap();
+    let key = machine
+        .create(manual("j"), None, Audience::Clients)
+        .unwrap();
     machine.start(key);
     machine.take_effects();
     machine.ran(key, Err("Input/output error".to_owned()));
@@ -224,7 +231,11 @@ fn a_failure_is_told_with_its_reason() {
 fn what_cannot_be_prepared_is_aborted_with_its_group() {
     let mut machine = Machine::default();
     let group = machine.new_group();
-    let [a, b] = ["a", "b"].map(|id| machine.create(manual(id), Some(group)).unwrap());
+    let [a, b] = ["a", "b"].map(|id| {
+        machine
+            .create(manual(id), Some(group), Audience::Clients)
+            .unwrap()
+    });
     for key in [a, b] {
         machine.start(key);
         machine.ran(key, Ok(()));
@@ -275,7 +286,9 @@ fn a_pause_before_the_start_holds_the_work() {
 #[test]
 fn a_job_that_was_made_and_is_not_started_leaves_no_block_job_event() {
     let mut machine = Machine::default();
-    let key = machine.create(manual("j"), None).unwrap();
+    let key = machine
+        .create(manual("j"), None, Audience::Clients)
+        .unwrap();
     machine.abandon(key);
     let wanted = [
         "gone created",
@@ -342,14 +355,18 @@ fn a_ready_job_ends_softly_or_completes() {
 fn ids_are_well_formed_and_in_use_once() {
     let mut machine = Machine::default();
     for id in ["", "0j", "a b", "-"] {
-        let error = machine.create(spec(id), None).unwrap_err();
+        let error = machine
+            .create(spec(id), None, Audience::Clients)
+            .unwrap_err();
         assert_eq!(error.message(), format!("Invalid job ID '{id}'"));
     }
-    let key = machine.create(spec("j"), None).unwrap();
-    let error = machine.create(spec("j"), None).unwrap_err();
+    let key = machine.create(spec("j"), None, Audience::Clients).unwrap();
+    let error = machine
+        .create(spec("j"), None, Audience::Clients)
+        .unwrap_err();
     assert_eq!(error.message(), "Job ID 'j' already in use");
     machine.abandon(key);
-    machine.create(spec("j"), None).unwrap();
+    machine.create(spec("j"), None, Audience::Clients).unwrap();
 }
 
 mod groups {
@@ -358,7 +375,11 @@ mod groups {
     fn two() -> (Machine, [JobKey; 2]) {
         let mut machine = Machine::default();
         let group = machine.new_group();
-        let keys = ["a", "b"].map(|id| machine.create(manual(id), Some(group)).unwrap());
+        let keys = ["a", "b"].map(|id| {
+            machine
+                .create(manual(id), Some(group), Audience::Clients)
+                .unwrap()
+        });
         for key in keys {
             machine.start(key);
         }
@@ -442,7 +463,8 @@ mod groups {
     #[test]
     fn strangers_do_not_care() {
         let mut machine = Machine::default();
-        let [a, b] = ["a", "b"].map(|id| machine.create(spec(id), None).unwrap());
+        let [a, b] =
+            ["a", "b"].map(|id| machine.create(spec(id), None, Audience::Clients).unwrap());
         machine.start(a);
         machine.start(b);
         machine.ran(a, Err("no".to_owned()));

@@ -132,7 +132,7 @@ impl World {
             auto_finalize: true,
             auto_dismiss: false,
         };
-        let key = self.jobs.create(spec, None).unwrap();
+        let key = self.jobs.create(spec, None, Audience::Clients).unwrap();
         let log = self.log.clone();
         self.jobs.start(key, Box::new(Script { work, log }));
         key
@@ -312,7 +312,7 @@ async fn all_jobs_end_with_the_daemon() {
         auto_finalize: false,
         auto_dismiss: true,
     };
-    let made = world.jobs.create(spec, None).unwrap();
+    let made = world.jobs.create(spec, None, Audience::Clients).unwrap();
     world.pass(Duration::from_millis(20)).await;
     world.jobs.abandon(made);
     while !world.jobs.is_empty() {
@@ -333,7 +333,7 @@ async fn queries_tell_block_jobs_from_others() {
         auto_finalize: true,
         auto_dismiss: false,
     };
-    world.jobs.create(spec, None).unwrap();
+    world.jobs.create(spec, None, Audience::Clients).unwrap();
     assert!(world.jobs.find("create").is_ok());
     let error = world.jobs.find_block_job("create").unwrap_err();
     assert_eq!(error.message(), "Block job 'create' not found");

@@ -53,7 +53,10 @@ impl World {
                 auto_finalize: spec.auto_finalize,
                 ..Life::default()
             };
-            let key = self.machine.create(spec, Some(group)).unwrap();
+            let key = self
+                .machine
+                .create(spec, Some(group), Audience::Clients)
+                .unwrap();
             self.lives.insert(key, life);
             self.alive.push(key);
             keys.push(key);

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Data;
+use crate::io::{Data, FileIdentity};
 
 /// A boxed future: what makes the contracts object safe.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -235,6 +235,11 @@ pub struct PersistentBitmap {
 pub trait Driver: Requests {
     /// Facts for queries; cheap, never blocks on I/O for long.
     fn info(&self) -> DriverInfo;
+
+    /// Which file of the host it has open, if it has one.
+    fn host_file(&self) -> Option<FileIdentity> {
+        None
+    }
 
     /// Whether it comes between a disk and its users for a time, and shows the disk that is its `file`.
     fn is_filter(&self) -> bool {

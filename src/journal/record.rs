@@ -1,9 +1,10 @@
 //! The lines of a journal.
 
 use std::fs::Metadata;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
+use block::io::FileIdentity;
 use serde::{Deserialize, Serialize};
 
 use super::report::Report;
@@ -11,25 +12,17 @@ use super::report::Report;
 /// Which file it is, whatever its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
-    /// The file system that it is in; of a block device, which device it is.
+    /// As [`FileIdentity::device`].
     pub device: u64,
-    /// Its number there; 0 for a block device, whose node may be made anew.
+    /// As [`FileIdentity::inode`].
     pub inode: u64,
 }
 
 impl Identity {
     /// Of the file with this metadata.
     pub fn of(metadata: &Metadata) -> Self {
-        match metadata.file_type().is_block_device() {
-            true => Identity {
-                device: metadata.rdev(),
-                inode: 0,
-            },
-            false => Identity {
-                device: metadata.dev(),
-                inode: metadata.ino(),
-            },
-        }
+        let FileIdentity { device, inode } = FileIdentity::of(metadata);
+        Identity { device, inode }
     }
 }
 

@@ -464,10 +464,15 @@ impl Action for BackupAction {
     }
 }
 
+/// The refusal of a target that is the source.
+fn same() -> QmpError {
+    QmpError::generic("Source and target cannot be the same")
+}
+
 /// Whether a target can be written with a disk.
 fn check_target(source: &Arc<Node>, target: &Arc<Node>, compress: bool) -> Result<(), QmpError> {
     if Arc::ptr_eq(source, target) || Arc::ptr_eq(&source.below_filters(), target) {
-        return Err(QmpError::generic("Source and target cannot be the same"));
+        return Err(same());
     }
     if target.behaviour().read_only {
         return Err(QmpError::generic("Block node is read-only"));

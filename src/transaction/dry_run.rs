@@ -1,8 +1,8 @@
 //! What a transaction would do: it is prepared and staged as far as that goes, and abandoned.
 //!
 //! Every action is tried, on what those before it leave that can be done. Space is taken and files are made, so that what is missing
-//! is found; all of it goes again, and nobody is told of it. Guests of all disks together are not held: those of a disk whose snapshots are changed wait
-//! while that is staged, as for a snapshot of it alone.
+//! is found; all of it goes again, and nobody is told of it. Guests of all disks together are not held: those of a disk whose
+//! snapshots are changed wait while that is staged, as for a snapshot of it alone.
 
 use qapi::rt::QmpError;
 

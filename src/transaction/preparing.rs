@@ -7,12 +7,12 @@ use std::sync::Arc;
 use block::driver::Requests as _;
 use block::graph::Node;
 use block::io::IoContext;
-use block::open::{Created, Existing, NewImage, beside, create_image};
+use block::open::{Created, Existing, NewImage, Opener, beside, create_image};
 use qapi::rt::QmpError;
 
 use super::{Completion, Disk, Plan};
-use crate::daemon::Cx;
 use crate::daemon::lookup::from_engine;
+use crate::daemon::{Control, Cx};
 use crate::jobs::{Audience, GroupKey};
 use crate::journal::{Entry, Identity, Journal, StagedImage};
 
@@ -85,8 +85,14 @@ impl Preparing {
                 written.map_err(|error| journal_error(&error))?;
             }
         }
-        let created = create_image(&self.io, image, existing).await;
-        let created = created.map_err(from_engine)?;
+        let created = match create_image(&self.io, image, existing).await {
+            Ok(created) => created,
+            Err(error) => {
+                let opener = self.opener().await?;
+                let error = opener.with_owner(error, &image.filename).await;
+                return Err(from_engine(error));
+            }
+        };
         let made = Made {
             path: created.path().to_owned(),
             is_new: created.is_new(),
@@ -99,6 +105,12 @@ impl Preparing {
             written.map_err(|error| journal_error(&error))?;
         }
         Ok(made)
+    }
+
+    /// What opens nodes, with the graph as it is now.
+    pub(super) async fn opener(&self) -> Result<Opener, QmpError> {
+        let opener = |control: &mut Control| Ok(Opener::new(&control.io, &control.graph));
+        self.cx.commit(opener).await
     }
 
     /// The journal of the transaction, if there is a state directory.

@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Stat
 use super::buffer::Buffer;
 use super::context::{EngineKind, IoContext};
 use super::data::{Data, Segment};
+use super::identity::FileIdentity;
 use super::inline::InlineWrites;
 use super::operation::{Operation, Progress, Work};
 use super::sys::{self, LockKind};
@@ -54,6 +55,7 @@ pub(crate) struct HostFile {
     context: IoContext,
     engine: EngineKind,
     kind: FileKind,
+    identity: FileIdentity,
     /// What offsets and lengths are multiples of, and memory addresses; 1 for buffered I/O.
     alignment: u32,
     memory_alignment: u32,
@@ -78,6 +80,7 @@ impl HostFile {
                 EngineKind::Threads
             },
             kind: facts.kind,
+            identity: facts.identity,
             alignment: facts.alignment,
             memory_alignment: facts.memory_alignment,
             // A direct read waits for the disk even when asked not to block.
@@ -91,6 +94,11 @@ impl HostFile {
     pub(crate) async fn reopen(&self, mode: OpenMode) -> io::Result<Self> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
         HostFile::open(&self.context, &path, mode).await
+    }
+
+    /// Which file it is.
+    pub(crate) fn identity(&self) -> FileIdentity {
+        self.identity
     }
 
     /// What it is.
@@ -293,6 +301,7 @@ pub(crate) fn is_unsupported(error: &io::Error) -> bool {
 
 struct Facts {
     kind: FileKind,
+    identity: FileIdentity,
     alignment: u32,
     memory_alignment: u32,
 }
@@ -325,8 +334,19 @@ fn open_file(path: &str, mode: OpenMode) -> io::Result<(OwnedFd, Facts)> {
     } else {
         (1, 1)
     };
+    let identity = match kind {
+        FileKind::Regular => FileIdentity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        },
+        FileKind::BlockDevice => FileIdentity {
+            device: stat.st_rdev,
+            inode: 0,
+        },
+    };
     let facts = Facts {
         kind,
+        identity,
         alignment,
         memory_alignment,
     };

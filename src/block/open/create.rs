@@ -12,7 +12,6 @@
 
 use std::fs::{self, File as HostFile, OpenOptions};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -22,7 +21,7 @@ use super::{Aio, CacheMode, FileOptions, Locking};
 use crate::driver::{BackingFile, Child, Driver, Preallocation, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::create::{CreateOptions, create};
-use crate::io::IoContext;
+use crate::io::{FileIdentity, IoContext};
 use crate::limits::MAX_LEFT_BESIDE;
 use crate::protocols::file::{File, FileAccess};
 
@@ -97,27 +96,11 @@ pub struct Created {
 #[derive(Debug)]
 enum Undo {
     /// There was nothing.
-    Remove(Identity),
+    Remove(FileIdentity),
     /// There was an empty file.
-    Empty(Identity),
+    Empty(FileIdentity),
     /// The file that was there has this name now.
-    SwapBack { former: PathBuf, made: Identity },
-}
-
-/// Which file it is, whatever its name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Identity {
-    device: u64,
-    inode: u64,
-}
-
-impl Identity {
-    fn of(metadata: &fs::Metadata) -> Self {
-        Identity {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        }
-    }
+    SwapBack { former: PathBuf, made: FileIdentity },
 }
 
 impl Created {
@@ -154,7 +137,7 @@ impl Created {
 
     fn undo(&self, undo: Undo) -> io::Result<()> {
         let (Undo::Remove(made) | Undo::Empty(made) | Undo::SwapBack { made, .. }) = &undo;
-        if Identity::of(&fs::metadata(&self.path)?) != *made {
+        if FileIdentity::of(&fs::metadata(&self.path)?) != *made {
             return Err(io::Error::other("somebody has put another file there"));
         }
         match undo {
@@ -230,7 +213,7 @@ impl Place {
     fn find(path: PathBuf, existing: Existing) -> io::Result<Place> {
         match HostFile::create_new(&path) {
             Ok(file) => {
-                let undo = Some(Undo::Remove(Identity::of(&file.metadata()?)));
+                let undo = Some(Undo::Remove(FileIdentity::of(&file.metadata()?)));
                 let path = fs::canonicalize(path)?;
                 return Ok(Place::New(Created { path, undo }));
             }
@@ -242,7 +225,7 @@ impl Place {
         let metadata = fs::metadata(&path)?;
         Ok(match metadata.is_file() {
             true if metadata.len() > 0 => Place::Occupied(path),
-            true => Place::Formattable(path, Some(Undo::Empty(Identity::of(&metadata)))),
+            true => Place::Formattable(path, Some(Undo::Empty(FileIdentity::of(&metadata)))),
             // A device, or what is no place for an image, as opening it will say.
             false => Place::Formattable(path, None),
         })
@@ -277,7 +260,7 @@ impl Beside {
         let permissions = fs::metadata(&path)?.permissions();
         let beside = beside(&path);
         let file = HostFile::create_new(&beside)?;
-        let made = Identity::of(&file.metadata()?);
+        let made = FileIdentity::of(&file.metadata()?);
         let temporary = Created {
             path: beside,
             undo: Some(Undo::Remove(made)),

@@ -3,6 +3,7 @@
 //! * `options`: what a node is made of
 //! * `backing`: what the header of an image may refer to
 //! * `create`: new images
+//! * `owner`: who has a file open here
 //! * `caches`: how much metadata of a qcow2 image is kept in memory
 //! * `view`: internal snapshots as nodes
 //!
@@ -13,6 +14,7 @@ mod backing;
 mod caches;
 mod create;
 mod options;
+mod owner;
 mod reopen;
 mod view;
 
@@ -185,7 +187,10 @@ impl Opening {
             auto_read_only: options.auto_read_only,
             cache: options.cache,
         };
-        let driver = File::open(&self.opener.io, file, access).await?;
+        let driver = match File::open(&self.opener.io, file, access).await {
+            Ok(driver) => driver,
+            Err(error) => return Err(self.opener.with_owner(error, &file.filename).await),
+        };
         let read_only = driver.is_read_only();
         Ok((Arc::new(driver), Vec::new(), read_only))
     }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use block::copy::SyncMode;
 use block::driver::{BackingFile, Requests};
 use block::graph::{Node, Opened};
+use block::io::FileIdentity;
 use block::open::{
     Aio, BackingOption, DiscardMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
-    NewImage, NodeOptions, NodeRef, Opener, Qcow2Options, RawOptions, open,
+    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open,
 };
 use qapi::rt::QmpError;
 
-use super::Preparing;
-use crate::daemon::Control;
+use super::{Preparing, same};
 use crate::daemon::lookup::from_engine;
 
 /// What becomes of what is there.
@@ -65,16 +65,32 @@ impl FileTarget {
             SyncMode::Top => disk.link("backing"),
             SyncMode::None => Some(disk.clone()),
         };
+        self.check_other_file(with, &disk).await?;
         let format = self.format_like(&disk);
         if self.mode == TargetMode::AbsolutePaths {
             let format = format.as_deref().unwrap_or("raw");
             let image = self.image((format, source.size()), backing.as_ref())?;
             with.create_image(&image, Existing::Replace).await?;
         }
-        let opener = |control: &mut Control| Ok(Opener::new(&control.io, &control.graph));
-        let opener = with.cx.commit(opener).await?;
+        let opener = with.opener().await?;
         let options = self.options(format.as_deref(), backing.as_ref(), sync)?;
         open(&opener, &options).await.map_err(from_engine)
+    }
+
+    /// Refuses the file that the disk itself lies in, by whatever name.
+    async fn check_other_file(&self, with: &Preparing, disk: &Arc<Node>) -> Result<(), QmpError> {
+        // Where nothing is, it will be made.
+        let Ok(target) = FileIdentity::at(&with.io, &self.filename).await else {
+            return Ok(());
+        };
+        let mut layer = Some(disk.clone());
+        while let Some(node) = layer {
+            if node.driver().host_file() == Some(target) {
+                return Err(same());
+            }
+            layer = node.link("file");
+        }
+        Ok(())
     }
 
     /// What is made.

@@ -21,7 +21,7 @@ use crate::driver::{
     RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Data, FileKind, HostFile, IoContext, OpenMode};
+use crate::io::{Data, FileIdentity, FileKind, HostFile, IoContext, OpenMode};
 use crate::open::{Aio, CacheMode, FileOptions};
 
 use extents::{Change, Extents};
@@ -348,6 +348,10 @@ impl Requests for File {
 }
 
 impl Driver for File {
+    fn host_file(&self) -> Option<FileIdentity> {
+        Some(self.present().host.identity())
+    }
+
     fn info(&self) -> DriverInfo {
         let open = self.open.load();
         DriverInfo {

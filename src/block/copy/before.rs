@@ -109,6 +109,7 @@ async fn copy(shared: &Shared, claim: Claim, room: OwnedSemaphorePermit) -> Resu
         shared.note_target(&written);
         written?;
         shared.add_done(len);
+        shared.changed.notify_waiters();
     } else {
         shared.keep(Kept {
             offset,

@@ -203,7 +203,7 @@ impl Run {
             pending().await
         });
         match self.shared.options.sync {
-            SyncMode::None => self.failed().await,
+            SyncMode::None => self.watch_guests().await,
             SyncMode::Full => {}
             SyncMode::Top => {
                 self.retried(None, Side::Source, || self.shared.drop_unallocated())
@@ -430,14 +430,15 @@ impl Run {
         }
     }
 
-    /// Waits until the copy has failed.
-    async fn failed(&self) {
+    /// Tells of what guests have the target given, until the copy has failed.
+    async fn watch_guests(&self) {
         loop {
             let mut changed = pin!(self.shared.changed.notified());
             changed.as_mut().enable();
             if self.shared.check().is_err() {
                 return;
             }
+            self.hooks.progress(self.shared.progress());
             changed.await;
         }
     }

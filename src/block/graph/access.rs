@@ -26,6 +26,12 @@ impl Access {
         shares_writes: false,
     };
 
+    /// As [`Access::BACKING`], where no guest minds: as long as nobody writes to the node but a job that keeps what is overwritten below.
+    pub(super) const WRITTEN_BACKING: Access = Access {
+        writes: false,
+        shares_writes: true,
+    };
+
     pub(super) fn conflicts(self, other: Access) -> bool {
         (self.writes && !other.shares_writes) || (other.writes && !self.shares_writes)
     }
@@ -147,21 +153,30 @@ impl Graph {
 
     /// Refuses other content for a node that a block job copies, or copies to, by way of whatever stands on it.
     pub(super) fn check_not_copied(&self, node: &Arc<Node>) -> Result<()> {
-        let mut open = vec![node.clone()];
+        match self
+            .shown_by(node)
+            .iter()
+            .any(|above| self.check_no_block_job(above).is_err())
+        {
+            false => Ok(()),
+            true => Err(busy(node)),
+        }
+    }
+
+    /// The node, and all above it that show what it holds.
+    fn shown_by(&self, node: &Arc<Node>) -> Vec<Arc<Node>> {
+        let mut shown = vec![node.clone()];
         let mut seen = HashSet::from([place(node)]);
-        while let Some(next) = open.pop() {
-            if self.check_no_block_job(&next).is_err() {
-                return Err(busy(node));
-            }
-            for (parent, link) in self.parents(&next) {
-                // What is copied to it is not what it shows; a snapshot stays as it is.
-                let shows = !matches!(link.role, "target" | Link::IMAGE);
-                if shows && seen.insert(place(parent)) {
-                    open.push(parent.clone());
+        let mut next = 0;
+        while let Some(below) = shown.get(next).cloned() {
+            next += 1;
+            for (parent, link) in self.parents(&below) {
+                if link.shows() && seen.insert(place(parent)) {
+                    shown.push(parent.clone());
                 }
             }
         }
-        Ok(())
+        shown
     }
 
     /// Whether the size of a node may be changed beside those who use it: not below an image, nor what is being copied.
@@ -204,6 +219,45 @@ impl Graph {
     /// Whether a new user may have this access beside those that a node has.
     pub(super) fn check_access(&self, node: &Arc<Node>, wanted: Access, user: &str) -> Result<()> {
         check(node, (user, wanted), &self.uses(node))
+    }
+
+    /// Lets others write to the backing of nodes that no guest writes to.
+    pub(super) fn share_as_backing(&self, node: &Arc<Node>) {
+        for (overlay, link) in self.parents(node) {
+            if link.role == "backing" && !self.has_guest(overlay) {
+                overlay.set_access("backing", Access::WRITTEN_BACKING);
+            }
+        }
+    }
+
+    /// Whether a guest writes to a node, or to what shows it.
+    fn has_guest(&self, node: &Arc<Node>) -> bool {
+        self.shown_by(node).iter().any(|above| {
+            let entry = self.table.of(above).into_iter();
+            let mut users = entry.flat_map(|entry| &entry.users);
+            users.any(|user| user.access.writes && user.user.follows())
+        })
+    }
+
+    /// Refuses a guest for a node that shows what others write below it. From then on nobody else may.
+    pub(super) fn keep_backings(&self, node: &Arc<Node>) -> Result<()> {
+        let mut kept = Vec::new();
+        let mut open = vec![node.clone()];
+        while let Some(next) = open.pop() {
+            for link in next.links().into_iter().filter(Link::shows) {
+                let below = link.edge.node();
+                if link.role == "backing" && link.access.shares_writes {
+                    let user = link_user(&next, &link);
+                    check(&below, (&user, Access::BACKING), &self.uses(&below))?;
+                    kept.push(next.clone());
+                }
+                open.push(below);
+            }
+        }
+        for node in kept {
+            node.set_access("backing", Access::BACKING);
+        }
+        Ok(())
     }
 
     /// How a node is used at present, and by whom.

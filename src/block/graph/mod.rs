@@ -202,6 +202,8 @@ impl Graph {
             ));
         }
         let mut new_links: Vec<(String, Arc<Node>, Access)> = Vec::new();
+        // Nodes whose backing is written by others.
+        let mut over_written = Vec::new();
         for (place, node) in opened.nodes.iter().enumerate() {
             let earlier = &opened.nodes[..place];
             let taken = earlier.iter().any(|other| other.name() == node.name());
@@ -220,15 +222,27 @@ impl Graph {
                         return Err(access::conflict(&below, (&user, link.access), other));
                     }
                 }
+                if link.access.writes {
+                    self.share_as_backing(&below);
+                }
                 let uses = match left.is_some_and(|left| Arc::ptr_eq(left, &below)) {
                     true => self.uses_of_jobs(&below),
                     false => self.uses(&below),
                 };
-                access::check(&below, (&user, link.access), &uses)?;
+                let refused = access::check(&below, (&user, link.access), &uses);
+                if refused.is_err() && link.role == "backing" {
+                    access::check(&below, (&user, Access::WRITTEN_BACKING), &uses)?;
+                    over_written.push(node);
+                } else {
+                    refused?;
+                }
                 new_links.push((user, below, link.access));
             }
         }
         drop(new_links);
+        for node in over_written {
+            node.set_access("backing", Access::WRITTEN_BACKING);
+        }
         for node in &opened.nodes {
             let owned = node.is_named() && Arc::ptr_eq(node, &root);
             self.table.add(node, owned);
@@ -296,7 +310,13 @@ impl Graph {
         if new.access.writes && node.behaviour().read_only {
             return Err(Error::new(ErrorKind::ReadOnly, "Block node is read-only"));
         }
+        if new.access.writes {
+            self.share_as_backing(&node);
+        }
         self.check_access(&node, new.access, &new.user.describe())?;
+        if new.access.writes && new.user.follows() {
+            self.keep_backings(&node)?;
+        }
         let Some(entry) = self.table.of_mut(&node) else {
             return Err(not_found(node.name()));
         };

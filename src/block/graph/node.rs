@@ -59,6 +59,12 @@ impl Link {
         }
     }
 
+    /// Whether the node above shows what the one below holds: what is copied to it is not what it shows, and a snapshot stays as
+    /// it is.
+    pub(super) fn shows(&self) -> bool {
+        !matches!(self.role, "target" | Link::IMAGE)
+    }
+
     /// What the driver above is given to send requests to.
     pub fn child(&self) -> Child {
         Child::new(Arc::new(self.edge.clone()))
@@ -190,6 +196,14 @@ impl Node {
 
     pub(super) fn set_behaviour(&self, behaviour: Behaviour) {
         self.inner.behaviour.store(Arc::new(behaviour));
+    }
+
+    /// Changes what the node does to a layer, and what it lets others do there.
+    pub(super) fn set_access(&self, role: &str, access: Access) {
+        let mut links = self.inner.lock_links();
+        for link in links.iter_mut().filter(|link| link.role == role) {
+            link.access = access;
+        }
     }
 
     pub(super) fn set_links(&self, links: Vec<Link>) {

@@ -474,9 +474,6 @@ fn check_target(source: &Arc<Node>, target: &Arc<Node>, compress: bool) -> Resul
     if Arc::ptr_eq(source, target) || Arc::ptr_eq(&source.below_filters(), target) {
         return Err(same());
     }
-    if target.behaviour().read_only {
-        return Err(QmpError::generic("Block node is read-only"));
-    }
     if compress && target.driver().info().driver != "qcow2" {
         let text = format!(
             "Compression is not supported for this drive {}",
@@ -487,6 +484,11 @@ fn check_target(source: &Arc<Node>, target: &Arc<Node>, compress: bool) -> Resul
     if source.size() != target.size() {
         return Err(QmpError::generic(
             "Source and target image have different sizes",
+        ));
+    }
+    if target.behaviour().read_only {
+        return Err(QmpError::generic(
+            "Could not create node: Block node is read-only",
         ));
     }
     Ok(())

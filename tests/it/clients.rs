@@ -459,7 +459,9 @@ fn subprovisioner(program: Program) -> Vec<Vec<u8>> {
     assert!(terminated.unwrap().success());
     match program {
         Program::Qblockd => daemon.ended(pid, &["volume.qcow2"]),
-        Program::QemuStorageDaemon => daemon.ended(pid, &["nbd.sock", "volume.qcow2"]),
+        Program::QemuStorageDaemon | Program::Qemu => {
+            daemon.ended(pid, &["nbd.sock", "volume.qcow2"])
+        }
     }
     tool(daemon.folder.path(), "qemu-img check -q volume.qcow2");
     tool(

@@ -13,11 +13,18 @@ use tempfile::TempDir;
 /// How long anything may take here, on a busy machine too. Only what hangs takes longer.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The program under test and its peer.
+/// The program under test and its peers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Program {
     Qblockd,
     QemuStorageDaemon,
+    /// The emulator, without a guest: it has drives. See [`emulator`].
+    Qemu,
+}
+
+/// The emulator that the user names. The recorded answers are those of 10.0.2.
+pub(crate) fn emulator() -> Option<OsString> {
+    std::env::var_os("QBLOCKD_TEST_QEMU")
 }
 
 impl Program {
@@ -26,6 +33,7 @@ impl Program {
         match self {
             Program::Qblockd => Command::new(env!("CARGO_BIN_EXE_qblockd")),
             Program::QemuStorageDaemon => Command::new("qemu-storage-daemon"),
+            Program::Qemu => Command::new(emulator().unwrap()),
         }
     }
 }
@@ -124,16 +132,21 @@ impl Daemon {
     /// Starts one in the caller's folder.
     pub(crate) fn start_in(program: Program, folder: &Path, arguments: &[&str]) -> Daemon {
         let mut command = program.command();
-        if program == Program::QemuStorageDaemon {
+        let chardev = "socket,id=harness,path=qmp.sock,server=on,wait=off";
+        command.args(["--chardev", chardev]);
+        if program != Program::Qblockd {
             let _ = std::fs::remove_file(folder.join(PEER_PIDFILE));
             command.args(["--pidfile", PEER_PIDFILE]);
         }
+        match program {
+            Program::Qblockd | Program::QemuStorageDaemon => {
+                command.args(["--monitor", "chardev=harness"])
+            }
+            Program::Qemu => command
+                .args(["-machine", "none", "-nodefaults", "-display", "none"])
+                .args(["-mon", "chardev=harness,mode=control"]),
+        };
         let child = command
-            .args([
-                "--chardev",
-                "socket,id=harness,path=qmp.sock,server=on,wait=off",
-            ])
-            .args(["--monitor", "chardev=harness"])
             .args(arguments)
             .current_dir(folder)
             .stdin(Stdio::null())
@@ -173,7 +186,7 @@ impl Daemon {
     fn ready(&self) -> bool {
         match self.program {
             Program::Qblockd => true,
-            Program::QemuStorageDaemon => {
+            Program::QemuStorageDaemon | Program::Qemu => {
                 let is_up = self.path(PEER_PIDFILE).exists();
                 if is_up {
                     std::thread::sleep(Duration::from_millis(30));
@@ -386,10 +399,10 @@ impl Qmp {
         }
     }
 
-    /// All events up to one of this name, for which it waits.
-    pub(crate) fn events_until(&mut self, name: &str) -> Vec<Value> {
+    /// All events up to one that is looked for, for which it waits: the last of those that are there.
+    pub(crate) fn events_until(&mut self, is_it: impl Fn(&Value) -> bool) -> Vec<Value> {
         loop {
-            if let Some(at) = self.events.iter().position(|event| event["event"] == name) {
+            if let Some(at) = self.events.iter().rposition(&is_it) {
                 return self.events.drain(..=at).collect();
             }
             let message = self.receive();

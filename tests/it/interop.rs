@@ -361,7 +361,7 @@ fn go_round(folder: &Path) {
                     let qmp = daemon.qmp();
                     (daemon, qmp)
                 }
-                Program::QemuStorageDaemon => peer(folder),
+                Program::QemuStorageDaemon | Program::Qemu => peer(folder),
             };
             qemu_io(&daemon, "disk", &model.commands(&mut random));
             let before: Vec<String> = model.snapshots.keys().cloned().collect();

@@ -116,3 +116,28 @@ fn options() {
 fn data_file() {
     golden("data-file");
 }
+
+#[test]
+fn backup() {
+    golden("backup");
+}
+
+#[test]
+fn backup_refusals() {
+    golden("backup-refusals");
+}
+
+#[test]
+fn job_verbs() {
+    golden("job-verbs");
+}
+
+#[test]
+fn job_groups() {
+    golden("job-groups");
+}
+
+#[test]
+fn create_jobs() {
+    golden("create-jobs");
+}

@@ -7,7 +7,7 @@
 //!   is noticed a moment later
 //! * `>`: a request of a guest, whose reply is not waited for: `EXPORT write|flush OFFSET LENGTH`, at the socket `nbd.sock`
 //! * `<`: an export, whose next reply is waited for
-//! * `?`: the name of an event that is waited for
+//! * `?`: the name of an event that is waited for, and what its data must have: `NAME [MEMBER=VALUE]...`
 //! * `$`: a program to run in the daemon's folder; before the first message, before the daemon is started
 
 use std::collections::HashMap;
@@ -129,7 +129,15 @@ impl Guests {
         let mut words = rest.split_whitespace();
         let name = words.next().unwrap();
         if kind == "?" {
-            return qmp.events_until(name).into_iter();
+            let members: Vec<(&str, &str)> =
+                words.map(|word| word.split_once('=').unwrap()).collect();
+            let mut events = qmp.events_until(|event| {
+                let has = |(key, value): &(&str, &str)| event["data"][*key] == *value;
+                event["event"] == name && members.iter().all(has)
+            });
+            // Jobs go on in no order among each other.
+            events.sort_by_key(|event| job(event).map(str::to_owned));
+            return events.into_iter();
         }
         let guest = self
             .0
@@ -151,6 +159,16 @@ impl Guests {
         };
         guest.submit(0, &request).unwrap();
         Vec::new().into_iter()
+    }
+}
+
+/// The job that an event tells of.
+pub(crate) fn job(event: &Value) -> Option<&str> {
+    let name = event["event"].as_str()?;
+    let data = &event["data"];
+    match name.starts_with("JOB_") || name.starts_with("BLOCK_JOB_") {
+        true => data["id"].as_str().or(data["device"].as_str()),
+        false => None,
     }
 }
 
@@ -188,6 +206,9 @@ pub(crate) fn transcript(exchanges: &[Exchange]) -> String {
     text
 }
 
+/// What is done of a job, and what there is to do.
+const PROGRESS: [[&str; 2]; 2] = [["offset", "len"], ["current-progress", "total-progress"]];
+
 /// Made-up node names, numbered as they appear.
 #[derive(Default)]
 struct Names(Vec<String>);
@@ -209,7 +230,8 @@ impl Names {
                 counters.retain(|_, count| *count != json!(0));
                 self.object(counters)
             }
-            ("idle_time_ns", Value::Number(_)) => "TIME".into(),
+            ("idle_time_ns" | "started-at" | "time-left", Value::Number(_)) => "TIME".into(),
+            ("rate", Value::Number(_)) => "RATE".into(),
             (key, Value::Number(_)) if key.ends_with("_total_time_ns") => "TIME".into(),
             ("package", Value::String(_)) => "PACKAGE".into(),
             (_, Value::String(text)) if text.starts_with("#block") => self.name(text).into(),
@@ -223,6 +245,10 @@ impl Names {
     }
 
     fn object(&mut self, object: Map<String, Value>) -> Value {
+        let is_under_way = PROGRESS.iter().any(|[done, all]| {
+            let (done, all) = (object.get(*done), object.get(*all));
+            done.is_some() && all.is_some() && done != all
+        });
         let is_host_file = object.get("format").is_some_and(|format| format == "file");
         let mut members: Vec<(String, Value)> = object.into_iter().collect();
         members.retain(|(key, _)| key != "timestamp");
@@ -231,6 +257,10 @@ impl Names {
             // How a format lays its file out is its own affair.
             if is_host_file && key == "virtual-size" {
                 return (key, "BYTES".into());
+            }
+            // How far a job is depends on the moment.
+            if is_under_way && PROGRESS.iter().any(|[done, _]| key == *done) {
+                return (key, "PART".into());
             }
             let value = self.value(&key, value);
             (key, value)

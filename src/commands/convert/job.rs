@@ -154,7 +154,7 @@ pub(in crate::commands) fn on_error(policy: Option<types::BlockdevOnError>) -> O
     match policy {
         None | Some(types::BlockdevOnError::Report) => OnError::Report,
         Some(types::BlockdevOnError::Ignore) => OnError::Ignore,
-        Some(types::BlockdevOnError::Enospc) => OnError::Enospc,
+        Some(types::BlockdevOnError::Enospc | types::BlockdevOnError::Auto) => OnError::Enospc,
         Some(types::BlockdevOnError::Stop) => OnError::Stop,
     }
 }

@@ -70,7 +70,7 @@ fn start(program: Program, disk: &SmallDisk) -> (Daemon, Qmp, Guest) {
             "--nbd-server",
             "unix:nbd.sock",
         ],
-        Program::QemuStorageDaemon => &[
+        Program::QemuStorageDaemon | Program::Qemu => &[
             "--blockdev",
             "qcow2,node-name=disk,file.driver=file,file.filename=disk.qcow2",
             "--nbd-server",

@@ -64,6 +64,18 @@ impl Error {
         }
     }
 
+    /// That a node has this name.
+    pub(crate) fn name_of_node(name: &str) -> Self {
+        let text = format!("Duplicate nodes with node-name='{name}'");
+        Error::new(ErrorKind::AlreadyExists, text)
+    }
+
+    /// That a node cannot have this name, since a drive has it.
+    pub(crate) fn name_of_drive(name: &str) -> Self {
+        let text = format!("node-name={name} is conflicting with a device id");
+        Error::new(ErrorKind::AlreadyExists, text)
+    }
+
     /// The same error with `context: ` in front of its message.
     #[must_use]
     pub fn context(mut self, context: impl fmt::Display) -> Self {

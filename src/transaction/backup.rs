@@ -140,7 +140,33 @@ impl BackupAction {
             ));
         }
         if let Some(target) = &self.target {
-            check_target(source, target, self.options.compress)?;
+            self.check_target(source, target)?;
+        }
+        Ok(())
+    }
+
+    /// Whether a target can be written with a disk.
+    fn check_target(&self, source: &Arc<Node>, target: &Arc<Node>) -> Result<(), QmpError> {
+        if Arc::ptr_eq(source, target) || Arc::ptr_eq(&source.below_filters(), target) {
+            return Err(same());
+        }
+        if self.options.compress && target.driver().info().driver != "qcow2" {
+            let name = match &self.options.target {
+                BackupTarget::Node(name) => name,
+                BackupTarget::File(file) => file.filename(),
+            };
+            let text = format!("Compression is not supported for this drive {name}");
+            return Err(QmpError::generic(text));
+        }
+        if source.size() != target.size() {
+            return Err(QmpError::generic(
+                "Source and target image have different sizes",
+            ));
+        }
+        if target.behaviour().read_only {
+            return Err(QmpError::generic(
+                "Could not create node: Block node is read-only",
+            ));
         }
         Ok(())
     }
@@ -301,7 +327,7 @@ impl BackupAction {
                 let target = nodes.root().cloned();
                 opened = Some(nodes);
                 let target = target.ok_or_else(crate::daemon::internal_error)?;
-                check_target(&source, &target, self.options.compress)?;
+                self.check_target(&source, &target)?;
                 target
             }
         };
@@ -467,31 +493,6 @@ impl Action for BackupAction {
 /// The refusal of a target that is the source.
 fn same() -> QmpError {
     QmpError::generic("Source and target cannot be the same")
-}
-
-/// Whether a target can be written with a disk.
-fn check_target(source: &Arc<Node>, target: &Arc<Node>, compress: bool) -> Result<(), QmpError> {
-    if Arc::ptr_eq(source, target) || Arc::ptr_eq(&source.below_filters(), target) {
-        return Err(same());
-    }
-    if compress && target.driver().info().driver != "qcow2" {
-        let text = format!(
-            "Compression is not supported for this drive {}",
-            target.name()
-        );
-        return Err(QmpError::generic(text));
-    }
-    if source.size() != target.size() {
-        return Err(QmpError::generic(
-            "Source and target image have different sizes",
-        ));
-    }
-    if target.behaviour().read_only {
-        return Err(QmpError::generic(
-            "Could not create node: Block node is read-only",
-        ));
-    }
-    Ok(())
 }
 
 /// The name of the drive that a source belongs to, if it belongs to one.

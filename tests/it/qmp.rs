@@ -1,84 +1,88 @@
 //! Golden transcripts: every command in a good case and in each of its errors.
 
 use super::harness::{self, Program};
-use super::session;
+use super::session::{self, Exchange};
 
-fn golden(name: &str) {
+fn transcript(name: &str) {
     let Some(()) = harness::need(&["qemu-img", "qemu-io"]) else {
         return;
     };
     let exchanges = session::run(Program::Qblockd, &session::read(name));
+    golden(&format!("qmp__{name}"), &exchanges);
+}
+
+/// Compares with the file of this name in `snapshots`.
+pub(crate) fn golden(file: &str, exchanges: &[Exchange]) {
     let mut settings = insta::Settings::new();
     settings.set_snapshot_path("../../snapshots");
     settings.set_prepend_module_to_snapshot(false);
     settings.set_omit_expression(true);
-    settings
-        .bind(|| insta::assert_snapshot!(format!("qmp__{name}"), session::transcript(&exchanges)));
+    settings.bind(|| insta::assert_snapshot!(file, session::transcript(exchanges)));
 }
 
 #[test]
 fn session() {
-    golden("session");
+    transcript("session");
 }
 
 #[test]
 fn nodes() {
-    golden("nodes");
+    transcript("nodes");
 }
 
 #[test]
 fn graph() {
-    golden("graph");
+    transcript("graph");
 }
 
 #[test]
 fn reopen() {
-    golden("reopen");
+    transcript("reopen");
 }
 
 #[test]
 fn drives() {
-    golden("drives");
+    transcript("drives");
 }
 
 #[test]
 fn errors() {
-    golden("errors");
+    transcript("errors");
 }
 
 #[test]
 fn blockstats() {
-    golden("blockstats");
+    transcript("blockstats");
 }
 
 #[test]
 fn stats() {
-    golden("stats");
+    transcript("stats");
 }
 
 #[test]
 fn resize() {
-    golden("resize");
+    transcript("resize");
 }
 
 #[test]
 fn snapshots() {
-    golden("snapshots");
+    transcript("snapshots");
 }
 
 #[test]
 fn transactions() {
-    golden("transactions");
+    transcript("transactions");
 }
 
 #[test]
 fn external() {
-    golden("external");
+    transcript("external");
 }
 
 #[test]
 fn dry_run() {
-    golden("dry-run");
+    transcript("dry-run");
 }
 
 #[test]
@@ -86,7 +90,7 @@ fn revert() {
     let Some(()) = harness::need(&["nbdinfo"]) else {
         return;
     };
-    golden("revert");
+    transcript("revert");
 }
 
 #[test]
@@ -94,50 +98,60 @@ fn views() {
     let Some(()) = harness::need(&["nbdinfo"]) else {
         return;
     };
-    golden("views");
+    transcript("views");
 }
 
 #[test]
 fn exports() {
-    golden("exports");
+    transcript("exports");
 }
 
 #[test]
 fn corrupt() {
-    golden("corrupt");
+    transcript("corrupt");
 }
 
 #[test]
 fn options() {
-    golden("options");
+    transcript("options");
 }
 
 #[test]
 fn data_file() {
-    golden("data-file");
+    transcript("data-file");
 }
 
 #[test]
 fn backup() {
-    golden("backup");
+    transcript("backup");
 }
 
 #[test]
 fn backup_refusals() {
-    golden("backup-refusals");
+    transcript("backup-refusals");
 }
 
 #[test]
 fn job_verbs() {
-    golden("job-verbs");
+    transcript("job-verbs");
 }
 
 #[test]
 fn job_groups() {
-    golden("job-groups");
+    transcript("job-groups");
 }
 
 #[test]
 fn create_jobs() {
-    golden("create-jobs");
+    transcript("create-jobs");
+}
+
+#[test]
+fn drive_backup() {
+    transcript("drive-backup");
+}
+
+#[test]
+fn drive_commands() {
+    transcript("drive-commands");
 }

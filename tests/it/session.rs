@@ -39,7 +39,10 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
     let mut running: Option<(Daemon, Qmp)> = None;
     let mut negotiated = false;
     let mut exchanges = Vec::new();
-    let mut names = Names::default();
+    let mut names = Names {
+        folder: format!("{}/", folder.path().display()),
+        ..Names::default()
+    };
     let mut guests = Guests::default();
     let mut lines = session
         .lines()
@@ -83,15 +86,17 @@ pub(crate) fn run(program: Program, session: &str) -> Vec<Exchange> {
                     true => Vec::new(),
                     false => std::mem::take(&mut qmp.events),
                 };
-                let mut received: Vec<Value> = events.into_iter().chain([reply]).collect();
+                let mut received: Vec<Value> = events;
                 if ends {
-                    let mut rest = qmp.rest();
-                    // Exports end in no order among each other.
-                    rest.sort_by_key(|event| {
+                    received.extend(qmp.rest());
+                    // Exports end in no order among each other, and with the reply.
+                    received.sort_by_key(|event| {
                         let id = event["data"]["id"].as_str().map(str::to_owned);
                         (id.is_none(), id)
                     });
-                    received.extend(rest);
+                    received.insert(0, reply);
+                } else {
+                    received.push(reply);
                 }
                 exchanges.push(Exchange {
                     sent: line.to_owned(),
@@ -209,9 +214,12 @@ pub(crate) fn transcript(exchanges: &[Exchange]) -> String {
 /// What is done of a job, and what there is to do.
 const PROGRESS: [[&str; 2]; 2] = [["offset", "len"], ["current-progress", "total-progress"]];
 
-/// Made-up node names, numbered as they appear.
+/// What texts have of a run: made-up node names, which are numbered as they appear, and the folder.
 #[derive(Default)]
-struct Names(Vec<String>);
+struct Names {
+    nodes: Vec<String>,
+    folder: String,
+}
 
 impl Names {
     /// A message without what differs from run to run, its members sorted.
@@ -235,6 +243,9 @@ impl Names {
             (key, Value::Number(_)) if key.ends_with("_total_time_ns") => "TIME".into(),
             ("package", Value::String(_)) => "PACKAGE".into(),
             (_, Value::String(text)) if text.starts_with("#block") => self.name(text).into(),
+            (_, Value::String(text)) if !self.folder.is_empty() => {
+                text.replace(&self.folder, "/FOLDER/").into()
+            }
             (_, Value::Array(values)) => {
                 let values = values.into_iter().map(|value| self.value("", value));
                 Value::Array(values.collect())
@@ -269,10 +280,10 @@ impl Names {
     }
 
     fn name(&mut self, text: String) -> String {
-        let known = self.0.iter().position(|name| *name == text);
+        let known = self.nodes.iter().position(|name| *name == text);
         let at = known.unwrap_or_else(|| {
-            self.0.push(text);
-            self.0.len() - 1
+            self.nodes.push(text);
+            self.nodes.len() - 1
         });
         format!("#block{at}")
     }

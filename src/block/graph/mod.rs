@@ -207,8 +207,12 @@ impl Graph {
         for (place, node) in opened.nodes.iter().enumerate() {
             let earlier = &opened.nodes[..place];
             let taken = earlier.iter().any(|other| other.name() == node.name());
-            if taken || !self.is_free(node.name()) {
-                return Err(duplicate(node.name()));
+            // They share one name space.
+            if self.drive(node.name()).is_some() {
+                return Err(Error::name_of_drive(node.name()));
+            }
+            if taken || self.node(node.name()).is_some() {
+                return Err(Error::name_of_node(node.name()));
             }
             for link in node.links() {
                 let below = link.edge.node();
@@ -248,11 +252,6 @@ impl Graph {
             self.table.add(node, owned);
         }
         Ok(root)
-    }
-
-    /// Whether a new node or drive may have this name: they share one name space.
-    fn is_free(&self, name: &str) -> bool {
-        self.node(name).is_none() && self.drive(name).is_none()
     }
 
     /// `blockdev-del`: takes a node out, with those below it that came with a node on them and that nobody else uses.
@@ -448,13 +447,6 @@ impl Graph {
     fn has_parent(&self, node: &Arc<Node>) -> bool {
         self.parents(node).next().is_some()
     }
-}
-
-fn duplicate(name: &str) -> Error {
-    Error::new(
-        ErrorKind::AlreadyExists,
-        format!("Duplicate nodes with node-name='{name}'"),
-    )
 }
 
 fn not_found(name: &str) -> Error {

@@ -395,7 +395,7 @@ fn a_device_is_a_drive_or_a_node() {
     );
     assert_eq!(
         message(graph.insert(opened(&[&disk("floppy")]))),
-        "Duplicate nodes with node-name='floppy'"
+        "node-name=floppy is conflicting with a device id"
     );
     assert!(graph.remove_drive("ide-hd0").unwrap().is_empty());
     assert!(graph.remove("root").is_ok());

@@ -172,13 +172,11 @@ impl Opening {
         };
         let name = NodeName::given(given)?;
         let taken = self.nodes.iter().any(|node| node.name() == given);
-        if taken || self.opener.nodes.contains_key(given) {
-            return Err(Error::new(
-                ErrorKind::AlreadyExists,
-                format!("Duplicate nodes with node-name='{given}'"),
-            ));
+        match self.opener.nodes.get(given) {
+            Some(root) if root.name() != given => Err(Error::name_of_drive(given)),
+            None if !taken => Ok(name),
+            _ => Err(Error::name_of_node(given)),
         }
-        Ok(name)
     }
 
     async fn open_file(&self, file: &FileOptions, options: &NodeOptions) -> Result<Parts> {

@@ -3,7 +3,8 @@
 //! ```text
 //!   resolve, prepare 1 -> resolve, prepare 2 -> ...     guests run; may take its time
 //!     -> hold all disks, once
-//!          -> stage 1, 2, ... -> make durable           all that can fail has been done
+//!          -> stage 1, 2, ...                           where only snapshots are taken or deleted, they are let go here
+//!          -> make durable                              all that can fail has been done
 //!          -> write the journal's commit                from here on it happens, whatever else does
 //!          -> switch the headers of images              one write for each
 //!          -> commit 1, 2, ...                          on the control loop; edges are led elsewhere
@@ -13,8 +14,8 @@
 //!   an error anywhere before the commit: let go -> abort ..., 2, 1 -> the error
 //! ```
 //!
-//! A header that cannot be switched takes everything back as long as guests are held; the journal says so first. Every wait while
-//! they are held has a limit. `docs/crash-safety.md` has what a crash leaves at each point.
+//! A header that cannot be switched takes everything back; the journal says so first. Every wait while guests are held has a limit.
+//! `docs/crash-safety.md` has what a crash leaves at each point.
 //!
 //! Each action is about what those before it leave: `device` is looked up in the [`Plan`]. Commands that are actions, too,
 //! are transactions of one action: there is one way to do it.
@@ -141,6 +142,8 @@ pub(crate) struct Disk {
     pub(crate) node: Arc<Node>,
     /// Its internal snapshots are changed.
     changes: bool,
+    /// It is to be held until all is committed.
+    is_kept: bool,
     /// Which of the images in the journal it is.
     journaled: Option<usize>,
 }
@@ -218,6 +221,7 @@ impl Running {
             staged.unwrap_or_else(|_| Err(slow()))?;
         }
         held.mark("stage");
+        held.let_go().await?;
         held.prepare().await?;
         held.mark("write");
         if let Some(entry) = &mut self.with.entry {

@@ -421,6 +421,12 @@ pub trait Snapshots: Send + Sync {
         Ok(())
     }
 
+    /// Whether requests are held until a change is durable, because [`SnapshotChange::let_go`] is of no use here: those who can wait
+    /// flush ahead.
+    fn holds_requests(&self) -> bool {
+        true
+    }
+
     /// All of them, in the order of the image's table. From memory, no I/O.
     fn list(&self) -> Vec<SnapshotInfo>;
 
@@ -430,6 +436,7 @@ pub trait Snapshots: Send + Sync {
         Box::pin(async move {
             let mut change = self.change().await?;
             let created = change.create(new).await?;
+            change.let_go(Box::new(|| ())).await?;
             complete(change).await.map(|()| created)
         })
     }
@@ -439,6 +446,7 @@ pub trait Snapshots: Send + Sync {
         Box::pin(async move {
             let mut change = self.change().await?;
             let deleted = change.delete(which).await?;
+            change.let_go(Box::new(|| ())).await?;
             complete(change).await.map(|()| deleted)
         })
     }
@@ -453,8 +461,7 @@ pub trait Snapshots: Send + Sync {
         })
     }
 
-    /// Begins a change of several steps that happen all at once. Requests wait until it is finished or dropped.
-    /// Cancellation: nothing has happened.
+    /// Begins a change of several steps that happen all at once: does what takes time ahead. Cancellation: nothing has happened.
     fn change(&self) -> BoxFuture<'_, Result<Box<dyn SnapshotChange>>> {
         Box::pin(async { Err(unsupported("Snapshots in several steps")) })
     }
@@ -474,7 +481,7 @@ pub trait SnapshotSource: Send + Sync {
 }
 
 /// Does what has been staged.
-async fn complete(mut change: Box<dyn SnapshotChange>) -> Result<()> {
+pub(crate) async fn complete(mut change: Box<dyn SnapshotChange>) -> Result<()> {
     change.prepare().await?;
     change.commit().await?;
     drop(change.finish());
@@ -488,13 +495,18 @@ fn unsupported(what: &str) -> Error {
 /// A change of an image's snapshots, under way.
 ///
 /// ```text
-/// steps in any number and order -> prepare -> commit -> finish
-///                                             commit -> roll_back
+/// hold -> steps in any number and order -> [let_go] -> prepare -> commit -> finish
+///                                                                 commit -> roll_back
 /// ```
 ///
 /// Steps see what earlier ones have done. Nothing of it is visible, in the file or to others, before `commit`. Dropped before
 /// that, nothing has happened; dropped behind it, it is finished.
 pub trait SnapshotChange: Send + Sync {
+    /// Holds requests back, until they are let go or the change is finished or dropped. The first step does it, too.
+    fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Takes a snapshot of the disk as it is at this step. Errors as [`Snapshots::create`]; the change goes on without the step.
     fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>>;
 
@@ -506,6 +518,14 @@ pub trait SnapshotChange: Send + Sync {
 
     /// The size of the disk after the steps so far, in bytes.
     fn size(&self) -> u64;
+
+    /// Lets requests go on where the change allows it, and calls `then` when they can. Answers whether they do. What they write from
+    /// then on no snapshot of this change has, whether it happens or not. As a rule nothing was read or written since `hold`. No step
+    /// may follow.
+    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+        let _ = then;
+        Box::pin(async { Ok(false) })
+    }
 
     /// Makes durable all that the steps need. Space is taken and everything that can fail has been done, except for `commit`'s one
     /// write. No step may follow.

@@ -1,11 +1,13 @@
 //! The disks of a transaction while guests stand still, some with a change of their internal snapshots.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use block::driver::{BoxFuture, HeaderHeld, HeaderSwitch, Requests as _, SnapshotChange};
+use block::driver::{
+    BoxFuture, HeaderHeld, HeaderSwitch, Requests as _, SnapshotChange, Snapshots,
+};
 use block::error::{Error, ErrorKind, Result};
-use block::graph::{Node, Quiesced, quiesce_all_within};
+use block::graph::{FlushesHeld, Node, Quiesced, hold_flushes_within, quiesce_all_within};
 use futures_util::future::join_all;
 use qapi::rt::QmpError;
 use tokio::time::timeout;
@@ -16,7 +18,8 @@ use crate::limits;
 /// All disks that are held. Dropped before `commit`, nothing has happened to any.
 pub(crate) struct Held {
     disks: Vec<HeldDisk>,
-    since: Instant,
+    /// Since when guests wait, as long as they do.
+    since: Option<Instant>,
     /// Parts of the time since, and when they ended.
     parts: Vec<(&'static str, Instant)>,
     /// Which action is being staged.
@@ -52,7 +55,7 @@ pub(super) struct Left {
 }
 
 impl Held {
-    /// Holds all disks still at the same time, and begins to change snapshots: requests wait for the slowest, not for the sum.
+    /// Begins to change snapshots, and then holds all disks still at the same time: requests wait for the slowest, not for the sum.
     ///
     /// A disk that does not answer what it was sent before within [`limits::TRANSACTION_DRAIN`] makes it fail: others must
     /// not wait for a device that hangs. Requests go on then.
@@ -60,15 +63,26 @@ impl Held {
         disks: Vec<Disk>,
         guests: Guests,
     ) -> std::result::Result<Held, QmpError> {
-        flush_ahead(&disks).await;
+        if guests == Guests::GoOn || disks.iter().any(waits_for_flush) {
+            flush_ahead(&disks).await;
+        }
+        let mut changes = join_all(disks.iter().map(begin_change)).await;
+        let flushes = match guests {
+            Guests::Wait => Some(hold_flushes(&disks).await?),
+            Guests::GoOn => None,
+        };
         let since = Instant::now();
-        let quiesced: Vec<Option<Quiesced>> = match guests {
-            Guests::Wait => quiesce(&disks).await?.into_iter().map(Some).collect(),
-            Guests::GoOn => disks.iter().map(|_| None).collect(),
+        let quiesced: Vec<Option<Quiesced>> = match flushes {
+            Some(flushes) => quiesce(&disks, flushes)
+                .await?
+                .into_iter()
+                .map(Some)
+                .collect(),
+            None => disks.iter().map(|_| None).collect(),
         };
         // Behind the last of these all disks show the same moment.
         let drained = Instant::now();
-        let changes = join_all(disks.iter().map(begin_change)).await;
+        join_all(changes.iter_mut().flatten().map(hold)).await;
         let held = disks.into_iter().zip(quiesced).zip(changes);
         let disks = held.map(|((disk, quiesced), change)| HeldDisk {
             change,
@@ -79,7 +93,7 @@ impl Held {
         });
         Ok(Held {
             disks: disks.collect(),
-            since,
+            since: Some(since),
             parts: vec![("drain", drained), ("begin", Instant::now())],
             action: 0,
         })
@@ -137,6 +151,39 @@ impl Held {
             Ok(change) => Ok(&mut **change),
             Err(error) => Err(error.clone()),
         }
+    }
+
+    /// Lets guests go on, where nothing but changes of snapshots happens, and these allow it: what they write from here on comes behind
+    /// the transaction. Were only some of them let go, the others would wait for their writes to become durable.
+    pub(super) async fn let_go(&mut self) -> std::result::Result<(), QmpError> {
+        if self.disks.iter().any(|held| held.disk.is_kept) {
+            return Ok(());
+        }
+        // Each goes on as soon as its own change allows it: all of them have been standing still since one moment.
+        let last = Arc::new(Mutex::new(None));
+        let disks = self.disks.iter_mut();
+        let let_go = disks.map(|held| {
+            let place = Arc::new(Mutex::new(held.quiesced.take()));
+            let (guests, last) = (place.clone(), last.clone());
+            let go_on = Box::new(move || {
+                drop(lock(&guests).take());
+                *lock(&last) = Some(Instant::now());
+            });
+            async move {
+                let let_go = held.run(|change| change.let_go(go_on)).await;
+                held.quiesced = lock(&place).take();
+                let_go.map(drop)
+            }
+        });
+        let let_go: std::result::Result<(), QmpError> =
+            join_all(let_go).await.into_iter().collect();
+        if let Some(last) = *lock(&last)
+            && self.disks.iter().all(|held| held.quiesced.is_none())
+        {
+            self.parts.push(("let go", last));
+            self.log_wait(self.disks.len());
+        }
+        let_go
     }
 
     /// Makes durable what all changes need.
@@ -202,12 +249,7 @@ impl Held {
     /// The changes stay, and requests go on. How long they waited is logged. Answers what holds the headers of the images.
     pub(super) fn release(mut self) -> Vec<HeaderHeld> {
         self.mark("commit");
-        let Held {
-            disks,
-            since,
-            parts,
-            ..
-        } = self;
+        let disks = std::mem::take(&mut self.disks);
         let count = disks.len();
         let mut headers = Vec::new();
         for held in disks {
@@ -215,8 +257,33 @@ impl Held {
                 headers.push(change.finish());
             }
         }
-        log_wait(count, since, &parts);
+        self.log_wait(count);
         headers
+    }
+
+    /// Says how long guests waited, and for what: once, when they go on.
+    fn log_wait(&mut self, disks: usize) {
+        let Some(since) = self.since.take() else {
+            return;
+        };
+        let end = self.parts.last().map_or(since, |(_, end)| *end);
+        let waited = end.duration_since(since);
+        let level = match waited > limits::TRANSACTION_LONG_HOLD {
+            true => log::Level::Warn,
+            false => log::Level::Info,
+        };
+        let mut begin = since;
+        let mut each = Vec::new();
+        for (part, end) in &self.parts {
+            each.push(format!("{part} {:.1?}", end.duration_since(begin)));
+            begin = *end;
+        }
+        let each = each.join(", ");
+        log::log!(
+            target: "qblockd::transaction",
+            level,
+            "transaction over {disks} disks: guests waited {waited:.1?} ({each})"
+        );
     }
 }
 
@@ -263,38 +330,42 @@ impl HeldDisk {
     }
 }
 
-/// Says how long guests waited, and for what.
-fn log_wait(disks: usize, since: Instant, parts: &[(&str, Instant)]) {
-    let waited = since.elapsed();
-    let level = match waited > limits::TRANSACTION_LONG_HOLD {
-        true => log::Level::Warn,
-        false => log::Level::Info,
-    };
-    let mut begin = since;
-    let mut each = Vec::new();
-    for (part, end) in parts {
-        each.push(format!("{part} {:.1?}", end.duration_since(begin)));
-        begin = *end;
-    }
-    let each = each.join(", ");
-    log::log!(
-        target: "qblockd::transaction",
-        level,
-        "transaction over {disks} disks: guests waited {waited:.1?} ({each})"
-    );
+/// Holds flushes of all disks back.
+async fn hold_flushes(disks: &[Disk]) -> std::result::Result<FlushesHeld, QmpError> {
+    let held = hold_flushes_within(&nodes(disks), limits::TRANSACTION_DRAIN).await;
+    held.map_err(|slow| hangs(disks, slow))
 }
 
 /// Holds requests to all disks back, from one moment on.
-async fn quiesce(disks: &[Disk]) -> std::result::Result<Vec<Quiesced>, QmpError> {
-    let nodes: Vec<Arc<Node>> = disks.iter().map(|disk| disk.node.clone()).collect();
-    let quiesced = quiesce_all_within(&nodes, limits::TRANSACTION_DRAIN).await;
-    quiesced.map_err(|slow| {
-        let device = disks.get(slow).map_or("", |disk| &disk.device);
-        let seconds = limits::TRANSACTION_DRAIN.as_secs();
-        QmpError::generic(format!(
-            "Device '{device}' has not finished its requests within {seconds} s"
-        ))
-    })
+async fn quiesce(
+    disks: &[Disk],
+    flushes: FlushesHeld,
+) -> std::result::Result<Vec<Quiesced>, QmpError> {
+    let quiesced = quiesce_all_within(&nodes(disks), flushes, limits::TRANSACTION_DRAIN).await;
+    quiesced.map_err(|slow| hangs(disks, slow))
+}
+
+fn nodes(disks: &[Disk]) -> Vec<Arc<Node>> {
+    disks.iter().map(|disk| disk.node.clone()).collect()
+}
+
+/// The error of a disk whose requests do not end.
+fn hangs(disks: &[Disk], slow: usize) -> QmpError {
+    let device = disks.get(slow).map_or("", |disk| &disk.device);
+    let seconds = limits::TRANSACTION_DRAIN.as_secs();
+    QmpError::generic(format!(
+        "Device '{device}' has not finished its requests within {seconds} s"
+    ))
+}
+
+fn lock<T>(place: &Mutex<T>) -> MutexGuard<'_, T> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Whether guests of the disk wait until its change is durable.
+fn waits_for_flush(disk: &Disk) -> bool {
+    let snapshots = disk.node.driver().snapshots();
+    disk.is_kept || snapshots.is_some_and(Snapshots::holds_requests)
 }
 
 /// Read-only disks and formats without snapshots have failed the action before.
@@ -308,12 +379,26 @@ async fn begin_change(disk: &Disk) -> Option<Result<Box<dyn SnapshotChange>>> {
             "The format has no internal snapshots",
         )));
     };
-    let begun = timeout(limits::TRANSACTION_STEP, snapshots.change()).await;
-    Some(begun.unwrap_or_else(|_| {
+    Some(in_time(snapshots.change()).await)
+}
+
+/// Behind the drain: the driver holds back what does not come by way of the node.
+async fn hold(change: &mut Result<Box<dyn SnapshotChange>>) {
+    if let Ok(begun) = change
+        && let Err(error) = in_time(begun.hold()).await
+    {
+        *change = Err(error);
+    }
+}
+
+/// Does a step of a change, for as long as guests may be made to wait.
+async fn in_time<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
+    let done = timeout(limits::TRANSACTION_STEP, step).await;
+    done.unwrap_or_else(|_| {
         let seconds = limits::TRANSACTION_STEP.as_secs();
         let text = format!("the disk has not answered within {seconds} s");
         Err(Error::new(ErrorKind::Io, text))
-    }))
+    })
 }
 
 /// Makes durable what has been written, while guests go on, until a flush ends soon: the flushes of a snapshot, for which

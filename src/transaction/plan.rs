@@ -94,11 +94,11 @@ impl Plan {
 
     /// Holds a node still while the transaction is staged and committed.
     pub(crate) fn hold(&mut self, node: &Arc<Node>) {
-        self.disk(node.name(), node);
+        self.disk(node.name(), node).is_kept = true;
     }
 
-    /// As [`Plan::hold`], and its internal snapshots are changed: all actions on them share one change. `device` is what the
-    /// client calls it.
+    /// Holds a node still while the transaction is staged. Its internal snapshots are changed: all actions on them share one change.
+    /// `device` is what the client calls it.
     pub(crate) fn change_snapshots(&mut self, device: &str, node: &Arc<Node>) {
         self.disk(device, node).changes = true;
     }
@@ -112,6 +112,7 @@ impl Plan {
                     device: device.to_owned(),
                     node: node.clone(),
                     changes: false,
+                    is_kept: false,
                     journaled: None,
                 });
                 self.disks.len() - 1

@@ -220,6 +220,10 @@ impl Action for SnapshotAction {
         let views = views.filter(|(_, link)| link.role == Link::IMAGE);
         let views = views.map(|(view, _)| view.clone()).collect();
         plan.change_snapshots(&self.device, &node);
+        if matches!(self.operation, Operation::Revert(_)) {
+            // What the guest sees must not be taken back once it has seen it.
+            plan.hold(&node);
+        }
         self.disk = Some(SnapshotDisk { node, views });
         Ok(())
     }

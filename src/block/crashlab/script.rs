@@ -247,6 +247,15 @@ pub enum Op {
     Delete(usize),
     /// Several steps at once.
     Change(Vec<Step>, End),
+    /// As `Change`, but requests are let go when all steps are known, and a guest does this before the change ends.
+    LetGo {
+        /// The change.
+        steps: Vec<Step>,
+        /// What the guest does.
+        ops: Vec<Op>,
+        /// How the change ends.
+        end: End,
+    },
     /// The disk gets this many bytes.
     Resize(u64),
     /// The image is closed and opened.
@@ -403,7 +412,7 @@ fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
         };
     }
     if dice < guest + snapshots {
-        return snapshot_op(random);
+        return snapshot_op(random, case);
     }
     if dice < guest + snapshots + resize {
         return Op::Resize(new_size(random, case));
@@ -439,9 +448,24 @@ fn guest_op(random: &mut fastrand::Rng, case: &Case) -> Op {
     }
 }
 
-fn snapshot_op(random: &mut fastrand::Rng) -> Op {
+fn snapshot_op(random: &mut fastrand::Rng, case: &Case) -> Op {
     let nth = random.usize(..16);
-    match random.u8(..12) {
+    match random.u8(..15) {
+        12.. => Op::LetGo {
+            steps: (0..random.usize(1..=3))
+                .map(|_| match random.u8(..3) {
+                    0 => Step::Delete(random.usize(..16)),
+                    _ => Step::Create,
+                })
+                .collect(),
+            ops: (0..random.usize(1..=5))
+                .map(|_| guest_op(random, case))
+                .collect(),
+            end: *pick(
+                random,
+                &[End::Finish, End::Finish, End::RollBack, End::Drop],
+            ),
+        },
         0..=3 => Op::Create,
         4..=5 => Op::Delete(nth),
         6..=8 => Op::Change(vec![Step::Revert(nth)], End::Finish),

@@ -132,6 +132,10 @@ impl Snapshots for CopyBeforeWrite {
         self.inner().ok_or_else(no_snapshots)?.check()
     }
 
+    fn holds_requests(&self) -> bool {
+        self.inner().is_none_or(Snapshots::holds_requests)
+    }
+
     fn list(&self) -> Vec<SnapshotInfo> {
         self.inner().map(Snapshots::list).unwrap_or_default()
     }
@@ -160,6 +164,10 @@ struct Change {
 }
 
 impl SnapshotChange for Change {
+    fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.inner.hold()
+    }
+
     fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
         self.inner.create(new)
     }
@@ -177,6 +185,10 @@ impl SnapshotChange for Change {
 
     fn size(&self) -> u64 {
         self.inner.size()
+    }
+
+    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+        self.inner.let_go(then)
     }
 
     fn prepare(&mut self) -> BoxFuture<'_, Result<()>> {

@@ -47,7 +47,7 @@ pub use drive::{Drive, NewDrive};
 pub use edge::Edge;
 pub use names::{NameSource, NodeName, is_well_formed};
 pub use node::{Behaviour, Link, Node, Quiesced};
-pub use quiesce::{quiesce_all, quiesce_all_within};
+pub use quiesce::{FlushesHeld, hold_flushes_within, quiesce_all, quiesce_all_within};
 pub use reopen::{NodeChange, ReadyToReopen, Reopen};
 
 use access::{Use, link_user};

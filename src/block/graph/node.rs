@@ -82,6 +82,8 @@ pub(super) struct Inner {
     pub(super) driver: Arc<dyn Driver>,
     pub(super) ranges: RangeLock,
     pub(super) gate: Arc<Gate>,
+    /// What flushes enter before the gate: they take long, and others must not wait at a closed gate for them to end.
+    pub(super) flushes: Arc<Gate>,
     pub(super) counters: Counters,
     /// Held by a resize, which waits inside of the gate until it is alone there.
     pub(super) resizing: tokio::sync::Mutex<()>,
@@ -97,6 +99,7 @@ pub(super) struct Inner {
 #[must_use]
 pub struct Quiesced {
     closed: Closed,
+    _flushes: Closed,
 }
 
 impl Quiesced {
@@ -120,6 +123,7 @@ impl Node {
                 driver,
                 ranges: RangeLock::default(),
                 gate: Arc::default(),
+                flushes: Arc::default(),
                 counters: Counters::default(),
                 resizing: tokio::sync::Mutex::default(),
                 behaviour: ArcSwap::from_pointee(behaviour),
@@ -231,8 +235,21 @@ impl Node {
     /// A request that waits for the quiesced section to end must not be awaited inside of it.
     /// Cancellation: requests go on.
     pub async fn quiesce(&self) -> Quiesced {
+        let flushes = self.close_to_flushes().await;
+        self.quiesce_behind(flushes).await
+    }
+
+    /// Holds back new flushes and waits until those under way have been answered; other requests go on.
+    pub(super) async fn close_to_flushes(&self) -> Closed {
+        self.inner.flushes.close().await
+    }
+
+    /// Holds back what is left when flushes are.
+    pub(super) async fn quiesce_behind(&self, flushes: Closed) -> Quiesced {
+        debug_assert!(flushes.is_of(&self.inner.flushes), "of another node");
         Quiesced {
             closed: self.inner.gate.close().await,
+            _flushes: flushes,
         }
     }
 

@@ -2,8 +2,11 @@
 //!
 //! A request inside of a node waits where the gate of a layer below is closed. So gates are closed from the top down: were the
 //! lower one first, the upper one would never be empty.
+//!
+//! Flushes go first, of all nodes: they take as long as the disk, and while one of them is under way all others go on.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,51 +15,86 @@ use tokio::time::{Instant, timeout_at};
 
 use super::node::{Node, Quiesced};
 use super::table::place;
+use crate::io::Closed;
+
+/// Flushes to nodes that are held back. They go on when it is dropped.
+#[must_use]
+pub struct FlushesHeld(Vec<Closed>);
 
 /// Holds back new requests to all of the nodes, and waits until those under way have been answered. Answers in the order of
 /// `nodes`; one that occurs several times is held several times.
 ///
 /// Nodes of which none stands on another drain at the same time. Cancellation: requests go on.
 pub async fn quiesce_all(nodes: &[Arc<Node>]) -> Vec<Quiesced> {
-    let held = level_by_level(nodes, |_, node| async {
-        Ok::<_, std::convert::Infallible>(node.quiesce().await)
+    let flushes = level_by_level(nodes, nodes, |_, node: &Arc<Node>| async {
+        Ok::<_, Infallible>(node.close_to_flushes().await)
     });
-    match held.await {
-        Ok(held) => held,
-        Err(never) => match never {},
-    }
+    let Ok(flushes) = flushes.await;
+    let places: Vec<_> = nodes.iter().zip(flushes).collect();
+    let held = level_by_level(
+        nodes,
+        places,
+        |_, (node, flushes): (&Arc<Node>, Closed)| async {
+            Ok::<_, Infallible>(node.quiesce_behind(flushes).await)
+        },
+    );
+    let Ok(held) = held.await;
+    held
+}
+
+/// The first part of [`quiesce_all_within`], while all but flushes go on.
+pub async fn hold_flushes_within(
+    nodes: &[Arc<Node>],
+    limit: Duration,
+) -> Result<FlushesHeld, usize> {
+    let end = Instant::now() + limit;
+    let flushes = level_by_level(nodes, nodes, |place, node: &Arc<Node>| async move {
+        let held = timeout_at(end, node.close_to_flushes()).await;
+        held.map_err(|_| place)
+    });
+    flushes.await.map(FlushesHeld)
 }
 
 /// As [`quiesce_all`], for so long at most: then requests go on, and the place in `nodes` of one that is not done is the error.
 pub async fn quiesce_all_within(
     nodes: &[Arc<Node>],
+    flushes: FlushesHeld,
     limit: Duration,
 ) -> Result<Vec<Quiesced>, usize> {
     let end = Instant::now() + limit;
-    level_by_level(nodes, |place, node| async move {
-        let quiesced = timeout_at(end, node.quiesce()).await;
-        quiesced.map_err(|_| place)
-    })
+    let places: Vec<_> = nodes.iter().zip(flushes.0).collect();
+    level_by_level(
+        nodes,
+        places,
+        |place, (node, flushes): (&Arc<Node>, Closed)| async move {
+            let quiesced = timeout_at(end, node.quiesce_behind(flushes)).await;
+            quiesced.map_err(|_| place)
+        },
+    )
     .await
 }
 
-async fn level_by_level<'n, E, F: Future<Output = Result<Quiesced, E>>>(
-    nodes: &'n [Arc<Node>],
-    quiesce: impl Fn(usize, &'n Node) -> F,
-) -> Result<Vec<Quiesced>, E> {
+/// Does something to all nodes, to those of one height at once, the highest first. `with` is what is needed for each.
+async fn level_by_level<I, T, E, F: Future<Output = Result<T, E>>>(
+    nodes: &[Arc<Node>],
+    with: impl IntoIterator<Item = I>,
+    hold: impl Fn(usize, I) -> F,
+) -> Result<Vec<T>, E> {
+    let mut with: Vec<Option<I>> = with.into_iter().map(Some).collect();
+    let mut held: Vec<(usize, T)> = Vec::with_capacity(nodes.len());
     let places = from_the_top(nodes);
-    let mut held: Vec<(usize, Quiesced)> = Vec::with_capacity(nodes.len());
     for level in places.chunk_by(|one, other| one.0 == other.0) {
-        let level = level.iter().map(|(_, place)| {
-            let quiesced = quiesce(*place, &nodes[*place]);
-            async move { Ok((*place, quiesced.await?)) }
+        let level = level.iter().filter_map(|(_, place)| {
+            let held = hold(*place, with.get_mut(*place)?.take()?);
+            Some(async move { Ok((*place, held.await?)) })
         });
-        for quiesced in join_all(level).await {
-            held.push(quiesced?);
+        let level: Vec<_> = level.collect();
+        for done in join_all(level).await {
+            held.push(done?);
         }
     }
     held.sort_unstable_by_key(|(place, _)| *place);
-    Ok(held.into_iter().map(|(_, quiesced)| quiesced).collect())
+    Ok(held.into_iter().map(|(_, held)| held).collect())
 }
 
 /// The nodes as (height, place), the highest first.

@@ -143,6 +143,19 @@ where
     })
 }
 
+/// A flush waits for the disk, so it is known before it enters the gate: who closes that waits for it first.
+async fn flush(way: Way) -> Result<()> {
+    loop {
+        let inner = way.target();
+        let _flushing = Gate::enter_by(inner.flushes.clone()).await;
+        let inside = Gate::enter_by(inner).await;
+        if way.leads_to(inside.place()) {
+            inside.place().check_open()?;
+            return inside.place().flush().await;
+        }
+    }
+}
+
 async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()> {
     if size > MAX_DISK_SIZE {
         return Err(Error::new(
@@ -153,6 +166,7 @@ async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()>
     loop {
         let inner = way.target();
         let _one = inner.resizing.lock().await;
+        let _flushes = inner.flushes.close().await;
         let inside = Gate::enter_by(inner.clone()).await;
         if !way.leads_to(&inner) {
             continue;
@@ -205,9 +219,7 @@ macro_rules! requests_by_way {
             }
 
             pub(super) fn start_flush(&self) -> RunToEnd<Result<()>> {
-                run(self.way(), move |inside| async move {
-                    inside.place().flush().await
-                })
+                RunToEnd::new(flush(self.way()))
             }
         }
 

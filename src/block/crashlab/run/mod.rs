@@ -1,5 +1,6 @@
 //! Running a script: the driver does it, the model follows, and what had been answered when is noted.
 
+mod let_go;
 mod together;
 
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use super::audit::{Audit, with_bitmaps};
 use super::content::{Content, SECTOR, Versions, stamp};
 use super::script::{Amendment, Case, End, Op, Step};
 use crate::driver::{
-    self, AmendOptions, Driver, NewSnapshot, Preallocation, Requests, SnapshotInfo,
+    self, AmendOptions, Driver, NewSnapshot, Preallocation, Requests, SnapshotChange, SnapshotInfo,
     SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind};
@@ -325,6 +326,7 @@ impl Runner {
             Op::Create => self.create_snapshot().await,
             Op::Delete(nth) => self.delete_snapshot(*nth).await,
             Op::Change(steps, end) => self.change(steps, *end).await,
+            Op::LetGo { steps, ops, end } => self.let_go(steps, ops, *end).await,
             Op::Resize(size) => self.resize(*size).await,
             Op::Reopen => {
                 self.close().await?;
@@ -440,36 +442,7 @@ impl Runner {
             Ok(change) => change,
             Err(error) => return self.refused(&error),
         };
-        let mut world = self.world.clone();
-        let mut kind = Kind::Structure;
-        for step in steps {
-            let result = match *step {
-                Step::Create => {
-                    let created = change.create(self.named()).await;
-                    created.map(|info| Runner::add_snapshot(&mut world, info))
-                }
-                Step::Delete(nth) => match index_of(&world, nth) {
-                    None => Ok(()),
-                    Some(index) => {
-                        let deleted = change.delete(selector(&world.snapshots[index])).await;
-                        deleted.map(|_| drop(world.snapshots.remove(index)))
-                    }
-                },
-                Step::Revert(nth) => match index_of(&world, nth) {
-                    None => Ok(()),
-                    Some(index) => {
-                        let reverted = change.revert(selector(&world.snapshots[index])).await;
-                        reverted.map(|_| {
-                            kind = Kind::Everything;
-                            world.active = world.snapshots[index].content.clone();
-                        })
-                    }
-                },
-            };
-            if let Err(error) = result {
-                self.refused(&error)?;
-            }
-        }
+        let (world, kind) = self.stage(&mut *change, steps).await?;
         if end == End::Drop {
             drop(change);
             self.compare_list()?;
@@ -501,6 +474,45 @@ impl Runner {
             passing,
             ..Done::structure()
         })
+    }
+
+    /// Does the steps of a change; answers what the world will be.
+    pub(super) async fn stage(
+        &mut self,
+        change: &mut dyn SnapshotChange,
+        steps: &[Step],
+    ) -> Result<(World, Kind), Problem> {
+        let mut world = self.world.clone();
+        let mut kind = Kind::Structure;
+        for step in steps {
+            let result = match *step {
+                Step::Create => {
+                    let created = change.create(self.named()).await;
+                    created.map(|info| Runner::add_snapshot(&mut world, info))
+                }
+                Step::Delete(nth) => match index_of(&world, nth) {
+                    None => Ok(()),
+                    Some(index) => {
+                        let deleted = change.delete(selector(&world.snapshots[index])).await;
+                        deleted.map(|_| drop(world.snapshots.remove(index)))
+                    }
+                },
+                Step::Revert(nth) => match index_of(&world, nth) {
+                    None => Ok(()),
+                    Some(index) => {
+                        let reverted = change.revert(selector(&world.snapshots[index])).await;
+                        reverted.map(|_| {
+                            kind = Kind::Everything;
+                            world.active = world.snapshots[index].content.clone();
+                        })
+                    }
+                },
+            };
+            if let Err(error) = result {
+                self.refused(&error)?;
+            }
+        }
+        Ok((world, kind))
     }
 
     async fn resize(&mut self, size: u64) -> Result<Done, Problem> {

@@ -2,6 +2,7 @@
 
 use std::future::poll_fn;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::Poll;
 
 use futures_util::future::{join, join_all};
@@ -25,6 +26,9 @@ const HELD: [OpKind; 5] = [
     OpKind::Discard,
     OpKind::Flush,
 ];
+
+/// How much has been let go, at most, when the last guest's request is sent beside a snapshot: some find it taken.
+const LATEST: u32 = 24;
 
 /// A guest's request of whole sectors.
 struct Request {
@@ -137,15 +141,30 @@ impl Runner {
         seed: u64,
     ) -> Result<(Vec<usize>, Option<Taken>)> {
         let mut random = fastrand::Rng::with_seed(seed);
+        let looks = AtomicU32::new(0);
+        let is_late = snapshot.is_some();
         let taken = async {
             let taken = self.driver.create(snapshot?).await;
             Some((taken, self.disk.log_len()))
         };
-        let send = |request: &Request| {
-            let sent = request.send(&self.driver);
-            async { sent.await.map(|()| self.disk.log_len()) }
-        };
-        let sent = join_all(requests.iter().map(send));
+        let mut sent = Vec::new();
+        for request in requests {
+            let at = match is_late && random.bool() {
+                true => random.u32(..LATEST),
+                false => 0,
+            };
+            let looks = &looks;
+            sent.push(async move {
+                poll_fn(|_| match looks.load(Ordering::Relaxed) >= at {
+                    true => Poll::Ready(()),
+                    false => Poll::Pending,
+                })
+                .await;
+                let sent = request.send(&self.driver).await;
+                sent.map(|()| self.disk.log_len())
+            });
+        }
+        let sent = join_all(sent);
         let mut all = Box::pin(join(sent, taken));
         let disks = || [&self.disk].into_iter().chain(self.disk.second());
         for disk in disks() {
@@ -153,6 +172,7 @@ impl Runner {
         }
         let (answers, taken) = loop {
             // One look each time: who is ready depends on what is let go.
+            looks.fetch_add(1, Ordering::Relaxed);
             let looked = poll_fn(|cx| Poll::Ready(all.as_mut().poll(cx))).await;
             if let Poll::Ready(answers) = looked {
                 break answers;

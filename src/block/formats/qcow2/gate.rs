@@ -13,6 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use tokio::sync::{Mutex, Notify, OwnedMutexGuard};
 
+use crate::io::{Closed, Entered, Gate as Flushes};
+
 const CLOSED: u64 = 1 << 63;
 const GROUP: u64 = 1 << 62;
 const COUNT: u64 = (1 << 31) - 1;
@@ -31,6 +33,9 @@ pub(super) struct Gate {
     state: AtomicU64,
     /// Somebody has entered since `take_busy`.
     busy: AtomicBool,
+    /// What is going to wait for the disk to make something durable enters here first: others must not wait at a closed gate for it to
+    /// end.
+    flushes: Arc<Flushes>,
     /// Serialises those who close the gate.
     exclusive: Arc<Mutex<()>>,
     /// Told when the gate opens.
@@ -48,6 +53,11 @@ impl Gate {
             self.busy.store(true, Ordering::Relaxed);
         }
         inside
+    }
+
+    /// Is known to take long, and enters the gate behind that. Waits while either is closed. Cancellation: safe.
+    pub(super) async fn enter_flush(&self) -> Entered<&Flushes> {
+        self.flushes.enter().await
     }
 
     /// Whether a guest request has entered since the last call.
@@ -111,9 +121,11 @@ impl Gate {
     /// Cancellation: the gate opens again.
     pub(super) async fn close(self: &Arc<Self>) -> Exclusive {
         let lock = self.exclusive.clone().lock_owned().await;
+        let flushes = self.flushes.close().await;
         self.state.fetch_or(CLOSED, Ordering::SeqCst);
         let exclusive = Exclusive {
             gate: self.clone(),
+            flushes: Some(flushes),
             _lock: lock,
         };
         loop {
@@ -149,13 +161,22 @@ impl Drop for Inside<'_> {
 #[derive(Debug)]
 pub(super) struct Exclusive {
     gate: Arc<Gate>,
+    flushes: Option<Closed>,
     _lock: OwnedMutexGuard<()>,
+}
+
+impl Exclusive {
+    /// Lets requests in again. Nobody else closes the gate before this is dropped.
+    pub(super) fn let_in(&mut self) {
+        self.flushes = None;
+        self.gate.state.fetch_and(!CLOSED, Ordering::SeqCst);
+        self.gate.opened.notify_waiters();
+    }
 }
 
 impl Drop for Exclusive {
     fn drop(&mut self) {
-        self.gate.state.fetch_and(!CLOSED, Ordering::SeqCst);
-        self.gate.opened.notify_waiters();
+        self.let_in();
     }
 }
 
@@ -178,6 +199,18 @@ mod tests {
         assert!(!gate.old_group_drained());
         drop(after);
         assert!(gate.old_group_drained());
+    }
+
+    #[tokio::test]
+    async fn who_lets_requests_in_still_keeps_others_from_closing() {
+        let gate = Arc::new(Gate::default());
+        let mut first = gate.close().await;
+        assert!(gate.try_enter().is_none());
+        first.let_in();
+        let _inside = gate.try_enter().unwrap();
+        let second = tokio::time::timeout(Duration::from_millis(20), gate.close());
+        assert!(second.await.is_err());
+        assert!(gate.try_enter().is_some());
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

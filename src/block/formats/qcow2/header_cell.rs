@@ -10,6 +10,12 @@ use crate::driver::{Child, HeaderSwitch, WriteFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 
+/// While it lives nobody else changes the header.
+#[derive(Debug)]
+pub(crate) struct HeaderLock {
+    _guard: OwnedMutexGuard<()>,
+}
+
 /// The header, in memory as on disk.
 #[derive(Debug)]
 pub(crate) struct HeaderCell {
@@ -43,7 +49,16 @@ impl HeaderCell {
     ///
     /// On error the old header is put back; where even that fails, the image takes no more changes until it is reopened.
     pub(crate) async fn update(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
-        let _writer = self.writer.lock().await;
+        let writer = self.lock().await;
+        self.update_with(&writer, change).await
+    }
+
+    /// As `update`, by who keeps others from changing the header.
+    pub(crate) async fn update_with(
+        &self,
+        _: &HeaderLock,
+        change: impl FnOnce(&mut Header),
+    ) -> Result<()> {
         self.check()?;
         let old = self.get();
         let mut new = Header::clone(&old);
@@ -87,9 +102,16 @@ impl HeaderCell {
         }))
     }
 
-    /// Keeps others from changing the header until the answer is dropped. `None` when one is being made.
-    pub(crate) fn hold(&self) -> Option<OwnedMutexGuard<()>> {
-        self.writer.clone().try_lock_owned().ok()
+    /// Keeps others from changing the header until the answer is dropped.
+    pub(crate) async fn lock(&self) -> HeaderLock {
+        let _guard = self.writer.clone().lock_owned().await;
+        HeaderLock { _guard }
+    }
+
+    /// As `lock`, but `None` when a change is being made.
+    pub(crate) fn hold(&self) -> Option<HeaderLock> {
+        let _guard = self.writer.clone().try_lock_owned().ok()?;
+        Some(HeaderLock { _guard })
     }
 
     /// Changes the header in any way, its extensions and the backing file's name too; see [`Rewrite`]. At every moment, a
@@ -97,7 +119,7 @@ impl HeaderCell {
     ///
     /// Errors as for `update`; `InvalidInput` and `Unsupported` where the new header breaks a rule or finds no room.
     pub(crate) async fn rewrite(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
-        let _writer = self.writer.lock().await;
+        let _writer = self.lock().await;
         self.check()?;
         let old = self.get();
         let mut new = Header::clone(&old);

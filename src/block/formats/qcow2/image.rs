@@ -177,6 +177,10 @@ impl Image {
         }
         self.damage.check()?;
         self.header.check()?;
+        if self.header.get().autoclear.0 & !Autoclear::KEPT == 0 {
+            // Nobody waits for a change that another one makes of the header.
+            return Ok(());
+        }
         let keep = |header: &mut Header| header.autoclear.0 &= Autoclear::KEPT;
         self.header.update(keep).await
     }

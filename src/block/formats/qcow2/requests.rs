@@ -15,50 +15,71 @@ use crate::io::{Data, RunToEnd};
 
 impl Image {
     async fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
-        let _inside = self.gate.enter().await;
-        self.check_range(offset, data.len())?;
-        self.prepare_change().await?;
-        self.write_range(offset, data).await?;
+        {
+            let _inside = self.gate.enter().await;
+            self.check_range(offset, data.len())?;
+            self.prepare_change().await?;
+            self.write_range(offset, data).await?;
+        }
         self.finish_change(flags.fua).await
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
-        let _inside = self.gate.enter().await;
-        self.check_range(offset, len)?;
-        self.prepare_change().await?;
-        if len > 0 {
-            self.zero_range(offset, len, flags).await?;
+        {
+            let _inside = self.gate.enter().await;
+            self.check_range(offset, len)?;
+            self.prepare_change().await?;
+            if len > 0 {
+                self.zero_range(offset, len, flags).await?;
+            }
         }
         self.finish_change(flags.fua).await
     }
 
     async fn write_compressed(&self, offset: u64, data: Data) -> Result<()> {
-        let _inside = self.gate.enter().await;
-        self.check_range(offset, data.len())?;
-        self.prepare_change().await?;
-        self.write_compressed_cluster(offset, data).await?;
+        {
+            let _inside = self.gate.enter().await;
+            self.check_range(offset, data.len())?;
+            self.prepare_change().await?;
+            self.write_compressed_cluster(offset, data).await?;
+        }
         self.finish_change(false).await
     }
 
     async fn discard(&self, offset: u64, len: u64) -> Result<()> {
-        let _inside = self.gate.enter().await;
-        self.check_range(offset, len)?;
-        self.prepare_change().await?;
-        if len > 0 {
-            self.discard_range(offset, len).await?;
+        {
+            let _inside = self.gate.enter().await;
+            self.check_range(offset, len)?;
+            self.prepare_change().await?;
+            if len > 0 {
+                self.discard_range(offset, len).await?;
+            }
         }
         self.finish_change(false).await
     }
 
+    /// Makes a change durable, or what has come together before it. It has left the gate: nobody else waits for this.
     async fn finish_change(&self, fua: bool) -> Result<()> {
-        if !fua {
-            self.relieve().await;
+        if !fua && !self.has_much_unwritten() {
             return Ok(());
         }
-        self.write_back().await
+        let _flushing = self.gate.enter_flush().await;
+        let _inside = self.gate.enter_unnoticed().await;
+        if self.is_closed() {
+            // That has written everything.
+            return Ok(());
+        }
+        match fua {
+            true => self.write_back().await,
+            false => {
+                self.relieve().await;
+                Ok(())
+            }
+        }
     }
 
     async fn flush(&self) -> Result<()> {
+        let _flushing = self.gate.enter_flush().await;
         let _inside = self.gate.enter().await;
         if self.is_read_only() {
             return Ok(());

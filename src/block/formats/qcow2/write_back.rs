@@ -14,6 +14,7 @@
 //! On error everything that was taken is dirty again, and the next flush does it all over.
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::future::try_join;
@@ -43,13 +44,25 @@ pub(crate) struct Commits {
     /// Write-backs started.
     started: AtomicU64,
     /// The last one that succeeded. Held over a write-back.
-    done: tokio::sync::Mutex<u64>,
+    done: Arc<tokio::sync::Mutex<u64>>,
+}
+
+/// While it lives, nothing is written back.
+#[derive(Debug)]
+pub(super) struct NoWriteBack {
+    _done: tokio::sync::OwnedMutexGuard<u64>,
 }
 
 impl Commits {
     /// Metadata have changed in memory.
     pub(crate) fn touch(&self) {
         self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Waits until nobody writes back, and keeps others from it.
+    pub(super) async fn stop(&self) -> NoWriteBack {
+        let _done = self.done.clone().lock_owned().await;
+        NoWriteBack { _done }
     }
 
     /// Whether all metadata in memory are on disk.
@@ -210,12 +223,18 @@ impl Image {
         }
     }
 
+    /// Whether it is time to write back.
+    pub(super) fn has_much_unwritten(&self) -> bool {
+        let unlinked = self.quarantine.waiting() << self.g.cluster_bits();
+        self.l2.dirty_count() > self.l2.dirty_limit() || unlinked > MAX_UNLINKED
+    }
+
     /// Writes back early when much is dirty, so that neither memory nor unfreed space grow without bound. An error is left to the
     /// next flush, which meets it again.
     pub(super) async fn relieve(&self) {
-        let unlinked = self.quarantine.waiting() << self.g.cluster_bits();
-        let much = self.l2.dirty_count() > self.l2.dirty_limit() || unlinked > MAX_UNLINKED;
-        if much && let Err(error) = self.write_back().await {
+        if self.has_much_unwritten()
+            && let Err(error) = self.write_back().await
+        {
             log::warn!("qcow2: write-back failed, a flush will try again: {error}");
         }
     }

@@ -1,7 +1,15 @@
 //! A change of snapshots in steps: see [`SnapshotChange`].
 //!
-//! The gate is closed from the beginning to the end. What a step reads and writes nobody else can reach before the header points to
-//! it, so a change that is dropped before its `commit` has only reservations to give back.
+//! What a step reads and writes nobody else can reach before the header points to it, so a change that is dropped before its
+//! `commit` has only reservations to give back. The gate is closed while there are steps. A change that reverts nothing opens it when
+//! all of them are known (`let_go`), with nothing written yet: what is taken is owed from that moment on, in memory, so that requests
+//! copy what they would change of it. No metadata are written before the dirty bit is: from then on the refcounts and flags of the file
+//! are worth nothing, whatever requests do until the switch.
+//!
+//! ```text
+//! gate closed, steps: memory, gate open | H dirty | L1 copies, new table | write-back | H |
+//!                            no write-back ^^^^^^^
+//! ```
 //!
 //! Two ways to keep the counts right:
 //! * *behind* the switch: the same header write sets the dirty bit, by which the refcounts of the file are worth nothing until
@@ -9,11 +17,15 @@
 //! * *before* the switch, for images without that bit and for refcounts that might become too narrow: what is taken is counted, and
 //!   written, first. What is dropped is settled behind; a crash then leaves leaks
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::sync::Mutex;
 
+use super::counting::{Counting, PassedOn, look_for_greatest};
+use super::room::Room;
+use super::settle::Expecting;
 use super::settling::{self, activated, sum};
 use super::table::SnapshotTable;
 use crate::driver::{
@@ -24,8 +36,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::bitmaps::{Marked, Resize};
 use crate::formats::qcow2::gate::Exclusive;
-use crate::formats::qcow2::geometry::Geometry;
 use crate::formats::qcow2::header::{Header, Incompatible, Version};
+use crate::formats::qcow2::header_cell::HeaderLock;
 use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::l1::L1Table;
 use crate::formats::qcow2::owners::Owner;
@@ -42,17 +54,24 @@ const MAX_HOLES: usize = 32;
 #[derive(Debug)]
 pub(super) struct Change {
     image: Arc<Image>,
-    staged: Arc<Mutex<Staged>>,
+    state: Arc<Mutex<State>>,
     size: Arc<AtomicU64>,
 }
 
-/// When what a change takes is counted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Counting {
-    /// Before the header's switch.
-    Before,
-    /// Behind it, under the dirty bit.
-    Behind,
+#[derive(Debug)]
+enum State {
+    /// Requests go on. `None` when they could not be held back.
+    Ahead(Option<Ahead>),
+    /// They have been held back.
+    Held(Box<Staged>),
+}
+
+/// What is there before requests are held back.
+#[derive(Debug)]
+struct Ahead {
+    image: Arc<Image>,
+    size: Arc<AtomicU64>,
+    room: Room,
 }
 
 /// How far a change is.
@@ -60,6 +79,8 @@ enum Counting {
 enum Phase {
     /// Nobody knows of it.
     Steps,
+    /// Requests go on, and owe for what is taken.
+    LetGo,
     /// All that it needs is durable.
     Prepared,
     /// The header has been switched.
@@ -100,21 +121,13 @@ impl NewFields {
     }
 }
 
-/// References that one L2 table takes over from another, so that no counter changes.
-#[derive(Debug)]
-struct PassedOn {
-    from: ClusterIndex,
-    to: ClusterIndex,
-    references: Vec<Run>,
-}
-
 /// The change.
 #[derive(Debug)]
 pub(super) struct Staged {
     pub(super) image: Arc<Image>,
     phase: Phase,
     /// The header before.
-    old: Arc<Header>,
+    pub(super) old: Arc<Header>,
     /// The active L1 table before.
     pub(super) before: Arc<L1Table>,
     pub(super) active: StagedL1,
@@ -127,75 +140,50 @@ pub(super) struct Staged {
     marked: Option<Marked>,
     /// What the steps change, one after the other.
     pub(super) changes: Vec<settling::Change>,
-    counting: Counting,
+    pub(super) counting: Counting,
     /// References that have been counted already.
-    counted: Vec<settling::Change>,
+    pub(super) counted: Vec<settling::Change>,
     /// Those of them that were not, because a table that leaves passes them on.
-    passed_on: Vec<PassedOn>,
+    pub(super) passed_on: Vec<PassedOn>,
     /// L1 tables that nothing points to yet, and their places. They are written when all steps are known.
     pub(super) new_l1s: Vec<(Reserved, Arc<[u64]>)>,
     new_table: Option<Reserved>,
+    /// Clusters for tables that have space in the file already.
+    pub(super) room: Room,
     /// Areas that nothing points to after the switch.
     pub(super) replaced: Vec<Run>,
+    /// Ids of the snapshots that are deleted.
+    pub(super) deleted: BTreeSet<String>,
+    /// Requests go on already.
+    is_let_go: bool,
+    /// Keeps the header what `switch` has answered, while requests go on.
+    header_lock: Option<HeaderLock>,
+    /// Something is owed already.
+    expecting: Option<Expecting>,
     /// Last: requests go on when all else has been given back.
-    _alone: Exclusive,
+    alone: Exclusive,
 }
 
 impl Change {
-    /// Closes the gate, with all metadata written to the file.
+    /// Does what takes time, while requests go on.
     pub(super) async fn begin(image: Arc<Image>) -> Result<Change> {
-        {
-            let _inside = image.gate.enter().await;
-            image.check_range(0, 0)?;
-            image.prepare_metadata_change().await?;
-            look_for_greatest(&image).await?;
-            // While requests go on, so that little is left when they wait.
-            image.write_back().await?;
-        }
-        let alone = image.gate.close().await;
+        let _inside = image.gate.enter().await;
         image.check_range(0, 0)?;
-        image.header.check()?;
+        image.prepare_metadata_change().await?;
+        look_for_greatest(&image).await?;
         if let Err(error) = image.free_areas().await {
             log::warn!("qcow2: replaced tables keep their space for now: {error}");
         }
-        // Data that are written in place are flushed with what is prepared.
-        if !image.commits.is_clean() || image.alloc.lock().await.is_dirty() {
-            image.write_back().await?;
-        }
-        let before = image.l1();
-        let old = image.header.get();
-        let table = SnapshotTable::clone(&image.snapshots.get());
-        let old_table = Run {
-            start: image.g.host_cluster(old.snapshots_offset),
-            count: image.g.clusters_for(table.encode()?.len() as u64),
-        };
+        let room = Room::new(&image).await;
         let size = Arc::new(AtomicU64::new(image.size()));
-        let staged = Staged {
-            phase: Phase::Steps,
-            old,
-            active: StagedL1 {
-                offset: before.offset(),
-                entries: without_copied(&before.entries()),
-            },
-            before,
-            table,
+        let ahead = Ahead {
+            image: image.clone(),
             size: size.clone(),
-            reverts: false,
-            marked: None,
-            changes: Vec::new(),
-            counting: Counting::Before,
-            counted: Vec::new(),
-            passed_on: Vec::new(),
-            new_l1s: Vec::new(),
-            new_table: None,
-            // Whatever the steps are, the header gets a new table.
-            replaced: Vec::from_iter((old_table.count > 0).then_some(old_table)),
-            image,
-            _alone: alone,
+            room,
         };
         Ok(Change {
-            image: staged.image.clone(),
-            staged: Arc::new(Mutex::new(staged)),
+            image: image.clone(),
+            state: Arc::new(Mutex::new(State::Ahead(Some(ahead)))),
             size,
         })
     }
@@ -205,15 +193,84 @@ impl Change {
         &self,
         step: impl for<'a> FnOnce(&'a mut Staged) -> BoxFuture<'a, Result<T>> + Send + 'static,
     ) -> BoxFuture<'_, Result<T>> {
-        let staged = self.staged.clone();
+        let state = self.state.clone();
         Box::pin(RunToEnd::new(async move {
-            let mut staged = staged.lock_owned().await;
-            step(&mut staged).await
+            let mut state = state.lock_owned().await;
+            step(state.held().await?).await
         }))
     }
 }
 
+impl State {
+    /// The change with requests held back.
+    async fn held(&mut self) -> Result<&mut Staged> {
+        if let State::Ahead(ahead) = self {
+            let Some(ahead) = ahead.take() else {
+                return Err(Error::new(
+                    ErrorKind::InvalidInput,
+                    "A change of snapshots could not be begun",
+                ));
+            };
+            *self = State::Held(Box::new(ahead.hold().await?));
+        }
+        match self {
+            State::Held(staged) => Ok(staged),
+            State::Ahead(_) => unreachable!("it was held right now"),
+        }
+    }
+}
+
+impl Ahead {
+    /// Closes the gate.
+    async fn hold(self) -> Result<Staged> {
+        let Ahead { image, size, room } = self;
+        let alone = image.gate.close().await;
+        image.check_range(0, 0)?;
+        image.header.check()?;
+        let before = image.l1();
+        let old = image.header.get();
+        let table = SnapshotTable::clone(&image.snapshots.get());
+        let old_table = Run {
+            start: image.g.host_cluster(old.snapshots_offset),
+            count: image.g.clusters_for(table.encode()?.len() as u64),
+        };
+        size.store(image.size(), Ordering::Release);
+        Ok(Staged {
+            phase: Phase::Steps,
+            old,
+            active: StagedL1 {
+                offset: before.offset(),
+                entries: without_copied(&before.entries()),
+            },
+            before,
+            table,
+            size,
+            reverts: false,
+            marked: None,
+            changes: Vec::new(),
+            counting: Counting::Before,
+            counted: Vec::new(),
+            passed_on: Vec::new(),
+            new_l1s: Vec::new(),
+            new_table: None,
+            room,
+            // Whatever the steps are, the header gets a new table.
+            replaced: Vec::from_iter((old_table.count > 0).then_some(old_table)),
+            deleted: BTreeSet::new(),
+            is_let_go: false,
+            header_lock: None,
+            expecting: None,
+            image,
+            alone,
+        })
+    }
+}
+
 impl SnapshotChange for Change {
+    fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.step(|_| Box::pin(async { Ok(()) }))
+    }
+
     fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
         self.step(|staged| Box::pin(staged.create(new)))
     }
@@ -230,6 +287,10 @@ impl SnapshotChange for Change {
         self.size.load(Ordering::Acquire)
     }
 
+    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+        self.step(|staged| Box::pin(staged.let_go(then)))
+    }
+
     fn prepare(&mut self) -> BoxFuture<'_, Result<()>> {
         self.step(|staged| Box::pin(staged.prepare()))
     }
@@ -239,7 +300,13 @@ impl SnapshotChange for Change {
     }
 
     fn roll_back(&mut self) -> BoxFuture<'_, Result<()>> {
-        self.step(|staged| Box::pin(staged.roll_back()))
+        let state = self.state.clone();
+        Box::pin(RunToEnd::new(async move {
+            match &mut *state.lock_owned().await {
+                State::Held(staged) => staged.roll_back().await,
+                State::Ahead(_) => Ok(()),
+            }
+        }))
     }
 
     fn switch(&mut self) -> BoxFuture<'_, Result<Option<HeaderSwitch>>> {
@@ -247,10 +314,13 @@ impl SnapshotChange for Change {
     }
 
     fn finish(self: Box<Self>) -> HeaderHeld {
-        // The gate is closed: nobody is changing it. Dropping the change does the rest.
-        self.image
-            .header
-            .hold()
+        let mut state = self.state.try_lock().ok();
+        let held = match state.as_deref_mut() {
+            Some(State::Held(staged)) => staged.header_lock.take(),
+            _ => None,
+        };
+        // While the gate is closed nobody changes it. Dropping the change does the rest.
+        held.or_else(|| self.image.header.hold())
             .map_or_else(HeaderHeld::not, HeaderHeld::by)
     }
 }
@@ -275,21 +345,61 @@ impl Staged {
         self.size.load(Ordering::Acquire)
     }
 
-    async fn prepare(&mut self) -> Result<()> {
+    /// Opens the gate, where what is taken can be owed and the guest goes on seeing the same bytes. Then the image is marked.
+    async fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> Result<bool> {
         self.check_phase()?;
-        self.write_l1s().await?;
-        self.write_table().await?;
         self.changes = sum(std::mem::take(&mut self.changes));
-        if self.image.settling.has_passed_on() {
-            // Nothing else may be owed of those tables.
-            let image = &self.image;
-            image.settle_all(None, &image.stop_punching().await).await?;
+        let image = self.image.clone();
+        if self.reverts || image.settling.has_passed_on() || !self.may_count_behind().await {
+            return Ok(false);
         }
-        match self.may_count_behind().await {
-            true => self.counting = Counting::Behind,
-            false => self.count_takes().await?,
+        self.ensure_space().await?;
+        self.counting = Counting::Behind;
+        self.expecting = Some(Expecting::new(image.clone()));
+        // Nobody is inside, so that nobody is writing back.
+        let unmarked = image.commits.stop().await;
+        let takes = self.takes();
+        image
+            .settling
+            .apply(image.g, &takes, &self.before, &self.before);
+        image.snapshots.set_leaving(self.deleted.clone());
+        self.is_let_go = true;
+        self.phase = Phase::LetGo;
+        self.alone.let_in();
+        then();
+        if !takes.is_empty() {
+            image.mark_dirty().await?;
         }
-        // The counters of the new tables with them.
+        drop(unmarked);
+        Ok(true)
+    }
+
+    /// What L1 tables will refer to that did not.
+    pub(super) fn takes(&self) -> Vec<settling::Change> {
+        let mut takes = self.changes.clone();
+        takes.retain(|change| change.more > 0);
+        takes
+    }
+
+    async fn prepare(&mut self) -> Result<()> {
+        if !self.is_let_go {
+            self.check_phase()?;
+        } else {
+            self.expect(Phase::LetGo)?;
+        }
+        self.write_l1s().await?;
+        match &self.new_table {
+            Some(area) => {
+                let bytes = self.table.encode()?;
+                let owner = Owner::SnapshotTable;
+                self.image.write_area(owner, area, bytes).await?;
+            }
+            None => self.write_table().await?,
+        }
+        if !self.is_let_go {
+            self.count().await?;
+        }
+        // What the disk held, and the counters of the new tables.
         self.image.write_back().await?;
         self.phase = Phase::Prepared;
         Ok(())
@@ -297,6 +407,9 @@ impl Staged {
 
     async fn preview(&mut self) -> Result<Option<HeaderSwitch>> {
         self.expect(Phase::Prepared)?;
+        if self.is_let_go && self.header_lock.is_none() {
+            self.header_lock = Some(self.image.header.lock().await);
+        }
         self.mark_bitmaps().await?;
         let new = self.new_fields();
         self.image.header.preview(|header| new.set(header)).await
@@ -305,13 +418,16 @@ impl Staged {
     /// Writes new L1 tables; nothing points to them yet.
     async fn write_l1s(&mut self) -> Result<()> {
         for (area, entries) in &self.new_l1s {
-            let bytes = entries.iter().flat_map(|entry| entry.to_be_bytes());
-            let image = &self.image;
-            image
-                .write_area(Owner::L1Table, area, bytes.collect())
-                .await?;
+            self.write_l1(area, entries).await?;
         }
         Ok(())
+    }
+
+    async fn write_l1(&self, area: &Reserved, entries: &[u64]) -> Result<()> {
+        let bytes = entries.iter().flat_map(|entry| entry.to_be_bytes());
+        let image = &self.image;
+        let bytes = bytes.collect();
+        image.write_area(Owner::L1Table, area, bytes).await
     }
 
     /// Writes the table to free clusters; nothing points to it yet.
@@ -321,37 +437,33 @@ impl Staged {
         }
         let bytes = self.table.encode()?;
         if bytes.is_empty() {
-            self.new_table = None;
             return Ok(());
         }
+        // Given back first: it may be the last place that is no hole.
+        self.room = Room::default();
         self.new_table = Some(self.image.write_snapshot_table(bytes).await?);
         Ok(())
     }
 
-    /// Whether no counter can become too narrow when what the change takes is counted behind it.
-    async fn may_count_behind(&self) -> bool {
-        if self.old.version == Version::V2 {
-            return false;
+    /// Sees to it that the tables have space in the file: what is let go cannot be taken back without a trace, as a full disk must be.
+    async fn ensure_space(&mut self) -> Result<()> {
+        for (area, entries) in &self.new_l1s {
+            if !self.room.has_space(area) {
+                self.write_l1(area, entries).await?;
+            }
         }
-        let (g, burden) = (self.image.g, self.image.settling.burden());
-        let more = self.changes.iter().map(|change| change.more).max();
-        let lacking = burden.lacking + u64::try_from(more.unwrap_or(0)).unwrap_or(0);
-        let mut alloc = self.image.alloc.lock().await;
-        // Each L1 table counts a cluster once, or once for each compressed stream in it. One more for the quarantine.
-        let tables = 1 + self.table.entries().len() as u64 + burden.drops;
-        let by_tables = (tables + 1) * most_streams(g) <= g.refcount_max();
-        // Each table that reaches a cluster has at least one reference in its count, and lacks so many at most.
-        let by_counts = alloc
-            .greatest_of_all()
-            .is_some_and(|most| most.saturating_mul(lacking + 1) <= g.refcount_max());
-        if by_tables || by_counts {
-            alloc.limit_streams(g.refcount_max() / (lacking + 1));
+        self.table.complete(self.size());
+        let bytes = self.table.encode()?;
+        let clusters = self.image.g.clusters_for(bytes.len() as u64);
+        match self.room.take_table(clusters, bytes.len()) {
+            Some(area) => self.new_table = Some(area),
+            None => self.write_table().await?,
         }
-        by_tables || by_counts
+        Ok(())
     }
 
     /// The L2 tables that are to be active and were not, at their places in the L1 table.
-    fn activated(&self) -> Vec<ClusterIndex> {
+    pub(super) fn activated(&self) -> Vec<ClusterIndex> {
         if self.active.offset == self.before.offset() {
             return Vec::new();
         }
@@ -360,83 +472,14 @@ impl Staged {
         activated.map(|(_, table)| table).collect()
     }
 
-    /// Counts what the change takes, in memory and in the file, and takes the flags off what will be shared. On error the
-    /// counts are undone; flags may go at any time.
-    async fn count_takes(&mut self) -> Result<()> {
-        let mut takes = self.changes.clone();
-        takes.retain(|change| change.more > 0);
-        let image = self.image.clone();
-        // Also those that as many L1 tables have as before: nobody has kept up the flags of tables that only snapshots had.
-        for table in self.activated() {
-            image.clear_flags(table).await?;
-            image.relieve().await;
+    /// Nothing is taken after all.
+    fn give_up(&mut self) {
+        if !self.is_let_go {
+            return self.uncount_takes();
         }
-        if takes.is_empty() {
-            return Ok(());
-        }
-        // What counters have to hold is known only when nothing is owed.
-        image.settle_all(None, &image.stop_punching().await).await?;
-        image
-            .settling
-            .apply(image.g, &takes, &self.before, &self.before);
-        self.counted = takes.clone();
-        let counted = async {
-            for change in &takes {
-                self.count_take(*change).await?;
-                image.clear_flags(change.table).await?;
-                image.relieve().await;
-            }
-            Ok(())
-        };
-        let counted = counted.await;
-        if counted.is_err() {
-            self.uncount_takes();
-            if let Err(error) = image.settle_all(None, &image.stop_punching().await).await {
-                log::warn!("qcow2: references of a failed snapshot are still counted: {error}");
-            }
-            if let Err(error) = image.write_back().await {
-                log::warn!("qcow2: write-back failed, a flush will try again: {error}");
-            }
-        }
-        counted
-    }
-
-    /// Counts what the change takes of one L2 table. Where a counter is too narrow for the time until the table that leaves this
-    /// place is settled, that table passes on what both have.
-    async fn count_take(&mut self, take: settling::Change) -> Result<()> {
-        let image = self.image.clone();
-        let error = match image.settle_table(take.table).await {
-            Err(error) if error.kind() == ErrorKind::OutOfRange => error,
-            result => return result,
-        };
-        let mut drops = self.changes.iter();
-        let drop = drops.find(|change| change.slot == take.slot && change.more == -1);
-        let (Some(drop), 1) = (drop, take.more) else {
-            return Err(error);
-        };
-        let (from, to) = (drop.table, take.table);
-        if self.passed_on.iter().any(|passed| passed.from == from) {
-            return Err(error);
-        }
-        let references = image.common(from, to).await?;
-        image.settle_table_but(to, &references).await?;
-        self.passed_on.push(PassedOn {
-            from,
-            to,
-            references,
-        });
-        Ok(())
-    }
-
-    fn uncount_takes(&mut self) {
-        for passed in self.passed_on.drain(..) {
-            self.image.settling.pass_on(passed.to, passed.references);
-        }
-        let mut changes = std::mem::take(&mut self.counted);
-        changes.iter_mut().for_each(|change| change.more *= -1);
-        let image = &self.image;
-        let settling = &image.settling;
-        settling.apply(image.g, &changes, &self.before, &self.before);
+        let mut takes = self.takes();
+        takes.iter_mut().for_each(|take| take.more *= -1);
+        self.image.settling.drop_references(&takes);
     }
 
     /// What the switch makes of the header.
@@ -460,7 +503,7 @@ impl Staged {
         self.expect(Phase::Prepared)?;
         self.mark_bitmaps().await?;
         let new = self.new_fields();
-        let switched = self.image.header.update(|header| new.set(header)).await;
+        let switched = self.update_header(|header| new.set(header)).await;
         self.phase = match switched {
             Ok(()) => Phase::Committed,
             Err(_) if self.image.header.check().is_err() => Phase::Unknown,
@@ -470,6 +513,14 @@ impl Staged {
             self.unmark_bitmaps().await;
         }
         switched
+    }
+
+    async fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
+        let header = &self.image.header;
+        match &self.header_lock {
+            Some(lock) => header.update_with(lock, change).await,
+            None => header.update(change).await,
+        }
     }
 
     /// Before the guest sees other bytes: marks the bitmaps that would say that nothing has changed, or have another size.
@@ -497,16 +548,14 @@ impl Staged {
     }
 
     async fn roll_back(&mut self) -> Result<()> {
-        if let Phase::Steps | Phase::Prepared = self.phase {
+        if let Phase::Steps | Phase::LetGo | Phase::Prepared = self.phase {
             self.unmark_bitmaps().await;
             return Ok(());
         }
         self.expect(Phase::Committed)?;
         let old = self.old.clone();
         let switched = self
-            .image
-            .header
-            .update(|header| {
+            .update_header(|header| {
                 header.size = old.size;
                 header.l1_size = old.l1_size;
                 header.l1_table_offset = old.l1_table_offset;
@@ -516,7 +565,10 @@ impl Staged {
             .await;
         match switched {
             Ok(()) => {
-                self.phase = Phase::Steps;
+                self.phase = match self.is_let_go {
+                    true => Phase::LetGo,
+                    false => Phase::Steps,
+                };
                 self.unmark_bitmaps().await;
             }
             Err(_) if self.image.header.check().is_err() => self.phase = Phase::Unknown,
@@ -552,9 +604,15 @@ impl Staged {
         for passed in self.passed_on.drain(..) {
             image.settling.pass_on(passed.from, passed.references);
         }
-        image
-            .settling
-            .apply(image.g, &changes, &self.before, &active);
+        match self.is_let_go {
+            true => {
+                changes.retain(|change| change.more < 0);
+                image.settling.drop_references(&changes);
+            }
+            false => image
+                .settling
+                .apply(image.g, &changes, &self.before, &active),
+        }
         image.settling.add_areas(self.replaced.drain(..));
         image.snapshots.set(std::mem::take(&mut self.table));
         image.commits.touch();
@@ -569,7 +627,10 @@ impl Drop for Staged {
                 self.keep();
                 log::error!("qcow2: whether a change of snapshots has happened is unknown");
             }
-            Phase::Steps | Phase::Prepared => self.uncount_takes(),
+            Phase::Steps | Phase::LetGo | Phase::Prepared => self.give_up(),
+        }
+        if self.is_let_go {
+            self.image.snapshots.set_leaving(BTreeSet::new());
         }
         self.image.wake_settler();
     }
@@ -613,28 +674,6 @@ impl Image {
         let at = self.g.host_offset(area.run().start);
         self.metadata.write(owner, at, bytes.into()).await
     }
-}
-
-/// Looks for the greatest refcount where the number of snapshots alone does not say that all counters are wide enough.
-async fn look_for_greatest(image: &Image) -> Result<()> {
-    let g = image.g;
-    let header = image.header.get();
-    let tables = u64::from(header.nb_snapshots) + 2 + image.settling.burden().drops;
-    if header.version == Version::V2 || (tables + 1) * most_streams(g) <= g.refcount_max() {
-        return Ok(());
-    }
-    // A piece at a time: guests allocate in between.
-    while !image.alloc.lock().await.look_for_greatest().await? {}
-    Ok(())
-}
-
-/// How many compressed streams may lie in one host cluster: each is as long at least as that of a cluster of equal bytes,
-/// by deflate (1032 bytes for one) or zstd (4 bytes for 128 KiB, and a header).
-fn most_streams(g: Geometry) -> u64 {
-    let size = g.cluster_size();
-    let deflate = 5 + size / 1032;
-    let zstd = 8 + 4 * size.div_ceil(128 << 10);
-    size / deflate.min(zstd)
 }
 
 /// The entries of an L1 table as a snapshot has them.

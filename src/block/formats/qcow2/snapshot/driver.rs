@@ -7,10 +7,15 @@ use super::view::view;
 use crate::driver::{BoxFuture, Driver, SnapshotChange, SnapshotInfo, SnapshotSelector, Snapshots};
 use crate::error::Result;
 use crate::formats::qcow2::Qcow2;
+use crate::formats::qcow2::header::Version;
 
 impl Snapshots for Qcow2 {
     fn check(&self) -> Result<()> {
         self.image.data.check_snapshots()
+    }
+
+    fn holds_requests(&self) -> bool {
+        self.image.header.get().version == Version::V2
     }
 
     fn list(&self) -> Vec<SnapshotInfo> {

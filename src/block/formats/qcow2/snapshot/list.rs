@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::steps::damaged;
 use super::table::SnapshotTable;
 use crate::driver::Child;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::entry::L1Entry;
 use crate::formats::qcow2::geometry::{ENTRY_SIZE, Geometry};
 use crate::formats::qcow2::header::Header;
@@ -22,8 +22,16 @@ const MIN_READ: u64 = 4096;
 #[derive(Debug, Default)]
 pub(in crate::formats::qcow2) struct SnapshotList {
     table: Mutex<Arc<SnapshotTable>>,
-    /// How many views there are of a snapshot, by its id.
-    views: Mutex<HashMap<String, usize>>,
+    users: Mutex<Users>,
+}
+
+/// Who uses snapshots, by their ids.
+#[derive(Debug, Default)]
+struct Users {
+    /// How many views there are of one.
+    views: HashMap<String, usize>,
+    /// Those that are being deleted.
+    leaving: BTreeSet<String>,
 }
 
 impl SnapshotList {
@@ -35,7 +43,7 @@ impl SnapshotList {
             .map_err(|error| error.context("Could not read snapshots"))?;
         Ok(SnapshotList {
             table: Mutex::new(Arc::new(table)),
-            views: Mutex::default(),
+            users: Mutex::default(),
         })
     }
 
@@ -119,14 +127,22 @@ impl SnapshotList {
         *self.table.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
     }
 
-    /// Another view of the snapshot exists.
-    pub(super) fn hold(&self, id: &str) {
-        *self.views().entry(id.to_owned()).or_default() += 1;
+    /// Another view of the snapshot exists. `InUse` while it is being deleted.
+    pub(super) fn hold(&self, id: &str) -> Result<()> {
+        let mut users = self.users();
+        if users.leaving.contains(id) {
+            return Err(Error::new(
+                ErrorKind::InUse,
+                format!("The snapshot with id '{id}' is being deleted"),
+            ));
+        }
+        *users.views.entry(id.to_owned()).or_default() += 1;
+        Ok(())
     }
 
     /// A view of the snapshot is gone.
     pub(super) fn release(&self, id: &str) {
-        let mut views = self.views();
+        let views = &mut self.users().views;
         if let Some(count) = views.get_mut(id) {
             *count -= 1;
             if *count == 0 {
@@ -137,11 +153,16 @@ impl SnapshotList {
 
     /// Whether a view of the snapshot exists.
     pub(super) fn is_held(&self, id: &str) -> bool {
-        self.views().contains_key(id)
+        self.users().views.contains_key(id)
     }
 
-    fn views(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        self.views.lock().unwrap_or_else(PoisonError::into_inner)
+    /// These are being deleted while requests go on: nobody begins to view them. None, when that is over.
+    pub(super) fn set_leaving(&self, ids: BTreeSet<String>) {
+        self.users().leaving = ids;
+    }
+
+    fn users(&self) -> MutexGuard<'_, Users> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

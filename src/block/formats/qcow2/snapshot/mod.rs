@@ -5,12 +5,13 @@
 //! refcounts is made good behind it, so the disk's size does not matter:
 //!
 //! ```text
-//! write-back | gate closed | write-back | L1 copies, new table | flush | header, flush | gate open | settling
-//!                                                                      ^ the switch: before it nothing has happened
+//! gate closed | memory | gate open | header marked, flush | L1 copies, new table | write-back | header, flush | settling
+//!                      ^ the moment that it shows          before this nothing has happened ^
 //! ```
 //!
 //! * `table`: the snapshot table; `list`: the one in use, and who reads which snapshot
-//! * `change`: operations in steps; `steps`: what each of them does
+//! * `change`: operations in steps; `steps`: what each of them does; `room`: space for their tables;
+//!   `counting`: when what they take is counted
 //! * `settling`: what is still to be done; `settle`: doing it; `settler`: when
 //! * `complete`: the table of an image that becomes one of version 3
 //! * `view`: a snapshot as a disk of its own
@@ -18,8 +19,10 @@
 
 mod change;
 mod complete;
+mod counting;
 mod driver;
 mod list;
+mod room;
 mod settle;
 mod settler;
 mod settling;

@@ -102,7 +102,7 @@ impl Image {
             }
             self.settling.add_freed(freed);
         }
-        self.settling.settled(cluster);
+        self.settling.settled(cluster, slot, owed);
         self.commits.touch();
         Ok(())
     }
@@ -417,7 +417,8 @@ impl Image {
     /// Clears the dirty bit when nothing is left to be settled. The caller is inside the gate, or has closed it.
     pub(in crate::formats::qcow2) async fn mark_clean(&self) -> Result<()> {
         let unknown = self.header.check().is_err();
-        if unknown || !self.is_marked_dirty() || !self.settling.is_empty() {
+        let owes = || !self.settling.is_empty() || self.settling.is_expecting();
+        if unknown || !self.is_marked_dirty() || owes() {
             return Ok(());
         }
         // Nothing can be owed again before the gate has been closed.
@@ -426,8 +427,20 @@ impl Image {
             let mut alloc = self.alloc.lock().await;
             alloc.limit_streams(self.g.refcount_max());
         }
-        let clean = |header: &mut Header| header.incompatible.0 &= !Incompatible::DIRTY;
-        self.header.update(clean).await
+        self.header
+            .update(|header| {
+                // Who expects to owe something marks the image behind this, or in front of it.
+                if !self.settling.is_expecting() {
+                    header.incompatible.0 &= !Incompatible::DIRTY;
+                }
+            })
+            .await
+    }
+
+    /// Sets the dirty bit, durably.
+    pub(super) async fn mark_dirty(&self) -> Result<()> {
+        let dirty = |header: &mut Header| header.incompatible.0 |= Incompatible::DIRTY;
+        self.header.update(dirty).await
     }
 
     /// Whether the refcounts in the file are worth nothing at the moment.
@@ -447,6 +460,24 @@ impl Image {
             .collect();
         let tables = collect(reads).await.unwrap_or_default();
         tables.into_iter().flatten().collect()
+    }
+}
+
+/// Something is owed by a change that may be taken back yet: nobody clears the dirty bit.
+#[derive(Debug)]
+pub(super) struct Expecting(Arc<Image>);
+
+impl Expecting {
+    pub(super) fn new(image: Arc<Image>) -> Self {
+        image.settling.expect(1);
+        Expecting(image)
+    }
+}
+
+impl Drop for Expecting {
+    fn drop(&mut self) {
+        self.0.settling.expect(-1);
+        self.0.wake_settler();
     }
 }
 

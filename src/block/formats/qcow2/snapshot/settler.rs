@@ -142,6 +142,8 @@ impl Image {
                 self.punch_freed(&alone).await;
             }
         }
+        // A slice may have to write back.
+        let _flushing = self.gate.enter_flush().await;
         let _inside = self.gate.enter_unnoticed().await;
         if self.is_closed() {
             return Ok(Slice::Done);

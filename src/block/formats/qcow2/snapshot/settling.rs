@@ -108,6 +108,8 @@ struct State {
     drops: u64,
     /// By the cluster of an L2 table of which references are to be taken away: those below it that another table has taken over.
     passed_on: BTreeMap<u64, Vec<Run>>,
+    /// Changes of snapshots that will make tables owe.
+    expected: i64,
 }
 
 /// What stored counts may have to take yet, or hold too much.
@@ -183,13 +185,34 @@ impl Settling {
         state.owed.get(&table.0).map(|owed| owed.slot)
     }
 
-    /// The stored counts of the table are right now; the flags above it are to be looked at.
-    pub(super) fn settled(&self, table: ClusterIndex) {
+    /// So many references have been counted for the table, at this L1 index; the flags above it are to be looked at.
+    pub(super) fn settled(&self, table: ClusterIndex, slot: usize, references: i64) {
         let mut state = self.state();
         state.passed_on.remove(&table.0);
-        if let Some(owed) = state.owed.remove(&table.0) {
-            state.flags.insert(owed.slot);
+        state.add(table, slot, -references);
+        state.flags.insert(slot);
+    }
+
+    /// Notes references that are gone, while requests go on and tables are settled.
+    pub(super) fn drop_references(&self, changes: &[Change]) {
+        let mut state = self.state();
+        for change in changes {
+            let Change { table, slot, more } = *change;
+            assert!(more < 0, "references come under the closed gate only");
+            state.add(table, slot, more);
         }
+        let dropped = changes.iter().map(|change| -change.more).max();
+        state.drops += u64::try_from(dropped.unwrap_or(0)).unwrap_or(0);
+    }
+
+    /// One more change of snapshots is (or, by -1, is no longer) about to make tables owe.
+    pub(super) fn expect(&self, more: i64) {
+        self.state().expected += more;
+    }
+
+    /// Whether tables may owe soon.
+    pub(super) fn is_expecting(&self) -> bool {
+        self.state().expected > 0
     }
 
     /// Of what is owed to be taken away of a table, these references stay. Nothing may be added to them before it is settled.
@@ -384,6 +407,23 @@ impl Settling {
 }
 
 impl State {
+    /// The table owes so many references more. The flags above it are looked at when it owes nothing.
+    fn add(&mut self, table: ClusterIndex, slot: usize, more: i64) {
+        let owed = self.owed.entry(table.0).or_insert(Owed {
+            references: 0,
+            slot,
+            was_copied: false,
+            failed: false,
+        });
+        owed.references += more;
+        // Nobody knows what has become of the flags meanwhile.
+        owed.was_copied = false;
+        if owed.references == 0 {
+            self.owed.remove(&table.0);
+            self.flags.insert(slot);
+        }
+    }
+
     fn has_freed(&self) -> bool {
         !(self.freed.is_empty() && self.punching.is_empty() && self.punched.is_empty())
     }

@@ -75,9 +75,12 @@ impl Staged {
         }
         let image = &self.image;
         let clusters = image.g.clusters_for(entries.len() as u64 * ENTRY_SIZE);
-        let area = {
-            let mut alloc = image.alloc.lock().await;
-            alloc.allocate_metadata(clusters, Owner::L1Table).await?
+        let area = match self.room.take_l1(clusters) {
+            Some(area) => area,
+            None => {
+                let mut alloc = image.alloc.lock().await;
+                alloc.allocate_metadata(clusters, Owner::L1Table).await?
+            }
         };
         let offset = image.g.host_offset(area.run().start);
         self.new_l1s.push((area, entries));
@@ -98,6 +101,7 @@ impl Staged {
         let (offset, l1) = (HostOffset(entry.l1_offset), self.read_l1(entry).await?);
         self.check_tables(&l1)?;
         self.table = self.table.without(index);
+        self.deleted.insert(info.id.clone());
         self.replace_l1(offset, l1.len());
         self.changes.extend(changes(self.image.g, &l1, -1));
         Ok(info)

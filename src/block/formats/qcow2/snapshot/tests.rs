@@ -2,6 +2,7 @@
 
 mod close;
 mod flags;
+mod let_go;
 
 use std::sync::Arc;
 
@@ -233,7 +234,7 @@ fn narrow_refcounts_are_passed_on_from_change_to_change() {
 fn wrong_names_are_refused() {
     let scratch = Scratch::new();
     let disk = sample(&scratch, "cluster_size=4k");
-    let before = disk.content();
+    let before = content(&scratch, &disk, None);
     let image = Open::new(&disk);
     for (name, kind) in [
         ("", ErrorKind::InvalidInput),
@@ -241,7 +242,9 @@ fn wrong_names_are_refused() {
     ] {
         assert_eq!(image.create(name).unwrap_err().kind(), kind, "{name}");
     }
-    assert_eq!(disk.content(), before);
+    image.settle();
+    assert_eq!(image.assert_clean().leaks, 0);
+    assert_eq!(content(&scratch, &disk, None), before);
 }
 
 /// Runs `operation` with a fault at every request of every kind, also behind its answer. After an error nothing may have changed,
@@ -311,7 +314,7 @@ fn with_every_fault(
             }
         }
     }
-    assert!(failed > 20, "only {failed} faults hit before the switch");
+    assert!(failed > 12, "only {failed} faults hit before the switch");
 }
 
 fn named(name: &str) -> SnapshotSelector {

@@ -60,7 +60,7 @@ pub(super) async fn view(image: Arc<Image>, which: SnapshotSelector) -> Result<A
         let table = image.snapshots.get();
         let index = table.index_of(&which)?;
         let info = table.entries()[index].info(image.size());
-        image.snapshots.hold(&info.id);
+        image.snapshots.hold(&info.id)?;
         let held = Held {
             image: image.clone(),
             info,

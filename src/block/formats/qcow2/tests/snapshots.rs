@@ -101,12 +101,11 @@ async fn ids_count_up_and_selectors_match_all_that_they_give() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_done_is_refused_and_nothing_is_written() {
+async fn what_cannot_be_done_is_refused_and_nothing_has_changed() {
     let disk = new_image(&options(1 << 20, 4096)).await;
     let image = open(&disk).await;
     image.create(named("taken")).await.unwrap();
     image.close().await.unwrap();
-    let before = disk.content();
 
     let image = open(&disk).await;
     let refused = [
@@ -117,6 +116,9 @@ async fn what_cannot_be_done_is_refused_and_nothing_is_written() {
         assert_eq!(image.create(named(name)).await.unwrap_err().kind(), kind);
     }
     image.close().await.unwrap();
+    let report = check(&disk.child()).await.unwrap();
+    assert!(report.is_clean(), "{:#?}", report.findings);
+    let before = disk.content();
     let closed = image.create(named("late")).await.unwrap_err();
     assert_eq!(closed.kind(), ErrorKind::InUse);
 

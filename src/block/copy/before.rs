@@ -33,7 +33,7 @@ impl BeforeChange {
             ended.as_mut().enable();
             match shared.mode() {
                 Mode::Passing => return Ok(()),
-                Mode::Switching => match shared.map.is_looked_at(bytes.clone()) {
+                Mode::Taken | Mode::Switching => match shared.map.is_looked_at(bytes.clone()) {
                     true => ended.await,
                     false => return Ok(()),
                 },
@@ -47,6 +47,10 @@ impl BeforeChange {
                         }
                         Found::Claimed(claim) => claim,
                     };
+                    if shared.mode() != Mode::Copying {
+                        // Another guest may have changed it before it was claimed.
+                        continue;
+                    }
                     let len = claim.len();
                     let taken = room.take().map(|(_, room)| room);
                     let copied = match taken.or_else(|| shared.try_room(len)) {
@@ -82,7 +86,7 @@ impl BeforeChange {
     pub fn check_revert(&self) -> Result<()> {
         match self.shared.mode() {
             Mode::Passing => Ok(()),
-            Mode::Copying | Mode::Switching => Err(Error::new(
+            Mode::Copying | Mode::Taken | Mode::Switching => Err(Error::new(
                 ErrorKind::InUse,
                 "Cannot revert to a snapshot while the disk is being copied",
             )),

@@ -334,7 +334,7 @@ impl Run {
     }
 
     async fn copy_data(&self, turn: &mut Turn<'_>, piece: Piece) {
-        while let Some(claim) = self.shared.map.claim(piece.bytes.clone(), self.chunk) {
+        while let Some(claim) = self.shared.claim(piece.bytes.clone(), self.chunk).await {
             let offset = claim.offset();
             let Some(data) = self.read(turn, claim).await else {
                 return;

@@ -126,6 +126,11 @@ impl Map {
         self.ended.notified()
     }
 
+    /// Tells those who wait for a claim or a question to end.
+    pub(super) fn look_again(&self) {
+        self.ended.notify_waiters();
+    }
+
     /// For a guest that will change these bytes: the first of them that it must care for, at most `most` bytes at once.
     pub(super) fn find(self: &Arc<Self>, bytes: Range<u64>, most: u64) -> Found {
         let wanted = self.clusters(&bytes);

@@ -16,7 +16,7 @@
 //! does not slow the guest down. With [`SyncMode::None`] somebody may read the target during the copy and find in the source
 //! what the target does not have yet; there a guest waits until the target has it.
 //!
-//! **When that memory is full** the engine takes a temporary internal snapshot of the source, if that can take one
+//! **When half of that memory is full** the engine takes a temporary internal snapshot of the source, if that can take one
 //! ([`PointInTime`]), reads from there what is still missing, and lets guests pass. What is pending then has not changed since the point in
 //! time, so the snapshot shows it as it was. Otherwise guests wait for the target.
 //!

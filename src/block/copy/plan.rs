@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::pin::pin;
 
-use super::shared::Shared;
+use super::shared::{Mode, Shared};
 use crate::driver::BlockStatus;
 use crate::error::Result;
 use crate::limits::COPY_STATUS_BYTES;
@@ -83,8 +83,13 @@ impl Shared {
 
     /// What the source holds there. It is so at the point in time as far as nobody has taken it when this answers.
     async fn status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
-        let _asking = self.map.ask(offset..offset + len);
-        self.reader().block_status(offset, len).await
+        loop {
+            self.readable().await;
+            let _asking = self.map.ask(offset..offset + len);
+            if self.mode() != Mode::Taken {
+                return self.reader().block_status(offset, len).await;
+            }
+        }
     }
 
     /// Whether the source's top layer has allocated any of these bytes, which the caller has claimed.

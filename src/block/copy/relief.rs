@@ -5,8 +5,11 @@
 //! keeps old content by itself.
 //!
 //! ```text
-//! Copying ──snapshot taken, reader switched──> Switching ──last looks at the disk itself have ended──> Passing
+//! Copying ──snapshot taken──> Taken ──durable, reader switched──> Switching ──last looks at the disk itself have ended──> Passing
 //! ```
+//!
+//! Guests go on when it is taken, which needs no I/O; the copy, when it can be read. Should it not become durable, the copy has failed:
+//! guests have changed what it needs. It is taken when half of the guests' memory is full, so that they need not wait for that either.
 //!
 //! The snapshot cannot be deleted while it is read, and is deleted when the copy is over, whatever its end. What a killed process
 //! leaves has a name that begins with [`TEMPORARY_SNAPSHOT`]: nothing needs it any more. The next one that is taken of this disk
@@ -21,7 +24,7 @@ use tokio::sync::Notify;
 
 use super::shared::{Mode, Shared};
 use super::{PointInTime, SyncMode};
-use crate::driver::{Driver, NewSnapshot, SnapshotSelector, Snapshots};
+use crate::driver::{Driver, NewSnapshot, SnapshotSelector, Snapshots, complete};
 use crate::error::{Error, ErrorKind, Result};
 
 /// How the names of temporary snapshots begin. The copy's label and a number follow.
@@ -44,7 +47,7 @@ struct Taken {
 }
 
 impl Relief {
-    /// A guest waits for memory.
+    /// Guests will have to wait for memory soon.
     pub(super) fn wanted(&self) {
         self.wanted.notify_one();
     }
@@ -72,7 +75,7 @@ impl Shared {
     }
 
     /// Takes the snapshot when it is time. Answers with an error only where the copy must have it.
-    pub(super) async fn relieve(&self) -> Result<()> {
+    pub(super) async fn relieve(self: &Arc<Self>) -> Result<()> {
         let must = self.options.point_in_time == PointInTime::InternalSnapshot;
         let never = self.options.point_in_time == PointInTime::CopyBeforeWrite
             || self.options.sync == SyncMode::None;
@@ -88,7 +91,7 @@ impl Shared {
             self.relief.wanted.notified().await;
         }
         match self.switch().await {
-            Err(error) if must => Err(error),
+            Err(error) if must || self.mode() == Mode::Taken => Err(error),
             Err(error) => {
                 log::info!(
                     "copy: guests wait for the target, because no snapshot could be taken: {error}"
@@ -105,7 +108,7 @@ impl Shared {
         self.changed.notify_waiters();
     }
 
-    async fn switch(&self) -> Result<()> {
+    async fn switch(self: &Arc<Self>) -> Result<()> {
         let snapshots = self.check_snapshots()?;
         clear_away(snapshots).await;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -129,18 +132,24 @@ impl Shared {
             which: which.clone(),
             view: None,
         });
-        // Requests wait while a snapshot makes durable what came before it: that should not be much.
-        self.source.disk.flush().await?;
-        snapshots.create(new).await?;
+        if snapshots.holds_requests() {
+            // They wait while the snapshot makes durable what came before it: that should not be much.
+            self.source.disk.flush().await?;
+        }
+        let mut change = snapshots.change().await?;
+        change.create(new).await?;
+        let shared = self.clone();
+        let taken = move || shared.advance(Mode::Copying, Mode::Taken);
+        change.let_go(Box::new(taken)).await?;
+        complete(change).await?;
         let view = snapshots.view(which.clone()).await?;
         if let Some(taken) = &mut *self.relief.taken() {
             taken.view = Some(view.clone());
         }
         self.set_reader(view);
         let earlier = self.map.next_look();
-        if self.mode() == Mode::Copying {
-            self.set_mode(Mode::Switching);
-        }
+        self.advance(Mode::Copying, Mode::Switching);
+        self.advance(Mode::Taken, Mode::Switching);
         loop {
             let mut ended = pin!(self.map.ended());
             ended.as_mut().enable();

@@ -1,12 +1,14 @@
 //! What guests' requests and workers have in common.
 
 use std::collections::VecDeque;
+use std::ops::Range;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::map::Map;
+use super::map::{Claim, Map};
 use super::relief::Relief;
 use super::{CopyOptions, Progress, Source};
 use crate::driver::Requests;
@@ -28,6 +30,9 @@ pub(super) enum Mode {
     Passing,
     /// Old content is copied before they change it.
     Copying,
+    /// A snapshot keeps what is old, but nobody can read it yet: guests are treated as in `Switching`, and nobody else may begin to look
+    /// at the disk.
+    Taken,
     /// A snapshot has been taken: they wait for the last looks at the disk itself, and copy nothing.
     Switching,
 }
@@ -107,6 +112,7 @@ impl Shared {
     pub(super) fn mode(&self) -> Mode {
         match self.mode.load(Ordering::Acquire) {
             mode if mode == Mode::Copying as u8 => Mode::Copying,
+            mode if mode == Mode::Taken as u8 => Mode::Taken,
             mode if mode == Mode::Switching as u8 => Mode::Switching,
             _ => Mode::Passing,
         }
@@ -115,6 +121,43 @@ impl Shared {
     pub(super) fn set_mode(&self, mode: Mode) {
         self.mode.store(mode as u8, Ordering::Release);
         self.changed.notify_waiters();
+    }
+
+    /// Goes from one mode to another, unless the copy is over meanwhile.
+    pub(super) fn advance(&self, from: Mode, to: Mode) {
+        let (from, to) = (from as u8, to as u8);
+        let advanced = self
+            .mode
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        if advanced.is_ok() {
+            self.changed.notify_waiters();
+            // Guests look at claims and at the mode.
+            self.map.look_again();
+        }
+    }
+
+    /// Waits until what is pending can be read, at the disk or in the snapshot.
+    pub(super) async fn readable(&self) {
+        loop {
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if self.mode() != Mode::Taken {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// The first pending run in these bytes, at most `most` of them, as something that can be read now.
+    pub(super) async fn claim(&self, bytes: Range<u64>, most: u64) -> Option<Claim> {
+        loop {
+            self.readable().await;
+            let claim = self.map.claim(bytes.clone(), most)?;
+            // A guest that has passed since then has changed what was not claimed.
+            if self.mode() != Mode::Taken {
+                return Some(claim);
+            }
+        }
     }
 
     /// The copy is over: guests pass, and what was kept for the target is dropped.
@@ -157,6 +200,9 @@ impl Shared {
         self.unwritten.fetch_add(kept.data.len(), Ordering::AcqRel);
         self.kept().push_back(kept);
         self.keeping.notify_one();
+        if self.is_crowded() {
+            self.relief.wanted();
+        }
     }
 
     pub(super) fn next_kept(&self) -> Option<Kept> {

@@ -8,7 +8,7 @@ use super::super::TEMPORARY_SNAPSHOT;
 use super::*;
 use crate::driver::{NewSnapshot, SnapshotSelector};
 use crate::error::ErrorKind;
-use crate::protocols::memory::OpKind;
+use crate::protocols::memory::{Fault, OpKind};
 
 const CLUSTER: u64 = 64 << 10;
 const SIZE: u64 = 16 * CLUSTER;
@@ -208,5 +208,63 @@ async fn a_snapshot_is_not_promised_where_there_can_be_none() {
             ..CopyOptions::default()
         };
         assert!(Copier::new(from, Jitter::new(target, 1, 0), options).is_err());
+    }
+}
+
+/// A copy whose target stands still and whose source makes nothing durable: a guest overwrites the whole disk, and then the source's
+/// flushes do what `end` makes of them. Answers what the copy does.
+async fn durable_late(end: impl FnOnce(&Memory)) -> (Setup, Arc<Memory>, Result<()>) {
+    let (file, source) = disk(Format::Qcow2(CLUSTER), SIZE, None).await;
+    let (target, target_disk) = disk(Format::Raw, SIZE, None).await;
+    put(&*source, 0, vec![1; SIZE as usize]).await.unwrap();
+    source.flush().await.unwrap();
+    let options = CopyOptions {
+        guest_memory: 4 * CLUSTER,
+        ..CopyOptions::default()
+    };
+    let setup = setup(
+        Jitter::new(source, 1, 0),
+        Jitter::new(target_disk, 2, 0),
+        options,
+    );
+    setup.copier.activate().unwrap();
+    target.hold(OpKind::Write);
+    file.hold(OpKind::Flush);
+    let copier = setup.copier.clone();
+    let running = tokio::spawn(async move { copier.run(Owner::strict()).await });
+    let guest = setup.guest.clone();
+    let writes = async {
+        for cluster in (0..SIZE / CLUSTER).rev() {
+            put(&*guest, cluster * CLUSTER, vec![2; 512]).await.unwrap();
+        }
+    };
+    timeout(LONG, writes).await.unwrap();
+    assert!(names(&setup).is_empty(), "it is not durable yet");
+    end(&file);
+    file.release_all();
+    target.release_all();
+    let result = timeout(LONG, running).await.unwrap().unwrap();
+    let closed = setup.copier.close().await;
+    assert!(closed.is_ok() || result.is_err());
+    (setup, target, result)
+}
+
+#[tokio::test]
+async fn guests_do_not_wait_until_the_snapshot_is_durable() {
+    let (setup, target, result) = durable_late(|_| ()).await;
+    result.unwrap();
+    assert_same(&target.content(), &vec![1; SIZE as usize], "target");
+    assert!(names(&setup).is_empty());
+}
+
+#[tokio::test]
+async fn a_snapshot_that_does_not_become_durable_ends_the_copy_and_no_guest() {
+    let fails = |file: &Memory| file.fail_once(OpKind::Write, 0, Fault::Io);
+    let (setup, _, result) = durable_late(fails).await;
+    result.unwrap_err();
+    assert!(names(&setup).is_empty());
+    let now = content(&*setup.guest).await;
+    for cluster in now.chunks(CLUSTER as usize) {
+        assert_eq!((cluster[0], cluster[511], cluster[512]), (2, 2, 1));
     }
 }

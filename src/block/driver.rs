@@ -231,6 +231,61 @@ pub struct PersistentBitmap {
     pub auto: bool,
 }
 
+/// What is going to be done to something, by all who use it together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub enum Need {
+    /// Nothing: other programs may do what they like.
+    #[default]
+    Nothing,
+    /// It is read, and does not change meanwhile.
+    Reads,
+    /// It is read and written.
+    Writes,
+}
+
+/// Something is held ready while this exists.
+#[must_use]
+pub struct Claim(#[allow(dead_code, reason = "dropped")] Vec<Box<dyn Send + Sync>>);
+
+impl Claim {
+    /// Held by `guard`.
+    pub fn of(guard: impl Send + Sync + 'static) -> Self {
+        Claim(vec![Box::new(guard)])
+    }
+
+    /// Nothing is held by it.
+    pub fn none() -> Self {
+        Claim(Vec::new())
+    }
+
+    /// Holds what the other does, too.
+    pub fn add(&mut self, other: Claim) {
+        self.0.extend(other.0);
+    }
+}
+
+impl fmt::Debug for Claim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Claim").field(&self.0.len()).finish()
+    }
+}
+
+/// How something that other programs may use too is held ready for its users.
+pub trait Claims: Send + Sync {
+    /// Makes it ready for this, for as long as the answer exists: locks are taken, what has to be opened for it is. `InUse` when
+    /// another program excludes it, and what opening answers. Cancellation: nothing is held.
+    fn claim(&self, need: Need) -> BoxFuture<'_, Result<Claim>>;
+
+    /// What it is held ready for.
+    fn held(&self) -> Need;
+
+    /// Holds it as it is held now, for as long as the answer exists.
+    fn keep(&self) -> Claim;
+
+    /// What its users need from now on. What nobody has claimed and it is more than before may be missing: that is logged.
+    fn set_need(&self, need: Need);
+}
+
 /// The control side of a node's driver.
 pub trait Driver: Requests {
     /// Facts for queries; cheap, never blocks on I/O for long.
@@ -244,6 +299,16 @@ pub trait Driver: Requests {
     /// Whether it comes between a disk and its users for a time, and shows the disk that is its `file`.
     fn is_filter(&self) -> bool {
         false
+    }
+
+    /// Whether it shows bytes of its `file` as they are: what is done to it is done to that.
+    fn is_window(&self) -> bool {
+        self.is_filter()
+    }
+
+    /// How it is held ready for its users, for what other programs may use too.
+    fn claims(&self) -> Option<&dyn Claims> {
+        None
     }
 
     /// The layers below, with the role each has (`file`, `data-file`, `backing`).

@@ -24,7 +24,7 @@ use qapi::types;
 use crate::exports::RemoveMode;
 
 pub use crate::daemon::lookup::from_engine;
-pub(super) use crate::daemon::lookup::{device, device_or_node, node};
+pub(super) use crate::daemon::lookup::{claim, device, device_or_node, node};
 
 pub(super) use address::{address, legacy_address};
 pub(super) use backup::{blockdev_backup, drive_backup};

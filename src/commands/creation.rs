@@ -1,10 +1,12 @@
 //! `blockdev-create`.
 
-use block::driver::{BackingFile, Compat, Preallocation};
+use std::sync::Arc;
+
+use block::driver::{BackingFile, Claim, Compat, Need, Preallocation};
 use block::error::Result as EngineResult;
 use block::formats::qcow2::CompressionType;
 use block::formats::qcow2::create::{CreateOptions, DataFileOptions};
-use block::graph::{Access, Graph, Resizer, User};
+use block::graph::{Access, Graph, Node, Resizer, User};
 use block::open::{NewContent, NewImage, NodeRef, Opener};
 use qapi::commands::BlockdevCreate;
 use qapi::handlers::BlockCreate;
@@ -23,6 +25,16 @@ impl BlockCreate<Cx> for Handlers {
     async fn blockdev_create(cx: &Cx, args: BlockdevCreate) -> Result<(), QmpError> {
         let BlockdevCreate { job_id, options } = args;
         let wanted = wanted(options)?;
+        let nodes = wanted.nodes();
+        let nodes = cx.commit(move |control| {
+            let graph = &control.graph;
+            let nodes = nodes
+                .iter()
+                .map(|name| graph.lookup(Some(name), Some(name)));
+            // What is missing is the job's error.
+            Ok(nodes.filter_map(EngineResult::ok).collect::<Vec<_>>())
+        });
+        let claimed = claim_all(cx, nodes.await?).await;
         cx.commit(move |control| {
             let spec = JobSpec {
                 id: job_id.clone(),
@@ -35,7 +47,11 @@ impl BlockCreate<Cx> for Handlers {
             let key = control.jobs.create(spec, None, Audience::Clients);
             let key = key.map_err(convert::from_engine)?;
             // What is wrong from here on is the job's error.
-            let creation = wanted.places(&mut control.graph, &job_id);
+            let creation = claimed.and_then(|claimed| {
+                let places = wanted.places(&mut control.graph, &job_id);
+                drop(claimed);
+                places
+            });
             let opener = Opener::new(&control.io, &control.graph);
             let job = CreateJob::new(&control.io, opener, control.jobs.graph(), creation);
             control.jobs.start(key, Box::new(job));
@@ -136,7 +152,32 @@ fn mode(mode: Option<PreallocMode>) -> Preallocation {
     }
 }
 
+/// Holds nodes ready for an image to be written to them.
+async fn claim_all(cx: &Cx, nodes: Vec<Arc<Node>>) -> EngineResult<Claim> {
+    let mut all = Claim::none();
+    for node in nodes {
+        all.add(convert::claim(cx, &node, Need::Writes).await?);
+    }
+    Ok(all)
+}
+
 impl Wanted {
+    /// The names of the nodes that it goes to.
+    fn nodes(&self) -> Vec<String> {
+        let references = match self {
+            Wanted::File(_) => [None, None],
+            Wanted::Qcow2 {
+                file, data_file, ..
+            } => [Some(file), data_file.as_ref()],
+        };
+        let references = references.into_iter().flatten();
+        let names = references.filter_map(|reference| match reference {
+            NodeRef::Name(name) => Some(name.clone()),
+            NodeRef::Inline(_) => None,
+        });
+        names.collect()
+    }
+
     /// Takes the nodes into use for the job. After an error none is.
     fn places(self, graph: &mut Graph, job: &str) -> EngineResult<Creation> {
         let (file, data_file, options) = match self {

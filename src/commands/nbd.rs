@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use block::driver::Need;
 use block::graph::{Drive, Graph, is_well_formed};
 use qapi::commands::{BlockExportDel, NbdServerRemove, NbdServerStart};
 use qapi::handlers::BlockExport;
@@ -49,21 +50,22 @@ impl BlockExport<Cx> for Handlers {
             device,
             writable,
         } = args;
-        cx.commit(move |control| {
+        let id = name.unwrap_or_else(|| device.clone());
+        let find = |control: &mut Control| {
             let node = super::convert::device(&control.graph, &device)?;
-            let id = name.unwrap_or_else(|| device.clone());
-            let export = Export {
-                name: id.clone(),
-                id,
-                disk: device,
-                description,
-                // As it always was: a read-only node is exported read-only, whatever is asked for.
-                writable: writable.unwrap_or(false) && !node.behaviour().read_only,
-                writethrough: false,
-            };
-            add(control, export)
-        })
-        .await
+            Ok((node.behaviour().read_only, device))
+        };
+        let (read_only, device) = cx.commit(find).await?;
+        let export = Export {
+            name: id.clone(),
+            id,
+            disk: device,
+            description,
+            // As it always was: a read-only node is exported read-only, whatever is asked for.
+            writable: writable.unwrap_or(false) && !read_only,
+            writethrough: false,
+        };
+        add(cx, export).await
     }
 
     async fn nbd_server_remove(cx: &Cx, args: NbdServerRemove) -> Result<(), QmpError> {
@@ -88,7 +90,7 @@ impl BlockExport<Cx> for Handlers {
             writable: writable.unwrap_or(false),
             writethrough: writethrough.unwrap_or(false),
         };
-        cx.commit(move |control| add(control, export)).await
+        add(cx, export).await
     }
 
     async fn block_export_del(cx: &Cx, args: BlockExportDel) -> Result<(), QmpError> {
@@ -172,30 +174,60 @@ struct Export {
 }
 
 /// Adds an export, with QEMU's checks in QEMU's order.
-fn add(control: &mut Control, export: Export) -> Result<(), QmpError> {
+async fn add(cx: &Cx, export: Export) -> Result<(), QmpError> {
+    let look = move |control: &mut Control| {
+        let disk = check(control, &export)?;
+        Ok((disk.node, export))
+    };
+    let (node, export) = cx.commit(look).await?;
+    let need = match export.writable {
+        true => Need::Writes,
+        false => Need::Reads,
+    };
+    let claimed = convert::claim(cx, &node, need)
+        .await
+        .map_err(convert::from_engine)?;
+    cx.commit(move |control| {
+        let added = enter(control, export);
+        drop(claimed);
+        added
+    })
+    .await
+}
+
+/// What is to be exported, if it can be.
+fn check(control: &Control, export: &Export) -> Result<Exported, QmpError> {
     let Export {
-        id,
-        name,
-        disk,
-        description,
-        writable,
-        writethrough,
+        id, disk, writable, ..
     } = export;
-    if !is_well_formed(&id) {
+    if !is_well_formed(id) {
         return Err(QmpError::generic("Invalid block export id"));
     }
-    if control.exports.contains(&id) {
+    if control.exports.contains(id) {
         return Err(QmpError::generic(format!(
             "Block export id '{id}' is already in use"
         )));
     }
-    let disk = Exported::find(&control.graph, &disk)?;
-    let behaviour = disk.node.behaviour();
-    if behaviour.read_only && writable {
+    let disk = Exported::find(&control.graph, disk)?;
+    if disk.node.behaviour().read_only && *writable {
         return Err(QmpError::generic(
             "Cannot export read-only node as writable",
         ));
     }
+    Ok(disk)
+}
+
+fn enter(control: &mut Control, export: Export) -> Result<(), QmpError> {
+    let disk = check(control, &export)?;
+    let Export {
+        id,
+        name,
+        disk: _,
+        description,
+        writable,
+        writethrough,
+    } = export;
+    let behaviour = disk.node.behaviour();
     let options = NbdExportOptions {
         id,
         name,

@@ -1,6 +1,6 @@
 //! Nodes: `blockdev-add`, `blockdev-del`, `block_resize`.
 
-use block::driver::{Preallocation, Requests};
+use block::driver::{Need, Preallocation, Requests};
 use block::graph::Resizer;
 use block::open::{Opener, open};
 use qapi::commands::{BlockResize, BlockdevDel};
@@ -69,6 +69,9 @@ pub(super) async fn resize(cx: &Cx, args: BlockResize) -> Result<(), QmpError> {
     if node.behaviour().read_only {
         return Err(QmpError::generic("Image is read-only"));
     }
+    let _claim = convert::claim(cx, &node, Need::Writes)
+        .await
+        .map_err(convert::from_engine)?;
     node.resize(size.unsigned_abs(), Preallocation::Off)
         .await
         .map_err(convert::from_engine)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use block::driver::Preallocation;
+use block::driver::{Claim, Need, Preallocation};
 use block::error::Error;
 use block::formats::qcow2::NOT_QCOW2;
 use block::formats::qcow2::create::CreateOptions;
@@ -15,6 +15,7 @@ use qapi::rt::QmpError;
 use qapi::types::{BlockExportOptions, BlockExportOptionsBranch, BlockExportOptionsNbd};
 
 use super::cx::Cx;
+use super::lookup::claim;
 use crate::commands::from_engine;
 use crate::config::{DriveFormat, DriveOptions};
 
@@ -68,7 +69,16 @@ pub(super) async fn add(cx: &Cx, options: DriveOptions, number: usize) -> Result
     } else if options.size.is_some() {
         return Err(QmpError::generic("size= needs file="));
     }
+    let mut claimed = Claim::none();
+    if let Some(root) = opened.as_ref().and_then(|opened| opened.root()) {
+        let need = match root.behaviour().read_only {
+            true => Need::Reads,
+            false => Need::Writes,
+        };
+        claimed = claim(cx, root, need).await.map_err(from_engine)?;
+    }
     cx.commit(move |control| {
+        let _claimed = claimed;
         let root = opened
             .map(|opened| control.graph.insert(opened))
             .transpose();

@@ -2,14 +2,31 @@
 
 use std::sync::Arc;
 
-use block::error::{Error, ErrorKind};
-use block::graph::{Graph, Node};
+use block::driver::{Claim, Need};
+use block::error::{Error, ErrorKind, Result as EngineResult};
+use block::graph::{self, Graph, Node};
+use block::open::Opener;
 use qapi::rt::{ErrorClass, QmpError};
+
+use super::Cx;
 
 /// An error of the engine as a client sees it.
 #[allow(clippy::needless_pass_by_value)]
 pub fn from_engine(error: Error) -> QmpError {
     QmpError::generic(error.message())
+}
+
+/// Has the files below a node held ready. Where a node here is in the way, the error says which.
+pub(crate) async fn claim(cx: &Cx, node: &Arc<Node>, need: Need) -> EngineResult<Claim> {
+    let claimed = graph::claim(node, need).await;
+    let Err(error) = claimed else {
+        return claimed;
+    };
+    let opener = cx.commit(|control| Ok(Opener::new(&control.io, &control.graph)));
+    match opener.await {
+        Ok(opener) => Err(opener.with_owner_of(error, node)),
+        Err(_) => Err(error),
+    }
 }
 
 /// What `device` means in the commands of 2013: a drive or a node. If it is neither, the class says so.

@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 
-use block::driver::{BoxFuture, Child, Preallocation};
+use block::driver::{BoxFuture, Child, Claim, Need, Preallocation};
 use block::error::{Error, ErrorKind, Result};
 use block::formats::qcow2::create::{CreateOptions, create, create_with_data_file};
-use block::graph::{Edge, Node, Opened};
+use block::graph::{Edge, Node, Opened, claim};
 use block::io::IoContext;
 use block::open::{
     Created, Existing, NewContent, NewImage, NodeOptions, Opener, create_image, open,
@@ -53,6 +53,8 @@ pub struct CreateJob {
     creation: Option<Result<Creation>>,
     edges: Vec<Edge>,
     opened: Vec<Opened>,
+    /// Of the nodes that are opened for this only, which the graph does not know.
+    claim: Claim,
     created: Option<Created>,
 }
 
@@ -71,6 +73,7 @@ impl CreateJob {
             creation: Some(creation),
             edges: Vec::new(),
             opened: Vec::new(),
+            claim: Claim::none(),
             created: None,
         }
     }
@@ -94,6 +97,7 @@ impl CreateJob {
             let message = "Unsupported preallocation mode: metadata";
             return Err(Error::new(ErrorKind::InvalidInput, message));
         }
+        self.opener.check_unopened(&image.filename).await?;
         self.created = Some(create_image(&self.io, image, Existing::Replace).await?);
         Ok(())
     }
@@ -133,6 +137,9 @@ impl CreateJob {
                 self.opened.push(opened);
                 let root =
                     root.ok_or_else(|| Error::new(ErrorKind::NotFound, "No node was opened"))?;
+                let claimed = claim(&root, Need::Writes).await;
+                let claimed = claimed.map_err(|error| self.opener.with_owner_of(error, &root));
+                self.claim.add(claimed?);
                 (Child::new(root.clone()), root)
             }
         };
@@ -179,6 +186,7 @@ impl JobDriver for CreateJob {
                     }
                 }
             }
+            self.claim = Claim::none();
             // Those of a job that never began, too.
             if let Some(Ok(Creation::Qcow2(image))) = self.creation.take() {
                 let places = [Some(image.file), image.data_file];

@@ -13,7 +13,7 @@ mod target;
 use std::sync::Arc;
 
 use block::copy::{Copier, CopyOptions, PointInTime, Source, SyncMode, TargetContent};
-use block::driver::{BoxFuture, Driver, Requests, SnapshotSource};
+use block::driver::{BoxFuture, Claim, Driver, Need, Requests, SnapshotSource};
 use block::error::Error;
 use block::filters::copy_before_write::CopyBeforeWrite;
 use block::graph::{
@@ -92,6 +92,8 @@ pub(crate) struct BackupAction {
     filter_name: Option<String>,
     copier: Option<Copier>,
     end: Option<BackupEnd>,
+    /// What is to be read and written, until the graph knows of it.
+    claim: Claim,
     /// The filter could not be put above the source.
     is_void: bool,
 }
@@ -107,6 +109,7 @@ impl BackupAction {
             filter_name: None,
             copier: None,
             end: None,
+            claim: Claim::none(),
             is_void: false,
         }
     }
@@ -289,12 +292,10 @@ impl BackupAction {
                 None => control.graph.names().next(),
             };
             let filter = Node::new(name, filter.driver, filter.behaviour, filter.links);
-            let mut nodes = opened.map(|opened| opened.nodes).unwrap_or_default();
-            nodes.push(filter);
+            let mut opened = opened.unwrap_or_else(|| Vec::new().into());
+            opened.nodes.push(filter);
             let graph = &mut control.graph;
-            let filter = graph
-                .insert_filter(Opened { nodes }, &source)
-                .map_err(failed)?;
+            let filter = graph.insert_filter(opened, &source).map_err(failed)?;
             Ok(BackupEnd {
                 user: graph.add_user(&filter, user, WATCHES).ok(),
                 filter,
@@ -331,15 +332,21 @@ impl BackupAction {
                 target
             }
         };
+        for (node, need) in [(&source, Need::Reads), (&target, Need::Writes)] {
+            let claimed = lookup::claim(&with.cx, node, need).await;
+            self.claim.add(claimed.map_err(from_engine)?);
+        }
         let (copier, filter) = self.make(&source, &target)?;
         self.copier = Some(copier);
         let filter = self.enter(with, opened, filter).await?;
+        self.claim = Claim::none();
         with.plan.lead(&source, &filter);
         Ok(())
     }
 
     /// Takes out what was put in, and closes it. Nobody uses it.
     async fn take_back(&mut self, cx: &Cx) {
+        self.claim = Claim::none();
         if let Some(copier) = self.copier.take()
             && let Err(error) = copier.close().await
         {

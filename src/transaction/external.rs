@@ -11,7 +11,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use block::driver::{BackingFile, BoxFuture, Preallocation, Requests as _};
+use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests as _};
 use block::graph::{Graph, Node, NodeChange, User};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
@@ -20,7 +20,7 @@ use block::open::{
 use qapi::rt::QmpError;
 
 use super::{Action, Effect, Held, Plan, Preparing};
-use crate::daemon::lookup::from_engine;
+use crate::daemon::lookup::{claim, from_engine};
 use crate::daemon::{Control, Cx, internal_error};
 
 /// Puts an overlay on a disk.
@@ -32,6 +32,8 @@ pub(crate) struct ExternalSnapshot {
     below: Option<Arc<Node>>,
     /// The overlay, once it is there.
     above: Option<Arc<Node>>,
+    /// What is below is going to be read, until the graph knows of it.
+    claim: Claim,
     effect: Effect,
 }
 
@@ -66,6 +68,7 @@ impl ExternalSnapshot {
             overlay,
             below: None,
             above: None,
+            claim: Claim::none(),
             effect: Effect::default(),
         }
     }
@@ -80,6 +83,9 @@ impl ExternalSnapshot {
             self.open(file, &below, with).await?;
         }
         let above = self.above.clone().ok_or_else(internal_error)?;
+        self.claim = claim(&with.cx, &below, Need::Reads)
+            .await
+            .map_err(from_engine)?;
         let (origin, steps) = with.plan.origin(&below);
         let ends = (below.clone(), above.clone());
         let checked = with.cx.commit(move |control| {
@@ -199,6 +205,7 @@ impl ExternalSnapshot {
     }
 
     async fn take_back(&mut self, cx: &Cx) {
+        self.claim = Claim::none();
         let Overlay::File(_) = &self.overlay else {
             return;
         };
@@ -273,6 +280,7 @@ impl Action for ExternalSnapshot {
         if let Err(error) = control.graph.append(below, above, [one, other]) {
             log::error!("the overlay of node '{}': {error}", below.name());
         }
+        self.claim = Claim::none();
     }
 
     fn finish<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {

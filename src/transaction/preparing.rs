@@ -77,6 +77,10 @@ impl Preparing {
         image: &NewImage,
         existing: Existing,
     ) -> Result<Made, QmpError> {
+        if existing == Existing::Replace {
+            let checked = self.opener().await?.check_unopened(&image.filename).await;
+            checked.map_err(from_engine)?;
+        }
         let path = final_path(&image.filename);
         if let Some(entry) = self.entry().await? {
             // Where there can be no file, its creation says why.

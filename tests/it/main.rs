@@ -18,6 +18,7 @@ mod guest;
 mod harness;
 mod hostile;
 mod interop;
+mod locks;
 mod machine;
 mod monitor;
 mod nbd;

@@ -242,6 +242,10 @@ impl Driver for Raw {
         }
     }
 
+    fn is_window(&self) -> bool {
+        true
+    }
+
     fn children(&self) -> Vec<(&'static str, Child)> {
         vec![("file", self.file.clone())]
     }

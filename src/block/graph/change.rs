@@ -45,6 +45,7 @@ impl Graph {
             }
             Err(error) => {
                 nodes.iter().rev().for_each(|node| self.table.remove(node));
+                self.settle(&nodes);
                 Err(error)
             }
         }
@@ -92,7 +93,7 @@ impl Graph {
     pub fn remove_unused(&mut self, node: &Arc<Node>) -> Removed {
         let entry = self.table.of(node);
         if entry.is_none_or(|entry| !entry.users.is_empty()) || self.has_parent(node) {
-            return Removed { nodes: Vec::new() };
+            return Removed::nothing();
         }
         self.take_out(node)
     }
@@ -160,6 +161,7 @@ impl Graph {
         overlay.driver().set_backing(Some(link.child()));
         overlay.add_link(link);
         self.table.stands(overlay, below);
+        self.settle([overlay]);
         Ok(())
     }
 
@@ -284,6 +286,7 @@ impl Graph {
             entry.users.extend::<Vec<Use>>(moved);
             entry.waits = false;
         }
+        self.settle([from, to]);
     }
 }
 

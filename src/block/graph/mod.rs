@@ -9,6 +9,7 @@
 //! * `change`: nodes put above others, replaced, and taken out, while their users go on
 //! * `reopen`: nodes that become read-only, writable, or stand on other layers
 //! * `access`: who may write beside whom
+//! * `claims`: files that are held ready for that
 //! * `quiesce`: several nodes held still
 //! * `table`: the nodes, found by name and by what they stand on
 //! * `diagram`: the graph as a drawing
@@ -18,6 +19,7 @@
 mod access;
 mod align;
 mod change;
+mod claims;
 mod counters;
 mod device;
 mod diagram;
@@ -32,11 +34,13 @@ mod table;
 
 use std::sync::Arc;
 
+use crate::driver::Claim;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::limits::MAX_NODES;
 
 pub use access::{Access, Resizer, User};
+pub use claims::claim;
 pub use counters::{RequestCount, RequestKind};
 pub use device::{
     Client, DriveStats, ErrorAction, ErrorPolicy, GuestError, IoStatus, Machine, OnError, RunState,
@@ -72,6 +76,8 @@ pub struct Graph {
 pub struct Opened {
     /// The new nodes.
     pub nodes: Vec<Arc<Node>>,
+    /// What they need of the files that they are on.
+    claim: Claim,
 }
 
 /// Nodes that were taken out of the graph, uppermost first. They must be closed.
@@ -79,9 +85,24 @@ pub struct Opened {
 #[must_use]
 pub struct Removed {
     nodes: Vec<Arc<Node>>,
+    /// Files that stay, and are written until these are closed.
+    claim: Claim,
 }
 
 impl Removed {
+    /// Nothing to close.
+    fn nothing() -> Self {
+        Removed {
+            nodes: Vec::new(),
+            claim: Claim::none(),
+        }
+    }
+
+    fn add(&mut self, other: Removed) {
+        self.nodes.extend(other.nodes);
+        self.claim.add(other.claim);
+    }
+
     /// Drains and closes them, uppermost first. All are closed whatever happens; the first error is answered.
     pub async fn close(self) -> Result<()> {
         let mut result = Ok(());
@@ -101,7 +122,19 @@ impl Removed {
     }
 }
 
+impl From<Vec<Arc<Node>>> for Opened {
+    /// Nodes that are on no file.
+    fn from(nodes: Vec<Arc<Node>>) -> Self {
+        Opened::new(nodes, Claim::none())
+    }
+}
+
 impl Opened {
+    /// Nodes for which this has been claimed.
+    pub fn new(nodes: Vec<Arc<Node>>, claim: Claim) -> Self {
+        Opened { nodes, claim }
+    }
+
     /// The uppermost node.
     pub fn root(&self) -> Option<&Arc<Node>> {
         self.nodes.last()
@@ -251,6 +284,8 @@ impl Graph {
             let owned = node.is_named() && Arc::ptr_eq(node, &root);
             self.table.add(node, owned);
         }
+        self.settle(&opened.nodes);
+        drop(opened.claim);
         Ok(root)
     }
 
@@ -289,7 +324,10 @@ impl Graph {
         self.drives.clear();
         let table = std::mem::take(&mut self.table);
         let nodes = quiesce::uppermost_first(table.nodes().rev());
-        Removed { nodes }
+        Removed {
+            nodes,
+            claim: Claim::none(),
+        }
     }
 
     /// Registers an export, job or drive as a user of a node, so that the node stays. Answers the edge by which it is used: that
@@ -320,13 +358,16 @@ impl Graph {
             return Err(not_found(node.name()));
         };
         entry.users.push(new);
+        self.settle([&node]);
         Ok(())
     }
 
     /// The user that has this edge is gone.
     pub fn remove_user(&mut self, edge: &Edge) {
-        if let Some(entry) = self.table.of_mut(&edge.node()) {
+        let node = edge.node();
+        if let Some(entry) = self.table.of_mut(&node) {
             entry.users.retain(|user| !user.edge.is_same(edge));
+            self.settle([&node]);
         }
     }
 
@@ -403,12 +444,12 @@ impl Graph {
         }
         let drive = self.drives.remove(place);
         let Some(edge) = drive.root else {
-            return Ok(Removed { nodes: Vec::new() });
+            return Ok(Removed::nothing());
         };
         self.remove_user(&edge);
         let root = edge.node();
         if self.is_owned(&root) || self.has_parent(&root) {
-            return Ok(Removed { nodes: Vec::new() });
+            return Ok(Removed::nothing());
         }
         Ok(self.take_out(&root))
     }
@@ -430,7 +471,9 @@ impl Graph {
             }
             nodes.push(node);
         }
-        Removed { nodes }
+        let claim = claims::keep(&nodes);
+        self.settle(&nodes);
+        Removed { nodes, claim }
     }
 
     /// Whether the node was asked for by name.

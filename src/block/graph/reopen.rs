@@ -16,11 +16,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::access::conflict;
+use super::claims::claim;
 use super::node::{Behaviour, Link, Node, Quiesced};
 use super::quiesce::{quiesce_all, uppermost_first};
 use super::table::place;
 use super::{Access, Graph, Removed, link_user, not_found};
-use crate::driver::{Child, DriverSettings, NewFile, ReopenOptions, Reopening, Requests as _};
+use crate::driver::{
+    Child, Claim, DriverSettings, Need, NewFile, ReopenOptions, Reopening, Requests as _,
+};
 use crate::error::{Error, ErrorKind, Result};
 use crate::limits::MAX_CHAIN_DEPTH;
 use crate::open::NodeOptions;
@@ -121,17 +124,25 @@ impl NodeChange {
 #[derive(Debug)]
 pub struct Reopen {
     changes: Vec<NodeChange>,
+    /// Layers, and what is going to be done to them.
+    needs: Vec<(Arc<Node>, Need)>,
 }
 
 /// A change whose drivers are ready. Dropped, nothing has changed.
 pub struct ReadyToReopen {
     ready: Vec<(NodeChange, Option<Box<dyn Reopening>>)>,
     held: Vec<Quiesced>,
+    /// What the nodes will need of their files.
+    claim: Claim,
 }
 
 impl Reopen {
     /// Has the drivers do all that can fail. Cancellation: nothing has changed.
     pub async fn prepare(self) -> Result<ReadyToReopen> {
+        let mut all = Claim::none();
+        for (node, need) in &self.needs {
+            all.add(claim(node, *need).await?);
+        }
         let order = uppermost_first(self.changes.iter().map(|change| &change.node));
         let mut changes: HashMap<usize, NodeChange> = HashMap::new();
         for change in self.changes {
@@ -170,7 +181,11 @@ impl Reopen {
             }
         }
         held.extend(quiesce_all(&old).await);
-        Ok(ReadyToReopen { ready, held })
+        Ok(ReadyToReopen {
+            ready,
+            held,
+            claim: all,
+        })
     }
 }
 
@@ -195,20 +210,36 @@ impl Graph {
             next += 1;
         }
         self.check_reopen(&after)?;
+        let mut needs = Vec::new();
+        for change in &after.changes {
+            let used = self.need(&change.node);
+            for (role, below, access) in change.links() {
+                let need = match (role, access.writes) {
+                    ("file", _) if change.node.driver().is_window() => used,
+                    (_, true) => Need::Writes,
+                    (_, false) => Need::Reads,
+                };
+                needs.push((below, need));
+            }
+        }
         let After { changes, .. } = after;
-        Ok(Reopen { changes })
+        Ok(Reopen { changes, needs })
     }
 
     /// Makes a change whose drivers are ready. Answers layers that nobody needs any more, to be closed when requests go on. Refused,
     /// with nothing changed, when something else has changed meanwhile so that it cannot be.
     pub fn reopened(&mut self, ready: ReadyToReopen) -> Result<Removed> {
-        let ReadyToReopen { ready, held } = ready;
+        let ReadyToReopen { ready, held, claim } = ready;
         let mut after = After::default();
         for (change, _) in &ready {
             after.add(change.clone());
         }
         self.check_reopen(&after)?;
         let mut left: Vec<Arc<Node>> = Vec::new();
+        let changed: Vec<Arc<Node>> = ready
+            .iter()
+            .map(|(change, _)| change.node.clone())
+            .collect();
         for (change, reopening) in ready {
             if let Some(reopening) = reopening {
                 reopening.commit();
@@ -220,12 +251,14 @@ impl Graph {
             self.relink(&change, &mut left);
         }
         drop(held);
-        let mut removed = Removed { nodes: Vec::new() };
+        self.settle(changed.iter().chain(&left));
+        drop(claim);
+        let mut removed = Removed::nothing();
         for node in left {
             let entry = self.table.of(&node);
             let unused = entry.is_some_and(|entry| entry.users.is_empty() && !entry.owned);
             if unused && !self.has_parent(&node) {
-                removed.nodes.extend(self.take_out(&node).nodes);
+                removed.add(self.take_out(&node));
             }
         }
         Ok(removed)

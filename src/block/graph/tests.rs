@@ -45,9 +45,8 @@ fn above(node_name: NodeName, below: &[&Arc<Node>], writes: bool) -> Arc<Node> {
 }
 
 fn opened(nodes: &[&Arc<Node>]) -> Opened {
-    Opened {
-        nodes: nodes.iter().map(|node| Arc::clone(node)).collect(),
-    }
+    let nodes: Vec<_> = nodes.iter().map(|node| Arc::clone(node)).collect();
+    nodes.into()
 }
 
 fn names(graph: &Graph) -> Vec<&str> {

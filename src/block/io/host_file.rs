@@ -101,6 +101,13 @@ impl HostFile {
         self.identity
     }
 
+    /// Whether this name does not lead to another file.
+    pub(crate) async fn is_at(&self, path: &str) -> bool {
+        let at = FileIdentity::at(&self.context, path).await;
+        // A name that is gone leads to nothing else.
+        at.map_or(true, |file| file == self.identity())
+    }
+
     /// What it is.
     pub(crate) fn kind(&self) -> FileKind {
         self.kind

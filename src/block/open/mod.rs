@@ -24,12 +24,12 @@ use std::sync::Arc;
 
 use tokio::task::JoinSet;
 
-use crate::driver::{BoxFuture, Driver, Requests};
+use crate::driver::{BoxFuture, Claim, Driver, Need, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::formats::qcow2::{self, Qcow2};
 use crate::formats::raw::Raw;
-use crate::graph::{Access, Behaviour, Graph, Link, NameSource, Node, NodeName, Opened};
+use crate::graph::{Access, Behaviour, Graph, Link, NameSource, Node, NodeName, Opened, claim};
 use crate::io::IoContext;
 use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS, NESTED_LAYERS};
 use crate::protocols::file::{File, FileAccess};
@@ -73,23 +73,25 @@ impl Opener {
 
 /// Opens a node with everything below it that does not exist yet.
 ///
-/// Files are locked from here on. Cancellation: whatever was opened is closed again; nothing has been written.
+/// Files are locked from here on, but for those that nobody uses yet. Cancellation: whatever was opened is closed again; nothing
+/// has been written.
 pub async fn open(opener: &Opener, options: &NodeOptions) -> Result<Opened> {
     let mut opening = Opening {
         opener: Arc::new(opener.clone()),
         nodes: Vec::new(),
+        claim: Claim::none(),
         images: HashSet::new(),
     };
     opening.open(options, 0).await?;
-    Ok(Opened {
-        nodes: opening.nodes,
-    })
+    Ok(Opened::new(opening.nodes, opening.claim))
 }
 
 /// One call of `open`: the nodes so far, layers below first.
 struct Opening {
     opener: Arc<Opener>,
     nodes: Vec<Arc<Node>>,
+    /// What they need of their files.
+    claim: Claim,
     /// The images above the one being opened, in the chain that their headers describe.
     images: HashSet<PathBuf>,
 }
@@ -103,6 +105,7 @@ impl Opening {
         let mut inside = Opening {
             opener: self.opener.clone(),
             nodes: std::mem::take(&mut self.nodes),
+            claim: std::mem::replace(&mut self.claim, Claim::none()),
             images: std::mem::take(&mut self.images),
         };
         let mut task = JoinSet::new();
@@ -185,10 +188,7 @@ impl Opening {
             auto_read_only: options.auto_read_only,
             cache: options.cache,
         };
-        let driver = match File::open(&self.opener.io, file, access).await {
-            Ok(driver) => driver,
-            Err(error) => return Err(self.opener.with_owner(error, &file.filename).await),
-        };
+        let driver = File::open_unused(&self.opener.io, file, access).await?;
         let read_only = driver.is_read_only();
         Ok((Arc::new(driver), Vec::new(), read_only))
     }
@@ -201,6 +201,7 @@ impl Opening {
         file: Arc<Node>,
         depth: usize,
     ) -> Result<Parts> {
+        self.claim([Some(&file)], Need::Reads).await?;
         let start = file.read(0, file.size().min(4)).await?.to_bytes();
         if start[..] == qcow2::MAGIC {
             let found = Qcow2Options {
@@ -235,6 +236,8 @@ impl Opening {
         if let Some(data_file) = &data_file {
             read_only |= effective_read_only(options, data_file)?;
         }
+        let layers = [Some(&file), data_file.as_ref()];
+        read_only = self.claim_format(layers, options, read_only).await?;
         let cache = caches::share(&qcow2.cache)?;
         let unmaps = options.discard == DiscardMode::Unmap;
         let open_options = qcow2::OpenOptions {
@@ -271,6 +274,7 @@ impl Opening {
                 }
             },
         };
+        self.claim([backing.as_ref()], Need::Reads).await?;
         let data_file = data_file.map(|node| Link::new("data-file", &node, own));
         let below = match qcow2.backing {
             BackingOption::Written(_) => access_of_raw(true),
@@ -283,6 +287,37 @@ impl Opening {
         let others = data_file.into_iter().chain(backing);
         let links = std::iter::once(in_file).chain(others).collect();
         Ok((driver, links, read_only))
+    }
+
+    /// Has the files of a format held ready. Answers whether it is read-only: also where they cannot be written, if the user leaves it
+    /// to the node.
+    async fn claim_format(
+        &mut self,
+        layers: [Option<&Arc<Node>>; 2],
+        options: &NodeOptions,
+        read_only: bool,
+    ) -> Result<bool> {
+        if !read_only {
+            match self.claim(layers, Need::Writes).await {
+                Err(error) if options.auto_read_only && forbids_writing(&error) => {}
+                claimed => return claimed.map(|()| false),
+            }
+        }
+        self.claim(layers, Need::Reads).await.map(|()| true)
+    }
+
+    /// Has layers held ready for what is going to be done to them.
+    async fn claim(
+        &mut self,
+        layers: impl IntoIterator<Item = Option<&Arc<Node>>>,
+        need: Need,
+    ) -> Result<()> {
+        for layer in layers.into_iter().flatten() {
+            let claimed = claim(layer, need).await;
+            let claimed = claimed.map_err(|error| self.opener.with_owner_of(error, layer));
+            self.claim.add(claimed?);
+        }
+        Ok(())
     }
 
     /// The backing node that the user chose.
@@ -442,6 +477,13 @@ fn access_of_raw(read_only: bool) -> Access {
         writes: !read_only,
         shares_writes: true,
     }
+}
+
+fn forbids_writing(error: &Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::ReadOnly | ErrorKind::PermissionDenied
+    )
 }
 
 /// What a format does to its layers: it has metadata there that nobody else may touch, and needs a backing to stay as it is.

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::Opener;
-use crate::error::{Error, ErrorKind};
+use crate::driver::{Claims, Need};
+use crate::error::{Error, ErrorKind, Result};
 use crate::graph::Node;
 use crate::io::FileIdentity;
 
@@ -14,35 +15,76 @@ impl Opener {
             return error;
         }
         let file = FileIdentity::at(&self.io, filename).await.ok();
-        let Some(owner) = file.and_then(|file| self.owner(file)) else {
-            return error;
-        };
-        // Instead of the question whether another process has it.
-        let what = error.message().split(". ").next().unwrap_or_default();
-        let text = format!("{what}. '{owner}' of this daemon has the image [{filename}] open");
-        Error::new(ErrorKind::InUse, text)
+        match file.and_then(|file| self.owner(file, None)) {
+            Some(owner) => owned(&error, owner, filename),
+            None => error,
+        }
     }
 
-    /// The name that a user gave to what has the file open: as close to the file as there is one.
-    fn owner(&self, file: FileIdentity) -> Option<&str> {
+    /// As [`Opener::with_owner`], for the file below a node that cannot be held ready.
+    pub fn with_owner_of(&self, error: Error, node: &Arc<Node>) -> Error {
+        let below = |node: &Arc<Node>| node.link("file").filter(|_| node.driver().is_window());
+        let Some(own) = std::iter::successors(Some(node.clone()), below).last() else {
+            return error;
+        };
+        let file = own.driver().host_file();
+        let file = file.filter(|_| error.kind() == ErrorKind::InUse);
+        match file.and_then(|file| self.owner(file, Some(&own))) {
+            Some(owner) => owned(&error, owner, &own.driver().info().filename),
+            None => error,
+        }
+    }
+
+    /// Refuses a file that a node here has open, used or not: where a new file takes its place, the node would go on with the old one.
+    pub async fn check_unopened(&self, filename: &str) -> Result<()> {
+        // Where nothing is, it will be made; what is in a device is made there.
+        let file = FileIdentity::at(&self.io, filename).await.ok();
+        let file = file.filter(|file| file.inode != 0);
+        let Some(owner) = file.and_then(|file| self.nearest(|node| has(node, file))) else {
+            return Ok(());
+        };
+        let error = Error::new(ErrorKind::InUse, "Failed to get \"write\" lock");
+        Err(owned(&error, owner, filename))
+    }
+
+    /// The name of what uses the file. `but` is what cannot have it.
+    fn owner(&self, file: FileIdentity, but: Option<&Arc<Node>>) -> Option<&str> {
+        self.nearest(|node| {
+            let is_held = |claims: &dyn Claims| claims.held() > Need::Nothing;
+            has(node, file)
+                && node.driver().claims().is_none_or(is_held)
+                && !but.is_some_and(|other| Arc::ptr_eq(other, node))
+        })
+    }
+
+    /// The name of what is closest above a node like this; one that a user gave, if there is one.
+    fn nearest(&self, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<&str> {
         let is_given = |name: &str| !name.starts_with('#');
         let distances = self.nodes.iter().filter_map(|(name, node)| {
-            let distance = layers_above(node, file)?;
+            let distance = layers_above(node, &is_it)?;
             Some((!is_given(name), distance, name.as_str()))
         });
         distances.min().map(|(_, _, name)| name)
     }
 }
 
-/// How many layers a node is above the one that has the file open. `None` if it is not.
-fn layers_above(node: &Arc<Node>, file: FileIdentity) -> Option<usize> {
+fn has(node: &Arc<Node>, file: FileIdentity) -> bool {
+    node.driver().host_file() == Some(file)
+}
+
+fn owned(error: &Error, owner: &str, filename: &str) -> Error {
+    // Instead of the question whether another process has it.
+    let what = error.message().split(". ").next().unwrap_or_default();
+    let text = format!("{what}. '{owner}' of this daemon has the image [{filename}] open");
+    Error::new(ErrorKind::InUse, text)
+}
+
+/// How many layers a node is above one like this. `None` if it is not.
+fn layers_above(node: &Arc<Node>, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<usize> {
     let mut layer = vec![node.clone()];
     let mut distance = 0;
     while !layer.is_empty() {
-        if layer
-            .iter()
-            .any(|node| node.driver().host_file() == Some(file))
-        {
+        if layer.iter().any(&is_it) {
             return Some(distance);
         }
         let below = layer.iter().flat_map(|node| node.links());

@@ -143,13 +143,19 @@ async fn read_only_goes_down_and_a_writable_node_on_a_read_only_one_is_refused()
 async fn a_second_writer_of_the_same_file_is_refused_by_its_lock() {
     let (_dir, path) = image(512);
     let mut graph = Graph::new();
-    add(&mut graph, &named("a", file(&path))).await.unwrap();
-    let error = add(&mut graph, &named("b", file(&path))).await.unwrap_err();
+    let first = add(&mut graph, &named("a", file(&path))).await.unwrap();
+    let second = add(&mut graph, &named("b", file(&path))).await.unwrap();
+    let held = claim(&first, Need::Writes).await.unwrap();
+    let error = claim(&second, Need::Writes).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InUse);
-    assert_eq!(graph.nodes().count(), 1);
+    drop(held);
+    drop(claim(&second, Need::Writes).await.unwrap());
+    let _held = claim(&first, Need::Reads).await.unwrap();
+    let _both = claim(&second, Need::Reads).await.unwrap();
+    claim(&first, Need::Writes).await.unwrap_err();
     // Deleting the first frees the file at once.
     graph.remove("a").unwrap().close().await.unwrap();
-    add(&mut graph, &named("b", file(&path))).await.unwrap();
+    let _held = claim(&second, Need::Writes).await.unwrap();
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::options::{DriverOptions, NodeOptions, NodeRef, Qcow2Options};
 use super::{Opening, Parts, behaviour, invalid};
-use crate::driver::{SnapshotInfo, SnapshotSelector};
+use crate::driver::{Need, SnapshotInfo, SnapshotSelector};
 use crate::error::{Error, ErrorKind, Result};
 use crate::graph::{Access, Link, Node};
 
@@ -26,12 +26,13 @@ impl Opening {
             read_only: true,
             ..options.clone()
         };
-        let below = match self.child(&qcow2.file, &options, depth).await {
-            Err(error) if error.kind() == ErrorKind::InUse => {
-                return Err(self.open_here(&qcow2.file).unwrap_or(error));
-            }
-            below => below?,
-        };
+        let below = self.child(&qcow2.file, &options, depth).await?;
+        if let Err(error) = self.claim([Some(&below)], Need::Reads).await {
+            return Err(match error.kind() {
+                ErrorKind::InUse => self.open_here(&qcow2.file).unwrap_or(error),
+                _ => error,
+            });
+        }
         let image = match below.driver().snapshots() {
             Some(_) => {
                 check_nothing_else(qcow2, &below)?;

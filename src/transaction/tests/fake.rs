@@ -8,7 +8,7 @@ use block::driver::{
     Snapshots, WriteFlags, ZeroFlags,
 };
 use block::error::{Error, ErrorKind, Result};
-use block::graph::{Behaviour, Node, NodeName, Opened};
+use block::graph::{Behaviour, Node, NodeName};
 use block::io::Data;
 use block::protocols::memory::Memory;
 
@@ -64,9 +64,7 @@ pub(crate) async fn disk(cx: &Cx, name: &'static str, faults: &'static [Fault], 
 pub(crate) async fn insert(cx: &Cx, name: &str, driver: Arc<dyn Driver>) -> Arc<Node> {
     let name = NodeName::given(name).unwrap();
     let node = Node::new(name, driver, Behaviour::default(), Vec::new());
-    let opened = Opened {
-        nodes: vec![node.clone()],
-    };
+    let opened = vec![node.clone()].into();
     let inserted = cx.commit(|control| control.graph.insert(opened).map_err(from_engine));
     inserted.await.unwrap();
     node

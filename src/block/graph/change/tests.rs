@@ -3,7 +3,7 @@
 use super::*;
 use crate::error::ErrorKind;
 use crate::formats::raw::Raw;
-use crate::graph::{Behaviour, Link, NewDrive, NodeName, Opened, User};
+use crate::graph::{Behaviour, Link, NewDrive, NodeName, User};
 use crate::protocols::memory::Memory;
 
 const WRITER: Access = Access {
@@ -35,7 +35,7 @@ fn on(graph: &mut Graph, name: &str, below: &Arc<Node>, access: Access) -> Arc<N
 
 fn insert(graph: &mut Graph, node: &Arc<Node>) -> Arc<Node> {
     let nodes = vec![node.clone()];
-    graph.insert(Opened { nodes }).unwrap()
+    graph.insert(nodes.into()).unwrap()
 }
 
 fn leads(graph: &Graph, drive: &str) -> String {

@@ -7,7 +7,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::events;
-use crate::graph::{Behaviour, Graph, NewDrive, Node, NodeName, Opened};
+use crate::graph::{Behaviour, Graph, NewDrive, Node, NodeName};
 use crate::protocols::memory::{Fault, Memory, OpKind};
 
 const SIZE: u64 = 1 << 20;
@@ -44,9 +44,7 @@ impl Bench {
             ..Behaviour::default()
         };
         let node = Node::new(name, memory.clone(), behaviour, Vec::new());
-        let opened = Opened {
-            nodes: vec![node.clone()],
-        };
+        let opened = vec![node.clone()].into();
         self.graph.insert(opened).unwrap();
         let drive = NewDrive {
             policy,

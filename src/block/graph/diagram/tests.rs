@@ -1,6 +1,6 @@
 //! What is done to layers follows from what is done to the nodes on them.
 
-use super::super::{Behaviour, Graph, NewDrive, NodeName, Opened};
+use super::super::{Behaviour, Graph, NewDrive, NodeName};
 use super::*;
 use crate::formats::raw::Raw;
 use crate::protocols::memory::Memory;
@@ -25,7 +25,7 @@ fn access(writes: bool, shares_writes: bool) -> Access {
 
 fn insert(graph: &mut Graph, node: &Arc<Node>) {
     let nodes = vec![node.clone()];
-    graph.insert(Opened { nodes }).unwrap();
+    graph.insert(nodes.into()).unwrap();
 }
 
 /// `user name used permissions shared`, a letter for each permission.

@@ -15,7 +15,7 @@ use crate::driver::{
 };
 use crate::error::Result;
 use crate::formats::raw::Raw;
-use crate::graph::{Access, Behaviour, Graph, Link, NodeName, Opened, User, quiesce_all};
+use crate::graph::{Access, Behaviour, Graph, Link, NodeName, User, quiesce_all};
 use crate::io::Data;
 
 const SHORT: Duration = Duration::from_millis(20);
@@ -145,7 +145,7 @@ fn raw(text: &str, below: &Arc<Node>) -> Arc<Node> {
 
 fn insert(graph: &mut Graph, node: &Arc<Node>) {
     let nodes = vec![node.clone()];
-    graph.insert(Opened { nodes }).unwrap();
+    graph.insert(nodes.into()).unwrap();
 }
 
 /// Clients that write to places of their own and read them back, until told to stop.

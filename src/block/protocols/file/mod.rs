@@ -5,6 +5,7 @@
 //! * `reopen`: the same file, opened otherwise
 //! * `zero`: zeroes and discards by the cheapest means that the file system has
 
+mod claims;
 mod extents;
 mod locks;
 mod reopen;
@@ -14,16 +15,15 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
-use arc_swap::ArcSwap;
-
 use crate::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, Preallocation, ReopenOptions, Reopening,
-    RequestLimits, Requests, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Child, Claims, Driver, DriverInfo, Need, Preallocation, ReopenOptions,
+    Reopening, RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Data, FileIdentity, FileKind, HostFile, IoContext, OpenMode};
 use crate::open::{Aio, CacheMode, FileOptions};
 
+use claims::Holding;
 use extents::{Change, Extents};
 use zero::ZeroSupport;
 
@@ -32,7 +32,7 @@ use zero::ZeroSupport;
 pub struct FileAccess {
     /// Only for reading.
     pub read_only: bool,
-    /// Only for reading if it cannot be opened for writing.
+    /// Open for writing only while somebody writes.
     pub auto_read_only: bool,
     /// `direct` and `no_flush` are the file's part of it; `writethrough` is the node's.
     pub cache: CacheMode,
@@ -41,10 +41,9 @@ pub struct FileAccess {
 /// An open file.
 #[derive(Debug)]
 pub struct File {
-    /// How it is open at present. Changed while no request is under way.
-    open: Arc<ArcSwap<Open>>,
-    options: FileOptions,
-    /// Kept here so that every request need not ask the kernel. Nobody else changes it: the file is locked.
+    /// How it is open at present, and for whom.
+    holding: Arc<Holding>,
+    /// Kept here so that every request need not ask the kernel. Nobody else changes it while it is used: the file is locked.
     size: AtomicU64,
     extents: Extents,
     zero: ZeroSupport,
@@ -56,15 +55,49 @@ pub struct File {
 /// How a file is open.
 #[derive(Debug)]
 struct Open {
+    /// Where requests go.
     host: HostFile,
+    /// The file as it is open while nobody writes, if that is another handle. It has the locks then.
+    reading: Option<Arc<Open>>,
     read_only: bool,
+    /// `host` is for reading, unless somebody writes.
+    auto: bool,
     no_flush: bool,
     direct: bool,
 }
 
+impl Open {
+    /// The handle that has the locks.
+    fn locked(&self) -> &Open {
+        self.reading.as_deref().unwrap_or(self)
+    }
+
+    /// Whether it takes another handle to write.
+    fn opens_for_writing(&self) -> bool {
+        self.auto && !self.read_only && self.reading.is_none()
+    }
+}
+
 impl File {
-    /// Opens and locks the file. It must exist.
+    /// Opens the file, which must exist, and locks it for as long as it is open.
     pub async fn open(
+        context: &IoContext,
+        options: &FileOptions,
+        access: FileAccess,
+    ) -> Result<Self> {
+        let file = File::open_unused(context, options, access).await?;
+        let need = match file.is_read_only() {
+            true => Need::Reads,
+            false => Need::Writes,
+        };
+        let claim = file.claim(need).await?;
+        file.set_need(need);
+        drop(claim);
+        Ok(file)
+    }
+
+    /// Opens the file, which must exist, with no locks: for whoever claims what he needs.
+    pub async fn open_unused(
         context: &IoContext,
         options: &FileOptions,
         access: FileAccess,
@@ -76,20 +109,13 @@ impl File {
                 "The 'file' block driver requires a file name",
             ));
         }
-        let (host, writable) = open_host(context, options, access).await?;
-        locks::acquire(&host, filename, writable, options.locking)?;
-        let size = host
+        let open = open_host(context, options, access).await?;
+        let size = open
+            .host
             .size()
             .map_err(|e| Error::io(format!("Could not get the size of '{filename}'"), &e))?;
-        let open = Open {
-            host,
-            read_only: !writable,
-            no_flush: access.cache.no_flush,
-            direct: access.cache.direct,
-        };
         Ok(File {
-            open: Arc::new(ArcSwap::from_pointee(open)),
-            options: options.clone(),
+            holding: Holding::new(open, options.clone()),
             size: AtomicU64::new(size),
             extents: Extents::default(),
             zero: ZeroSupport::default(),
@@ -99,15 +125,15 @@ impl File {
 
     /// Whether it was opened for reading only; with `auto_read_only` only the attempt tells.
     pub fn is_read_only(&self) -> bool {
-        self.open.load().read_only
+        self.holding.open.load().read_only
     }
 
     fn present(&self) -> Arc<Open> {
-        self.open.load_full()
+        self.holding.open.load_full()
     }
 
     fn filename(&self) -> &str {
-        &self.options.filename
+        &self.holding.options.filename
     }
 
     fn failed<'a>(&'a self, action: &'a str) -> impl Fn(io::Error) -> Error + 'a {
@@ -132,7 +158,8 @@ impl File {
     }
 
     fn check_writable(&self) -> Result<()> {
-        if self.is_read_only() {
+        let open = self.holding.open.load();
+        if open.read_only || open.opens_for_writing() {
             return Err(Error::new(
                 ErrorKind::ReadOnly,
                 format!("'{}' is open for reading only", self.filename()),
@@ -244,36 +271,27 @@ impl File {
     }
 }
 
-async fn open_host(
-    context: &IoContext,
-    options: &FileOptions,
-    access: FileAccess,
-) -> Result<(HostFile, bool)> {
+async fn open_host(context: &IoContext, options: &FileOptions, access: FileAccess) -> Result<Open> {
+    let FileAccess {
+        read_only,
+        auto_read_only: auto,
+        cache,
+    } = access;
     let mode = OpenMode {
-        writable: !access.read_only,
-        direct: access.cache.direct,
+        writable: !read_only && !auto,
+        direct: cache.direct,
         ring: options.aio == Aio::IoUring,
     };
-    let first = HostFile::open(context, &options.filename, mode).await;
-    let opened = match first {
-        Err(error) if access.auto_read_only && mode.writable && forbids_writing(&error) => {
-            let mode = OpenMode {
-                writable: false,
-                ..mode
-            };
-            let opened = HostFile::open(context, &options.filename, mode).await;
-            opened.map(|host| (host, false))
-        }
-        first => first.map(|host| (host, mode.writable)),
-    };
-    opened.map_err(|error| open_error(&options.filename, mode.direct, &error))
-}
-
-fn forbids_writing(error: &io::Error) -> bool {
-    matches!(
-        error.raw_os_error(),
-        Some(libc::EACCES | libc::EPERM | libc::EROFS)
-    )
+    let host = HostFile::open(context, &options.filename, mode).await;
+    let host = host.map_err(|error| open_error(&options.filename, mode.direct, &error))?;
+    Ok(Open {
+        host,
+        reading: None,
+        read_only,
+        auto,
+        no_flush: cache.no_flush,
+        direct: cache.direct,
+    })
 }
 
 fn open_error(filename: &str, direct: bool, error: &io::Error) -> Error {
@@ -310,7 +328,7 @@ impl Requests for File {
     }
 
     fn limits(&self) -> RequestLimits {
-        let open = self.open.load();
+        let open = self.holding.open.load();
         RequestLimits {
             alignment: open.host.alignment(),
             preferred: open.host.alignment().max(4096),
@@ -353,7 +371,7 @@ impl Driver for File {
     }
 
     fn info(&self) -> DriverInfo {
-        let open = self.open.load();
+        let open = self.holding.open.load();
         DriverInfo {
             driver: match open.host.kind() {
                 FileKind::Regular => "file",
@@ -363,6 +381,10 @@ impl Driver for File {
             actual_size: open.host.allocated().ok(),
             ..DriverInfo::default()
         }
+    }
+
+    fn claims(&self) -> Option<&dyn Claims> {
+        Some(self)
     }
 
     fn children(&self) -> Vec<(&'static str, Child)> {
@@ -376,7 +398,7 @@ impl Driver for File {
                 false => self.do_flush().await,
             };
             // Now, and not with the last handle: the next to open the image need not wait for that.
-            locks::release(&self.present().host);
+            self.holding.close();
             flushed
         })
     }

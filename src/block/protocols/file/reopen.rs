@@ -3,36 +3,30 @@
 //! A second handle is opened beside the first, by way of the first, so that it is the same file whatever has become of the name. Both
 //! are locked until one is given up: no moment is left in which another program could take the file.
 
-use std::io;
 use std::sync::Arc;
 
-use arc_swap::ArcSwap;
+use tokio::sync::OwnedMutexGuard;
 
+use super::claims::Holding;
 use super::{File, Open, locks, open_error};
-use crate::driver::{ReopenOptions, Reopening};
+use crate::driver::{Need, ReopenOptions, Reopening};
 use crate::error::Result;
 use crate::io::OpenMode;
 use crate::open::Aio;
 
 /// A second handle. Dropped, it is closed, and its locks go with it.
 pub(super) struct Reopened {
-    place: Arc<ArcSwap<Open>>,
-    handle: Open,
-    /// What a writer must lock, found free by the first handle.
-    more: locks::More,
+    holding: Arc<Holding>,
+    open: Open,
+    /// What it is locked for.
+    level: Need,
+    /// Nobody claims more meanwhile.
+    _alone: OwnedMutexGuard<()>,
 }
 
 impl Reopening for Reopened {
     fn commit(self: Box<Self>) {
-        let Reopened {
-            place,
-            handle,
-            more,
-        } = *self;
-        let old = place.swap(Arc::new(handle));
-        drop(more);
-        // Now, and not when the last request that uses it has ended.
-        locks::release(&old.host);
+        self.holding.replace(self.open, self.level);
     }
 }
 
@@ -45,34 +39,38 @@ impl File {
             settings: _,
             file: _,
         } = options;
+        let alone = self.holding.changing.clone().lock_owned().await;
         let old = self.present();
         if read_only && !old.read_only {
             // What has been written by this handle is not lost with an error that only this handle is told.
             self.do_flush().await?;
         }
         let mode = OpenMode {
-            writable: !read_only,
+            writable: !read_only && !old.auto,
             direct,
-            ring: self.options.aio == Aio::IoUring,
+            ring: self.holding.options.aio == Aio::IoUring,
         };
         let opened = old.host.reopen(mode).await;
-        let opened = opened.map_err(|error: io::Error| open_error(self.filename(), direct, &error));
-        let handle = Open {
+        let opened = opened.map_err(|error| open_error(self.filename(), direct, &error));
+        let mut open = Open {
             host: opened?,
+            reading: None,
             read_only,
+            auto: old.auto,
             no_flush,
             direct,
         };
         // Where nobody is in the way of the first handle, nobody is in that of the second, which could not tell the first from others.
-        let more = match read_only {
-            true => locks::More::none(&old),
-            false => locks::More::acquire(&old, &self.options)?,
-        };
-        locks::acquire_again(&handle.host, !read_only, &self.options)?;
+        let level = self.holding.level();
+        locks::acquire_again(&open.host, level, &self.holding.options)?;
+        if level == Need::Writes && open.opens_for_writing() {
+            open = self.open_for_writing(&Arc::new(open)).await?;
+        }
         Ok(Reopened {
-            place: self.open.clone(),
-            handle,
-            more,
+            holding: self.holding.clone(),
+            open,
+            level,
+            _alone: alone,
         })
     }
 }

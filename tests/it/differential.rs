@@ -167,6 +167,7 @@ const SESSIONS: &[&str] = &[
     "job-verbs",
     "job-groups",
     "create-jobs",
+    "job-errors",
 ];
 
 /// Sessions with drives.

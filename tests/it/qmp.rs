@@ -155,3 +155,13 @@ fn drive_backup() {
 fn drive_commands() {
     transcript("drive-commands");
 }
+
+#[test]
+fn job_errors() {
+    transcript("job-errors");
+}
+
+#[test]
+fn jobs_here() {
+    transcript("jobs-here");
+}

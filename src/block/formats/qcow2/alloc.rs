@@ -419,7 +419,7 @@ impl Allocator {
         if end > limit >> self.g.cluster_bits() {
             return Err(Error::new(
                 ErrorKind::NoSpace,
-                "The image has no host clusters left",
+                "The image has no host clusters left: No space left on device",
             ));
         }
         Ok(())

@@ -417,7 +417,8 @@ impl Machine {
         (operation, action): (Operation, ErrorAction),
         reason: IoStatus,
     ) {
-        if !self.jobs.contains_key(&key) {
+        // One that was cancelled ends, whatever else fails.
+        if self.jobs.get(&key).is_none_or(|job| job.cancelled) {
             return;
         }
         self.tell(key, Notice::Error(operation, action));
@@ -533,8 +534,9 @@ impl Machine {
                 self.advance(group);
             }
             _ => {
-                self.let_go(key);
+                // Before it may go on: it would try once more what has failed.
                 self.effects.push(Effect::Cancel(key, Cancel::Force));
+                self.let_go(key);
             }
         }
     }

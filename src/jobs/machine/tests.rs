@@ -254,15 +254,17 @@ fn what_cannot_be_prepared_is_aborted_with_its_group() {
 }
 
 #[test]
-fn a_paused_job_is_resumed_before_it_is_cancelled() {
+fn a_paused_job_that_is_cancelled_does_not_try_again() {
     let (mut machine, key) = in_state(Status::Paused);
     machine.cancel(key, Cancel::Force).unwrap();
     assert_eq!(
         log(&mut machine),
-        ["j running", "resume j", "cancel j Force"]
+        ["cancel j Force", "j running", "resume j"]
     );
-    // The report of a pause that was taken back.
+    // The report of a pause that was taken back, and an error that came too late.
     machine.paused(key, 1);
+    let stop = (Operation::Read, ErrorAction::Stop);
+    machine.io_error(key, stop, IoStatus::Failed);
     machine.ran(key, Err("whatever".to_owned()));
     machine.finished(key);
     let end = ["j aborting", "abort j", "j CANCELLED", "j concluded"];

@@ -39,7 +39,7 @@ pub(super) struct Changing<'a> {
 }
 
 impl Extents {
-    /// Forgets what the request makes wrong, now and again when the answer is dropped.
+    /// Forgets what the request makes wrong, and what lies in front of that, now and again when the answer is dropped.
     pub(super) fn change(&self, change: Change, range: Range<u64>) -> Changing<'_> {
         self.forget(change, &range);
         Changing {
@@ -72,13 +72,20 @@ impl Extents {
         let mut state = self.state();
         state.generation += 1;
         // Writing to data and freeing holes changes nothing.
-        let stale = state.last.is_some_and(|last| {
+        let stale = |last: &Extent| {
             last.data == (change == Change::Freed)
                 && last.start < range.end
                 && range.start < last.end
-        });
-        if stale {
-            state.last = None;
+        };
+        let Some(last) = state.last.take_if(|last| stale(last)) else {
+            return;
+        };
+        // What lies behind is asked for next, where somebody goes through the file and fills it.
+        if range.end < last.end {
+            state.last = Some(Extent {
+                start: range.end,
+                ..last
+            });
         }
     }
 

@@ -430,7 +430,10 @@ fn trailing(compression: CompressionType) -> Vec<u8> {
 /// Drops what `file` holds, and makes it large enough.
 async fn clear(file: &Child, layout: &Layout, options: &CreateOptions) -> Result<()> {
     if file.limits().growable {
-        file.resize(0, Preallocation::Off).await?;
+        // What was cut off even once is written out when it is closed, by ext4: whoever closes it would wait for that.
+        if file.size() > 0 {
+            file.resize(0, Preallocation::Off).await?;
+        }
         // Data elsewhere take their space there.
         let preallocation = match layout.data_outside {
             true => Preallocation::Off,

@@ -43,6 +43,7 @@ class Qmp:
                     raise
                 time.sleep(0.02)
         self.reader = self.socket.makefile("rb")
+        self.events = []
         self.reader.readline()
         self.run("qmp_capabilities")
 
@@ -57,6 +58,12 @@ class Qmp:
                 return reply["return"]
             if "error" in reply:
                 raise RuntimeError(f"{command}: {reply['error']}")
+            self.events.append(reply)
+
+    def wait_for(self, event, wanted):
+        """Waits for an event whose data are as wanted, unless it has come already."""
+        while not any(seen["event"] == event and wanted(seen["data"]) for seen in self.events):
+            self.events.append(json.loads(self.reader.readline()))
 
 
 @contextlib.contextmanager
@@ -386,17 +393,25 @@ def bench_qmp(args, directory):
     table("QMP, commands per second", [("query-version, one client", figures)], "higher")
 
 
-def copied_with(program, image, target, target_format, directory):
-    """Seconds that blockdev-backup takes until its job is concluded."""
-    with daemon(program, image, directory) as (qmp, _, _):
+def copied_with(program, image, to, durable):
+    """Seconds that blockdev-backup takes until its job is concluded, `to` being (format, target).
+
+    The job of qblockd makes the target durable, unless that is told not to flush; that of QSD does not.
+    """
+    target_format, target = to
+    with daemon(program, image, os.path.dirname(target)) as (qmp, _, _):
         subprocess.run(["qemu-img", "create", "-q", "-f", target_format, target, "4G"], check=True)
+        cache = {"no-flush": not durable}
         qmp.run("blockdev-add", **{
-            "driver": target_format, "node-name": "target", "file": {"driver": "file", "filename": target},
+            "driver": target_format, "node-name": "target", "cache": cache,
+            "file": {"driver": "file", "filename": target, "cache": cache},
         })
+        qmp.events.clear()
         start = time.monotonic()
         qmp.run("blockdev-backup", device="disk", target="target", sync="full", job_id="job", auto_dismiss=False)
-        while qmp.run("query-jobs")[0]["status"] != "concluded":
-            time.sleep(0.005)
+        qmp.wait_for("JOB_STATUS_CHANGE", lambda data: data["status"] == "concluded")
+        if durable and program == "QSD":
+            write_out(target)
         seconds = time.monotonic() - start
         job = qmp.run("query-jobs")[0]
         if "error" in job:
@@ -405,55 +420,73 @@ def copied_with(program, image, target, target_format, directory):
         return seconds
 
 
-def copied_by(command, *files):
+def copied_by(command, image, target, durable):
+    """Seconds that a program takes, with the writing back of the target if that is wanted."""
     start = time.monotonic()
-    subprocess.run([*command, *files], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, image, target], check=True, stdout=subprocess.DEVNULL)
+    if durable:
+        write_out(target)
     return time.monotonic() - start
 
 
+def backup_source(image, piece):
+    """A disk of 4 GiB with noise at the beginning of each MiB of its first half."""
+    raw = image + ".raw"
+    with open(raw, "wb") as file:
+        file.truncate(4 << 30)
+        for index in range(2048):
+            file.seek(index << 20)
+            file.write(os.urandom(piece))
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, image], check=True)
+    os.unlink(raw)
+    write_out(image)
+
+
+def read_in(image):
+    """Has all of an image in the page cache."""
+    with open(image, "rb") as file:
+        while file.read(1 << 20):
+            pass
+
+
 def bench_backup(args, directory):
-    """2 GiB of noise in a disk of 4 GiB, and a sparse disk, copied by a job and by programs that need the disk alone."""
+    """2 GiB of noise in a disk of 4 GiB, and a sparse disk, copied by a job and by programs that need the disk alone.
+
+    Done against done, where nobody has made anything durable, and durable against durable. The source is in the page cache, the target
+    is new. One after another, again and again.
+    """
     source, target = os.path.join(directory, "source.qcow2"), os.path.join(directory, "target")
-    rows, peers = [], []
     for content, piece in (("2 GiB of noise", 1 << 20), ("64 KiB of noise in each of 2048 MiB", 64 << 10)):
-        raw = os.path.join(directory, "source.raw")
-        with open(raw, "wb") as file:
-            file.truncate(4 << 30)
-            for index in range(2048):
-                file.seek(index << 20)
-                file.write(os.urandom(piece))
-        subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, source], check=True)
-        os.unlink(raw)
-        write_out(source)
-        figures = {}
-        for _ in range(args.rounds):
-            ways = [("cp and sync", lambda: copied_by(["sh", "-c", 'cp "$0" "$1" && sync -d "$1"'], source, target))]
-            ways.append(("cp", lambda: copied_by(["cp"], source, target)))
-            for target_format in ("qcow2", "raw"):
-                convert = ["qemu-img", "convert", "-O", target_format]
-                ways.append((f"qemu-img convert to {target_format}", lambda c=convert: copied_by(c, source, target)))
+        backup_source(source, piece)
+        for durable in (False, True):
+            ways = {"cp": lambda: copied_by(["cp"], source, target, durable)}
+            for to in ("qcow2", "raw"):
+                convert = ["qemu-img", "convert", "-O", to]
+                ways[f"qemu-img convert to {to}"] = lambda c=convert: copied_by(c, source, target, durable)
                 for program in PROGRAMS:
-                    ways.append((
-                        f"{program} to {target_format}",
-                        lambda p=program, f=target_format: copied_with(p, source, target, f, directory),
-                    ))
-            for name, way in ways:
-                with contextlib.suppress(FileNotFoundError):
+                    ways[f"{program} to {to}"] = lambda p=program, t=(to, target): copied_with(p, source, t, durable)
+            figures = {name: [] for name in ways}
+            for _ in range(args.rounds):
+                for name, way in ways.items():
+                    read_in(source)
+                    figures[name].append(way())
                     os.unlink(target)
-                figures.setdefault(name, []).append(way())
-        for target_format in ("qcow2", "raw"):
-            rows.append((
-                f"{content}, to {target_format}",
-                {program: figures[f"{program} to {target_format}"] for program in PROGRAMS},
-            ))
-        for name in ("cp", "cp and sync", "qemu-img convert to qcow2", "qemu-img convert to raw"):
-            peers.append((f"{name}: {content}", statistics.median(figures[name])))
+            title = "durable" if durable else "done, not durable"
+            print(f"\n## Copies, {content}: {title}, seconds (median, shortest)\n")
+            backup_table(figures)
         os.unlink(source)
-        os.unlink(target)
-    table("blockdev-backup, seconds", rows, "lower")
-    print("\n| beside it | seconds |\n|---|---|")
-    for name, seconds in peers:
-        print(f"| {name} | {seconds:.3f} |", flush=True)
+
+
+def backup_table(figures):
+    others = ("QSD to {}", "cp", "qemu-img convert to {}")
+    titles = [name.format("the same") for name in others]
+    print("| to | qblockd | " + " | ".join(titles) + " | QSD / qblockd | qblockd / cp |\n|" + "---|" * 7)
+    for to in ("qcow2", "raw"):
+        columns = [figures[name.format(to)] for name in ("qblockd to {}", *others)]
+        medians = [statistics.median(column) for column in columns]
+        cells = [f"{median:.3f}, {min(column):.3f}" for median, column in zip(medians, columns)]
+        ours, qsd, cp = medians[:3]
+        print(f"| {to} | " + " | ".join(cells) + f" | {qsd / ours:.2f}x | {ours / cp:.2f}x |", flush=True)
 
 
 def bench_slow_target(args, directory):

@@ -180,6 +180,15 @@ pub const QCOW2_MAX_HOST_OFFSET: u64 = 1 << 56;
 /// Threads of the pool for blocking calls, as many as QEMU's: more only queue up in the kernel.
 pub const MAX_POOL_THREADS: usize = 64;
 
+/// Sizes in bytes of the buffers that are kept for later reads: smaller ones the allocator keeps by itself, larger ones are rare.
+pub const MIN_SPARE_BUFFER: usize = 128 << 10;
+
+/// See [`MIN_SPARE_BUFFER`].
+pub const MAX_SPARE_BUFFER: usize = COPY_CHUNK as usize;
+
+/// How much memory is kept for later reads, in bytes: what the workers of a copy have at once where nothing is slow, twice.
+pub const MAX_SPARE_BYTES: usize = 8 << 20;
+
 /// The longest write that is run on the thread that asks for it: copying it takes about ten microseconds, as long as the
 /// hand-off to another thread would.
 pub const MAX_INLINE_WRITE: u64 = 64 << 10;
@@ -187,6 +196,13 @@ pub const MAX_INLINE_WRITE: u64 = 64 << 10;
 /// A write on the thread that asked for it that takes longer has waited for the disk, or its thread for a processor:
 /// the copy alone takes a fiftieth.
 pub const SLOW_INLINE_WRITE: Duration = Duration::from_micros(500);
+
+/// The longest write that is run on the thread that asks for it, where that copies disks: a request of a copy.
+pub const MAX_INLINE_COPY: u64 = COPY_CHUNK;
+
+/// The same for a thread that copies disks: ten times what copying [`MAX_INLINE_COPY`] takes, in turn with another thread that does it
+/// to the same file. Nobody waits for a single request there.
+pub const SLOW_INLINE_COPY: Duration = Duration::from_millis(5);
 
 /// After a slow write the file's next ones go to the engine for so many times what it took: threads that serve guests
 /// are held up for a thirtieth of the time at most, however long the disk is overloaded.
@@ -217,6 +233,14 @@ pub const COPY_MAX_CLUSTER: u64 = 32 << 20;
 
 /// Copies: bytes per request.
 pub const COPY_CHUNK: u64 = 1 << 20;
+
+/// Copies: bytes per request while requests take no longer than copying their bytes in memory does. What is read is still in the cache
+/// of one processor when it is written: 2 GiB in 0.41 s of processor time, 0.5 with [`COPY_CHUNK`].
+pub const COPY_QUICK_CHUNK: u64 = 256 << 10;
+
+/// Copies: pieces of a scattered disk that a worker takes on at once while nothing is slow: workers that ask for each piece wait for
+/// each other. Fewer where they have [`COPY_QUICK_CHUNK`] bytes of data.
+pub const COPY_QUICK_PIECES: usize = 16;
 
 /// Copies: requests at once. QEMU's default.
 pub const COPY_WORKERS: u32 = 64;

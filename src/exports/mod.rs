@@ -4,12 +4,8 @@
 //! gives it the node, and gets data back: a list of exports for queries, and an event when an export is gone.
 //!
 //! * [`nbd`]: the Network Block Device protocol over unix and TCP sockets
-//! * [`IoThreads`]: the threads that serve clients, apart from control work
 
 pub mod nbd;
-mod threads;
-
-pub use threads::IoThreads;
 
 /// What queries show of an export.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -16,6 +16,7 @@ use block::copy::{Copier, CopyHooks, OnCopyError, Progress, Side, SyncMode};
 use block::driver::BoxFuture;
 use block::error::{Error, Result};
 use block::graph::{Edge, Graph, Node, OnError, Quiesced, Removed};
+use block::io::{IoThreads, Seat};
 use tokio::sync::Mutex;
 
 use super::context::{JobContext, Operation};
@@ -34,6 +35,8 @@ pub struct Backup {
     pub on_source_error: OnError,
     /// What to do about errors of the target.
     pub on_target_error: OnError,
+    /// Where it copies.
+    pub threads: IoThreads,
 }
 
 /// What a backup gives back to the graph.
@@ -87,6 +90,7 @@ impl JobDriver for Backup {
                 cx: cx.clone(),
                 on_source_error: self.on_source_error,
                 on_target_error: self.on_target_error,
+                threads: self.threads.clone(),
                 turn: Mutex::default(),
                 has_failed: AtomicBool::new(false),
                 answered: AtomicU64::new(0),
@@ -119,6 +123,7 @@ struct Hooks {
     cx: JobContext,
     on_source_error: OnError,
     on_target_error: OnError,
+    threads: IoThreads,
     /// Workers that fail at the same time ask one after another.
     turn: Mutex<()>,
     /// An error was answered with the end of the job.
@@ -163,6 +168,11 @@ impl CopyHooks for Hooks {
 
     fn finished(&self) {
         self.cx.end();
+    }
+
+    fn seat(&self) -> Option<Seat> {
+        let failed = |error| log::warn!("a backup has no thread of its own: {error}");
+        self.threads.seat().map_err(failed).ok()
     }
 
     fn progress(&self, progress: Progress) {

@@ -6,6 +6,7 @@ use std::time::UNIX_EPOCH;
 
 use block::error::{Error, ErrorKind, Result};
 use block::graph::{ErrorAction, IoStatus};
+use block::io::{InlineThread, IoThreads};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
@@ -120,6 +121,7 @@ pub struct Jobs {
     handles: HashMap<JobKey, Handle>,
     reports: mpsc::UnboundedSender<JobReport>,
     graph: Arc<dyn GraphAccess>,
+    threads: IoThreads,
     events: Vec<JobEvent>,
 }
 
@@ -132,6 +134,7 @@ impl Jobs {
             handles: HashMap::new(),
             reports,
             graph,
+            threads: IoThreads::for_this_machine("copy", InlineThread::Copies),
             events: Vec::new(),
         }
     }
@@ -139,6 +142,11 @@ impl Jobs {
     /// How the work of a job reaches the graph.
     pub fn graph(&self) -> Arc<dyn GraphAccess> {
         self.graph.clone()
+    }
+
+    /// Where the work of jobs that copy much is done.
+    pub fn threads(&self) -> IoThreads {
+        self.threads.clone()
     }
 
     /// What clients are to be told since the last call.

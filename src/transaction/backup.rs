@@ -463,14 +463,21 @@ impl Action for BackupAction {
             else {
                 return;
             };
-            let backup = Backup {
-                copier,
-                sync: self.options.sync,
-                end,
-                on_source_error: self.options.on_source_error,
-                on_target_error: self.options.on_target_error,
-            };
+            let BackupOptions {
+                sync,
+                on_source_error,
+                on_target_error,
+                ..
+            } = self.options;
             let started = cx.commit(move |control| {
+                let backup = Backup {
+                    copier,
+                    sync,
+                    end,
+                    on_source_error,
+                    on_target_error,
+                    threads: control.jobs.threads(),
+                };
                 control.jobs.start(job, Box::new(backup));
                 Ok(())
             });

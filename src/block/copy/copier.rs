@@ -5,6 +5,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use tokio::runtime::Handle;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -12,7 +13,7 @@ use tokio::time::Instant;
 use super::before::BeforeChange;
 use super::crew::Crew;
 use super::map::{Claim, Map};
-use super::plan::{Piece, Plan};
+use super::plan::{AtOnce, Piece, Plan};
 use super::shared::{Kept, Mode, Shared};
 use super::{CopyHooks, CopyOptions, OnCopyError, PointInTime, Progress, Side, Source, SyncMode};
 use crate::driver::Requests;
@@ -20,7 +21,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::io::Data;
 use crate::limits::{
     COPY_BACKGROUND_BYTES, COPY_CHUNK, COPY_CLUSTER, COPY_FLUSH_BYTES, COPY_MAX_CLUSTER,
-    COPY_RETRY_PAUSE,
+    COPY_QUICK_CHUNK, COPY_QUICK_PIECES, COPY_RETRY_PAUSE,
 };
 
 /// A copy of a disk.
@@ -261,8 +262,15 @@ impl Run {
         let mut ended = false;
         loop {
             while !ended && self.crew.join() {
-                let run = self.clone();
-                workers.spawn(async move { run.work().await });
+                let (run, seat) = (self.clone(), self.hooks.seat());
+                let thread = seat
+                    .as_ref()
+                    .map_or_else(Handle::current, |seat| seat.handle().clone());
+                let work = async move {
+                    let _seat = seat;
+                    run.work().await
+                };
+                workers.spawn_on(work, &thread);
             }
             tokio::select! {
                 worker = workers.join_next() => match worker {
@@ -276,30 +284,51 @@ impl Run {
 
     async fn work(&self) -> Shift {
         loop {
-            let next = {
+            let pieces = {
                 let mut plan = self.plan.lock().await;
-                self.shared.next_piece(&mut plan, self.chunk).await
+                let at_once = self.at_once();
+                self.shared.next_pieces(&mut plan, at_once).await
             };
-            let Some(piece) = next else {
+            if pieces.is_empty() {
                 return Shift::Done;
-            };
-            let bytes = piece.bytes.end - piece.bytes.start;
-            let mut turn = Turn::new(&*self.hooks);
-            turn.work(if piece.zero { 0 } else { bytes }).await;
-            // While the copy is paused guests' old content may take as long as that: nobody is at work who waits for it.
-            while self.is_behind() {
-                turn.rest();
-                self.after_guests().await;
-                turn.work(0).await;
             }
-            match piece.zero {
-                true => self.copy_zeroes(&mut turn, piece).await,
-                false => self.copy_data(&mut turn, piece).await,
+            for piece in pieces {
+                self.copy(piece).await;
             }
-            drop(turn);
             if self.crew.leave() {
                 return Shift::Left;
             }
+        }
+    }
+
+    async fn copy(&self, piece: Piece) {
+        let bytes = piece.bytes.end - piece.bytes.start;
+        let mut turn = Turn::new(&*self.hooks);
+        turn.work(if piece.zero { 0 } else { bytes }).await;
+        // While the copy is paused guests' old content may take as long as that: nobody is at work who waits for it.
+        while self.is_behind() {
+            turn.rest();
+            self.after_guests().await;
+            turn.work(0).await;
+        }
+        match piece.zero {
+            true => self.copy_zeroes(&mut turn, piece).await,
+            false => self.copy_data(&mut turn, piece).await,
+        }
+    }
+
+    /// What a worker takes on at once as long as it is as it is.
+    fn at_once(&self) -> AtOnce {
+        let cluster = self.shared.map.cluster_size();
+        match self.crew.is_quick() {
+            true => AtOnce {
+                bytes: self.chunk.min(COPY_QUICK_CHUNK.max(cluster)),
+                pieces: COPY_QUICK_PIECES,
+            },
+            false => AtOnce {
+                bytes: self.chunk,
+                pieces: 1,
+            },
         }
     }
 

@@ -24,9 +24,36 @@ pub(super) struct Plan {
     known: Option<(Range<u64>, bool)>,
 }
 
+/// What a worker takes on at once.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct AtOnce {
+    /// Bytes of a piece, and of data in all pieces together.
+    pub(super) bytes: u64,
+    /// How many pieces.
+    pub(super) pieces: usize,
+}
+
 impl Shared {
-    /// The next piece; `None` when all is taken or the copy has failed.
-    pub(super) async fn next_piece(&self, plan: &mut Plan, chunk: u64) -> Option<Piece> {
+    /// The next pieces; none when all is taken or the copy has failed.
+    pub(super) async fn next_pieces(&self, plan: &mut Plan, at_once: AtOnce) -> Vec<Piece> {
+        let Some(first) = self.next_pending(plan).await else {
+            return Vec::new();
+        };
+        let mut pieces = Vec::with_capacity(1);
+        let (mut next, mut data) = (Some(first), 0);
+        while let Some(at) = next.filter(|_| data < at_once.bytes && pieces.len() < at_once.pieces)
+        {
+            let piece = self.piece_at(plan, at, at_once.bytes).await;
+            data += if piece.zero { 0 } else { piece.bytes.end - at };
+            plan.at = piece.bytes.end;
+            pieces.push(piece);
+            next = self.map.next_pending(plan.at);
+        }
+        pieces
+    }
+
+    /// Where something is pending, once it is certain whether anything is.
+    async fn next_pending(&self, plan: &mut Plan) -> Option<u64> {
         loop {
             let mut ended = pin!(self.map.ended());
             ended.as_mut().enable();
@@ -34,9 +61,7 @@ impl Shared {
                 return None;
             }
             if let Some(at) = self.map.next_pending(plan.at) {
-                let piece = self.piece_at(plan, at, chunk).await;
-                plan.at = piece.bytes.end;
-                return Some(piece);
+                return Some(at);
             }
             // Once more from the front, for what was given up; it may be that all the rest is being read.
             if self.map.next_pending(0).is_none() {

@@ -3,8 +3,11 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::io;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use bytes::Bytes;
+
+use super::spares::Spares;
 
 /// What every allocator aligns to anyway: up to here a plain vector does.
 const NATURAL_ALIGNMENT: usize = 8;
@@ -20,10 +23,19 @@ pub(crate) struct Buffer {
 
 enum Memory {
     Plain(Vec<u8>),
-    Aligned(Aligned),
+    Aligned(Lent),
 }
 
-struct Aligned {
+/// Aligned memory, and where it goes in the end.
+struct Lent {
+    /// `None` only while it is dropped.
+    memory: Option<Aligned>,
+    spares: Option<Arc<Spares>>,
+}
+
+/// Memory with an alignment of its own. Its content is not initialised.
+#[derive(Debug)]
+pub(super) struct Aligned {
     start: NonNull<u8>,
     layout: Layout,
 }
@@ -42,13 +54,29 @@ impl Buffer {
             plain.try_reserve_exact(len).map_err(|_| out_of_memory())?;
             Memory::Plain(plain)
         } else {
-            Memory::Aligned(Aligned::new(len, alignment)?)
+            Memory::Aligned(Lent {
+                memory: Some(Aligned::new(len, alignment)?),
+                spares: None,
+            })
         };
         Ok(Buffer {
             memory,
             len,
             filled: 0,
         })
+    }
+
+    /// Room for `len` bytes in memory that goes back to `spares` when the last who uses it is done.
+    pub(super) fn lent(memory: Aligned, len: usize, spares: Arc<Spares>) -> Self {
+        assert!(len <= memory.len(), "the memory is too small");
+        Buffer {
+            memory: Memory::Aligned(Lent {
+                memory: Some(memory),
+                spares: Some(spares),
+            }),
+            len,
+            filled: 0,
+        }
     }
 
     /// How many bytes are still missing.
@@ -118,26 +146,49 @@ impl Buffer {
     fn start(&mut self) -> *mut u8 {
         match &mut self.memory {
             Memory::Plain(plain) => plain.as_mut_ptr(),
-            Memory::Aligned(aligned) => aligned.start.as_ptr(),
+            Memory::Aligned(lent) => lent.start(),
         }
     }
 }
 
 /// Aligned memory whose first `filled` bytes are initialised.
 struct Filled {
-    memory: Aligned,
+    memory: Lent,
     filled: usize,
 }
 
 impl AsRef<[u8]> for Filled {
     fn as_ref(&self) -> &[u8] {
         // SAFETY: the buffer's invariant: `filled` bytes from `start` are initialised, and we own them.
-        unsafe { std::slice::from_raw_parts(self.memory.start.as_ptr(), self.filled) }
+        unsafe { std::slice::from_raw_parts(self.memory.start(), self.filled) }
+    }
+}
+
+impl Lent {
+    fn start(&self) -> *mut u8 {
+        match &self.memory {
+            Some(memory) => memory.start.as_ptr(),
+            None => unreachable!("used after its end"),
+        }
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let (Some(memory), Some(spares)) = (self.memory.take(), &self.spares) {
+            spares.give_back(memory);
+        }
     }
 }
 
 impl Aligned {
-    fn new(len: usize, alignment: usize) -> io::Result<Self> {
+    /// Its size in bytes.
+    pub(super) fn len(&self) -> usize {
+        self.layout.size()
+    }
+
+    /// `len` bytes, at least one, at a multiple of `alignment`.
+    pub(super) fn new(len: usize, alignment: usize) -> io::Result<Self> {
         assert!(len > 0, "an empty buffer needs no memory");
         let layout = Layout::from_size_align(len, alignment).map_err(|_| out_of_memory())?;
         // SAFETY: the layout's size is not zero.

@@ -1,11 +1,13 @@
-//! What all files of a process share: the ring and the pool, started when first needed.
+//! What all files of a process share: the ring and the pool, started when first needed, and memory for reads.
 
 use std::io;
 use std::sync::{Arc, OnceLock};
 
+use super::buffer::Buffer;
 use super::operation::Operation;
 use super::pool::Pool;
 use super::ring::Ring;
+use super::spares::Spares;
 
 /// The engines that run what would block. Cheap to clone; the last clone to go ends the threads, after
 /// everything in flight has ended. The daemon makes one and gives it to everything that opens files.
@@ -14,6 +16,7 @@ pub struct IoContext(Arc<Engines>);
 
 struct Engines {
     pool: Pool,
+    spares: Arc<Spares>,
     /// `None` inside: the kernel refused.
     ring: OnceLock<Option<Ring>>,
 }
@@ -32,8 +35,14 @@ impl IoContext {
     pub fn new() -> Self {
         IoContext(Arc::new(Engines {
             pool: Pool::new(),
+            spares: Arc::default(),
             ring: OnceLock::new(),
         }))
+    }
+
+    /// Memory for a read of `len` bytes, at a multiple of `alignment`. `OutOfMemory` when there is none.
+    pub(crate) fn buffer(&self, len: usize, alignment: usize) -> io::Result<Buffer> {
+        self.0.spares.buffer(len, alignment)
     }
 
     /// Runs an operation and gives it back. Cancellation: it runs to its end anyway.

@@ -12,7 +12,7 @@ use super::buffer::Buffer;
 use super::context::{EngineKind, IoContext};
 use super::data::{Data, Segment};
 use super::identity::FileIdentity;
-use super::inline::InlineWrites;
+use super::inline::{self, InlineWrites};
 use super::operation::{Operation, Progress, Work};
 use super::sys::{self, LockKind};
 use crate::limits::MAX_ALIGNMENT;
@@ -135,7 +135,7 @@ impl HostFile {
         let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let mut operation = self.operation(Work::Read {
             offset,
-            buffer: Buffer::new(len, self.memory_alignment as usize)?,
+            buffer: self.context.buffer(len, self.memory_alignment as usize)?,
             alignment: self.alignment as usize,
         });
         if without_waiting(&mut operation, &self.nowait_reads)? == Progress::More {
@@ -219,6 +219,9 @@ impl HostFile {
 
     /// The extent that `offset` lies in. Where the file system cannot tell, all is data.
     pub(crate) async fn extent_at(&self, offset: u64) -> io::Result<Extent> {
+        if inline::may_wait() {
+            return find_extent(&self.file, offset);
+        }
         let file = self.file.clone();
         self.context.call(move || find_extent(&file, offset)).await
     }
@@ -265,7 +268,7 @@ impl HostFile {
         if fits {
             return Ok(data);
         }
-        let mut buffer = Buffer::new(data.len() as usize, alignment)?;
+        let mut buffer = self.context.buffer(data.len() as usize, alignment)?;
         for segment in data.segments() {
             match segment {
                 Segment::Bytes(bytes) => buffer.append(bytes),

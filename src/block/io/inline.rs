@@ -3,7 +3,8 @@
 //! A buffered write is mostly a copy of memory: less than the hand-off to another thread, which takes two wake-ups.
 //! But it may also sleep, when too much is dirty or the file system commits, and many file systems cannot tell before
 //! (`RWF_NOWAIT`). So it is tried by threads only that may be held up ([`allow_inline_writes`]), and a file that has held
-//! one up is left to the engine for a multiple of that time.
+//! one up is left to the engine for a multiple of that time. How long a write may be, and what counts as slow, depends on what the
+//! thread does.
 //!
 //! ```text
 //!             slow, or slow for an unknown reason            took * INLINE_PAUSE_FACTOR
@@ -21,18 +22,56 @@ use std::time::{Duration, Instant};
 
 use super::sys;
 use crate::limits::{
-    INLINE_PAUSE_FACTOR, INLINE_WATCH, MAX_INLINE_PAUSE, MAX_INLINE_WRITE, SLOW_INLINE_WRITE,
+    INLINE_PAUSE_FACTOR, INLINE_WATCH, MAX_INLINE_COPY, MAX_INLINE_PAUSE, MAX_INLINE_WRITE,
+    SLOW_INLINE_COPY, SLOW_INLINE_WRITE,
 };
 
 thread_local! {
-    static MAY_BE_HELD_UP: Cell<bool> = const { Cell::new(false) };
+    static THREAD: Cell<Option<InlineThread>> = const { Cell::new(None) };
 }
 
-/// Lets the calling thread run short writes to the page cache itself, from now on. For threads that serve guests only:
-/// the kernel may hold one up in such a write, rarely and for a small share of the time. Never for the one that answers
-/// to control commands.
-pub fn allow_inline_writes() {
-    MAY_BE_HELD_UP.set(true);
+/// What a thread does that may be held up by a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum InlineThread {
+    /// It serves guests.
+    Guests,
+    /// It moves much data, for nobody who waits for the single request: reading and writing in turn on one thread keeps them in the
+    /// processor's cache.
+    Copies,
+}
+
+impl InlineThread {
+    /// The longest write in bytes.
+    fn longest(self) -> u64 {
+        match self {
+            InlineThread::Guests => MAX_INLINE_WRITE,
+            InlineThread::Copies => MAX_INLINE_COPY,
+        }
+    }
+
+    /// A write that takes longer has waited for something.
+    fn slow(self) -> Duration {
+        match self {
+            InlineThread::Guests => SLOW_INLINE_WRITE,
+            InlineThread::Copies => SLOW_INLINE_COPY,
+        }
+    }
+
+    /// Whether it writes although the engine is changing or syncing the file, and may have to wait for that.
+    fn writes_beside_changes(self) -> bool {
+        self == InlineThread::Copies
+    }
+}
+
+/// Lets the calling thread run writes to the page cache itself, from now on: the kernel may hold it up in one, rarely and for a small
+/// share of the time. Never for a thread that answers to control commands.
+pub fn allow_inline_writes(thread: InlineThread) {
+    THREAD.set(Some(thread));
+}
+
+/// Whether the calling thread may make short calls that mostly find what they need in memory, and otherwise wait for the disk.
+pub(super) fn may_wait() -> bool {
+    THREAD.get() == Some(InlineThread::Copies)
 }
 
 /// Whether the writes of one file are run inline.
@@ -77,10 +116,11 @@ impl InlineWrites {
         write: impl FnOnce() -> io::Result<T>,
     ) -> Option<io::Result<T>> {
         let page = rustix::param::page_size() as u64;
-        let quick = len <= MAX_INLINE_WRITE
+        let thread = THREAD.get()?;
+        let quick = len <= thread.longest()
             && (offset | len) & (page - 1) == 0
-            && self.changing.load(Ordering::Relaxed) == 0;
-        if !quick || !MAY_BE_HELD_UP.get() {
+            && (thread.writes_beside_changes() || self.changing.load(Ordering::Relaxed) == 0);
+        if !quick {
             return None;
         }
         let begun = Instant::now();
@@ -92,7 +132,7 @@ impl InlineWrites {
         let sleeps = watched.then(sys::sleeps_of_this_thread);
         let result = write();
         let took = begun.elapsed();
-        if took > SLOW_INLINE_WRITE {
+        if took > thread.slow() {
             let slept = sleeps.is_none_or(|before| sys::sleeps_of_this_thread() != before);
             self.slow(now, took, slept);
         }
@@ -146,7 +186,7 @@ mod tests {
     /// On a thread of its own, as the permission stays with the thread.
     fn permitted(test: impl FnOnce() + Send + 'static) {
         let permitted = thread::spawn(|| {
-            allow_inline_writes();
+            allow_inline_writes(InlineThread::Guests);
             test();
         });
         permitted.join().unwrap();
@@ -173,6 +213,10 @@ mod tests {
             assert!(!runs(0, PAGE));
             drop(changing);
             assert!(runs(0, PAGE));
+            allow_inline_writes(InlineThread::Copies);
+            let _changing = inline.changing();
+            assert!(runs(0, MAX_INLINE_COPY));
+            assert!(!runs(0, MAX_INLINE_COPY + PAGE));
         });
     }
 

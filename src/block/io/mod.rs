@@ -2,6 +2,7 @@
 //!
 //! * [`Data`]: request payloads as segments of shared bytes and known zeroes
 //! * [`IoContext`]: the threads and rings that run blocking system calls, and [`HostFile`], a file on them
+//! * [`IoThreads`]: threads with a scheduler each, which may be held up by what they write
 //! * [`Gate`]: in-flight accounting that can be closed and drained
 //! * [`RunToEnd`]: requests that go on when nobody waits for them any more
 //! * [`RangeLock`]: mutual exclusion by byte range
@@ -27,14 +28,17 @@ mod pool;
 mod range_lock;
 mod ring;
 mod run_to_end;
+mod spares;
 mod sys;
+mod threads;
 
 pub use context::IoContext;
 pub use data::{Data, Segment};
 pub use gate::{Closed, Entered, Gate};
 pub(crate) use host_file::{Extent, FileKind, HostFile, OpenMode, is_unsupported};
 pub use identity::FileIdentity;
-pub use inline::allow_inline_writes;
+pub use inline::{InlineThread, allow_inline_writes};
 pub use range_lock::{Access, RangeGuard, RangeLock};
 pub use run_to_end::RunToEnd;
 pub(crate) use sys::LockKind;
+pub use threads::{IoThreads, Seat};

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use block::driver::Requests;
 use block::error::{Error, ErrorKind, Result};
+use block::io::{InlineThread, IoThreads, Seat};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{mpsc, watch};
@@ -20,7 +21,6 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::negotiate::{Negotiated, Offer, negotiate};
 use super::registry::{NbdExportOptions, Registry};
 use super::session::serve;
-use crate::exports::threads::{IoThreads, Seat};
 use crate::exports::{ExportEvent, ExportInfo, RemoveMode};
 use crate::limits;
 use crate::listen::{Address, Connection, Listener};
@@ -45,7 +45,7 @@ impl NbdServerOptions {
             addresses,
             max_connections: Some(limits::NBD_MAX_CONNECTIONS),
             handshake_timeout: Some(limits::NBD_HANDSHAKE_TIMEOUT),
-            threads: IoThreads::for_this_machine(),
+            threads: IoThreads::for_this_machine("export", InlineThread::Guests),
         }
     }
 }

@@ -557,7 +557,7 @@ async fn a_short_write_needs_no_thread_of_the_pool_where_it_may_be_inline() {
     let (written, done) = tokio::sync::oneshot::channel();
     let writer = file.clone();
     std::thread::spawn(move || {
-        crate::io::allow_inline_writes();
+        crate::io::allow_inline_writes(crate::io::InlineThread::Guests);
         let data = Data::from(vec![7; 64 << 10]);
         let write = writer.write(64 << 10, data, WriteFlags::default());
         let _ = written.send(futures_util::FutureExt::now_or_never(write));

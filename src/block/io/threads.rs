@@ -1,10 +1,11 @@
-//! Threads for the connections of exports.
+//! Threads with a scheduler each, for what serves clients and what copies disks.
 //!
-//! Each runs a scheduler of its own, and a connection stays on the thread that it was given: a request is then woken,
-//! served and answered without another thread being asked. (A work-stealing scheduler answers a quarter fewer small
-//! requests per second: with one connection it wakes a second thread for nothing.) Control work stays off these threads:
-//! short writes to the page cache run on them, which may hold one up now and then.
+//! Work stays on the thread that it was given: a client's request is woken, served and answered without another thread being asked,
+//! and a piece of a copy is written by the thread that has read it. (A work-stealing scheduler answers a quarter fewer small
+//! requests per second: with one connection it wakes a second thread for nothing. And what it wakes while a copy writes waits for the end
+//! of the write.) Control work stays off these threads: writes to the page cache run on them, which may hold one up now and then.
 
+use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -12,13 +13,23 @@ use std::thread;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::oneshot;
 
+use super::inline::{InlineThread, allow_inline_writes};
+
 /// A set of threads, each started when it is first needed. Cheap to clone; the last clone to go ends the threads and
 /// what still runs on them, and waits for that.
 #[derive(Clone)]
 pub struct IoThreads(Arc<Threads>);
 
+impl fmt::Debug for IoThreads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("IoThreads").field(&self.0.name).finish()
+    }
+}
+
 struct Threads {
+    name: &'static str,
     most: usize,
+    inline: InlineThread,
     started: Mutex<Vec<IoThread>>,
 }
 
@@ -31,40 +42,43 @@ struct IoThread {
     thread: Option<thread::JoinHandle<()>>,
 }
 
-/// A connection's place on a thread, until it is dropped.
-pub(super) struct Seat {
+/// A place on a thread, until it is dropped.
+pub struct Seat {
     handle: Handle,
     _load: Arc<()>,
 }
 
 impl Seat {
     /// What to spawn on.
-    pub(super) fn handle(&self) -> &Handle {
+    pub fn handle(&self) -> &Handle {
         &self.handle
     }
 }
 
 impl IoThreads {
-    /// At most `most` threads, at least one.
-    pub fn new(most: usize) -> Self {
+    /// At most `most` threads, at least one, which do this. They are named `name` and a number.
+    pub fn new(name: &'static str, inline: InlineThread, most: usize) -> Self {
         IoThreads(Arc::new(Threads {
+            name,
             most: most.max(1),
+            inline,
             started: Mutex::default(),
         }))
     }
 
     /// As many as the machine runs at a time.
-    pub fn for_this_machine() -> Self {
-        IoThreads::new(thread::available_parallelism().map_or(1, usize::from))
+    pub fn for_this_machine(name: &'static str, inline: InlineThread) -> Self {
+        let most = thread::available_parallelism().map_or(1, usize::from);
+        IoThreads::new(name, inline, most)
     }
 
-    /// A place on the thread with the fewest connections. Fails only when no thread can be started at all.
-    pub(super) fn seat(&self) -> io::Result<Seat> {
+    /// A place on the thread with the fewest taken. Fails only when no thread can be started at all.
+    pub fn seat(&self) -> io::Result<Seat> {
         let mut started = self.0.started();
         let full = started.len() >= self.0.most;
         let any_free = started.iter().any(|thread| thread.seats() == 0);
         if !full && !any_free {
-            match IoThread::start(started.len()) {
+            match IoThread::start(&self.0, started.len()) {
                 Ok(thread) => started.push(thread),
                 Err(error) if started.is_empty() => return Err(error),
                 Err(error) => log::warn!("Could not start one more I/O thread: {error}"),
@@ -86,14 +100,15 @@ impl Threads {
 }
 
 impl IoThread {
-    fn start(number: usize) -> io::Result<Self> {
+    fn start(of: &Threads, number: usize) -> io::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
+        let inline = of.inline;
         let thread = thread::Builder::new()
-            .name(format!("export-{number}"))
+            .name(format!("{}-{number}", of.name))
             .spawn(move || {
-                block::io::allow_inline_writes();
+                allow_inline_writes(inline);
                 // Nothing is ever sent: the sender is dropped, which is an error here and the end.
                 let _ = runtime.block_on(stopped);
             })?;
@@ -126,8 +141,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn connections_spread_over_the_threads_and_the_threads_end() {
-        let threads = IoThreads::new(2);
+    fn seats_spread_over_the_threads_and_the_threads_end() {
+        let threads = IoThreads::new("export", InlineThread::Guests, 2);
         let names = |seats: &[Seat]| {
             let name = |seat: &Seat| {
                 let (sender, receiver) = std::sync::mpsc::channel();

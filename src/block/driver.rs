@@ -567,6 +567,12 @@ fn unsupported(what: &str) -> Error {
 /// Steps see what earlier ones have done. Nothing of it is visible, in the file or to others, before `commit`. Dropped before
 /// that, nothing has happened; dropped behind it, it is finished.
 pub trait SnapshotChange: Send + Sync {
+    /// Holds back what makes the image durable, of itself and of requests, and waits until what has begun of it has ended; other
+    /// requests go on. For those who hold requests back above the image before they call `hold`, and held back flushes there before.
+    fn hold_flushes(&mut self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
     /// Holds requests back, until they are let go or the change is finished or dropped. The first step does it, too.
     fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })

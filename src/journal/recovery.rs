@@ -18,6 +18,7 @@ use std::sync::Arc;
 use block::driver::{Child, Driver as _, HeaderSwitch, Requests as _, WriteFlags};
 use block::error::{Error, ErrorKind};
 use block::formats::qcow2::check::{CheckOptions, Repair, repair};
+use block::formats::qcow2::is_marked_dirty;
 use block::io::IoContext;
 use block::open::{Aio, CacheMode, FileOptions, Locking};
 use block::protocols::file::{File, FileAccess};
@@ -310,7 +311,9 @@ async fn switch_header(
     if sector[..] != is[..] {
         return changed("Its header is neither the old nor the new one");
     }
-    if direction == Direction::Forward && is_newer(switch)? {
+    // Another program that writes to an image marked dirty repairs it first, and clears the mark: these are writes of our own guests.
+    let ours = is_marked_dirty(&switch.before);
+    if direction == Direction::Forward && !ours && is_newer(switch)? {
         return changed("It was written to after the crash");
     }
     let write = HeaderSwitch {

@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use block::driver::{Child, Driver as _, HeaderSwitch, NewSnapshot, Snapshots as _};
+use block::driver::{Child, Driver as _, HeaderSwitch, NewSnapshot, Requests as _, Snapshots as _};
 use block::formats::qcow2::check::check;
 use block::formats::qcow2::create::{CreateOptions, create};
-use block::formats::qcow2::{OpenOptions, Qcow2};
+use block::formats::qcow2::{OpenOptions, Qcow2, is_marked_dirty};
 use block::io::IoContext;
 use block::open::{Aio, CacheMode, FileOptions, Locking, beside};
 use block::protocols::file::{File, FileAccess};
@@ -50,6 +50,13 @@ async fn open_image(io: &IoContext, path: &Path) -> (Arc<Qcow2>, Arc<File>) {
     (opening.unwrap().finish(None).await.unwrap(), file)
 }
 
+/// What a guest does while a snapshot becomes durable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Guest {
+    Waits,
+    GoesOn,
+}
+
 impl Lab {
     fn new() -> Lab {
         Lab {
@@ -68,6 +75,10 @@ impl Lab {
 
     /// Makes an image and prepares a snapshot `new` of it.
     async fn stage(&self, name: &str) -> Staged {
+        self.stage_as(name, Guest::Waits).await
+    }
+
+    async fn stage_as(&self, name: &str, guest: Guest) -> Staged {
         let path = self.path(name);
         fs::write(&path, b"").unwrap();
         let file = open_file(&self.io, &path).await;
@@ -76,8 +87,15 @@ impl Lab {
             .unwrap();
         file.close().await.unwrap();
         let (image, file) = open_image(&self.io, &path).await;
+        if guest == Guest::GoesOn {
+            let data = vec![1; 4096].into();
+            image.write(0, data, Default::default()).await.unwrap();
+        }
         let mut change = image.change().await.unwrap();
         change.create(NewSnapshot::named("new")).await.unwrap();
+        if guest == Guest::GoesOn {
+            assert!(change.let_go(Box::new(|| ())).await.unwrap());
+        }
         change.prepare().await.unwrap();
         let switch = change.switch().await.unwrap().unwrap();
         let left = fs::read(&path).unwrap();
@@ -293,6 +311,20 @@ async fn what_is_not_as_it_was_left_is_reported_and_not_touched() {
     for name in ["fine", "missing", "locked"] {
         assert!(lab.has_snapshot(name).await);
     }
+}
+
+#[tokio::test]
+async fn what_guests_wrote_that_were_let_go_keeps_nothing_from_being_switched() {
+    let lab = Lab::new();
+    let staged = lab.stage_as("image", Guest::GoesOn).await;
+    assert!(is_marked_dirty(&staged.switch.before));
+    drop(lab.commits(std::slice::from_ref(&staged)).await);
+    let file = fs::OpenOptions::new().write(true).open(&staged.path);
+    let later = SystemTime::now() + 2 * crate::limits::JOURNAL_SWITCH;
+    file.unwrap().set_modified(later).unwrap();
+    let report = lab.recover().await;
+    assert_eq!(results(&report), [ImageResult::Switched]);
+    assert!(lab.has_snapshot("image").await);
 }
 
 /// How far the making of a file was.

@@ -71,6 +71,10 @@ impl Held {
             Guests::Wait => Some(hold_flushes(&disks).await?),
             Guests::GoOn => None,
         };
+        if flushes.is_some() {
+            let begun = changes.iter_mut().flatten();
+            join_all(begun.map(|change| step(change, |change| change.hold_flushes()))).await;
+        }
         let since = Instant::now();
         let quiesced: Vec<Option<Quiesced>> = match flushes {
             Some(flushes) => quiesce(&disks, flushes)
@@ -82,7 +86,9 @@ impl Held {
         };
         // Behind the last of these all disks show the same moment.
         let drained = Instant::now();
-        join_all(changes.iter_mut().flatten().map(hold)).await;
+        // What does not come by way of the nodes.
+        let begun = changes.iter_mut().flatten();
+        join_all(begun.map(|change| step(change, |change| change.hold()))).await;
         let held = disks.into_iter().zip(quiesced).zip(changes);
         let disks = held.map(|((disk, quiesced), change)| HeldDisk {
             change,
@@ -382,10 +388,13 @@ async fn begin_change(disk: &Disk) -> Option<Result<Box<dyn SnapshotChange>>> {
     Some(in_time(snapshots.change()).await)
 }
 
-/// Behind the drain: the driver holds back what does not come by way of the node.
-async fn hold(change: &mut Result<Box<dyn SnapshotChange>>) {
+/// Does a step of a change that could be begun. One that fails has not been begun.
+async fn step(
+    change: &mut Result<Box<dyn SnapshotChange>>,
+    step: impl for<'c> FnOnce(&'c mut dyn SnapshotChange) -> BoxFuture<'c, Result<()>>,
+) {
     if let Ok(begun) = change
-        && let Err(error) = in_time(begun.hold()).await
+        && let Err(error) = in_time(step(&mut **begun)).await
     {
         *change = Err(error);
     }

@@ -164,6 +164,10 @@ struct Change {
 }
 
 impl SnapshotChange for Change {
+    fn hold_flushes(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.inner.hold_flushes()
+    }
+
     fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
         self.inner.hold()
     }

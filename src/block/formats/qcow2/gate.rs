@@ -60,6 +60,17 @@ impl Gate {
         self.flushes.enter().await
     }
 
+    /// As `enter_flush`, but not when somebody waits for what takes long to end.
+    pub(super) fn try_enter_flush(&self) -> Option<Entered<&Flushes>> {
+        self.flushes.try_enter()
+    }
+
+    /// Holds back what takes long, and waits until what has begun of it has ended. Others go on: the first half of `close`, for those
+    /// who hold back others elsewhere in between.
+    pub(super) async fn close_to_flushes(&self) -> Closed {
+        self.flushes.close().await
+    }
+
     /// Whether a guest request has entered since the last call.
     pub(super) fn take_busy(&self) -> bool {
         self.busy.swap(false, Ordering::Relaxed)

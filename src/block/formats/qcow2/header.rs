@@ -81,6 +81,18 @@ pub(crate) struct Header {
     pub(crate) extensions: Vec<Extension>,
 }
 
+/// Whether the first sector of an image says that its refcounts are worth nothing.
+pub fn is_marked_dirty(sector: &[u8]) -> bool {
+    let field = |at: usize| {
+        sector
+            .get(at..at + 8)
+            .and_then(|field| field.try_into().ok())
+    };
+    let version = sector.get(4..8) == Some(&3u32.to_be_bytes()[..]);
+    let incompatible = field(72).map_or(0, u64::from_be_bytes);
+    version && Incompatible(incompatible).has(Incompatible::DIRTY)
+}
+
 impl Header {
     /// Bytes from the start of the image that `parse` needs: a cluster. Takes the first 24 bytes or more.
     pub(crate) fn bytes_needed(start: &[u8]) -> Result<u64> {

@@ -79,7 +79,7 @@ mod zero;
 use std::sync::Arc;
 
 pub use codec::CompressionType;
-pub use header::{MAGIC, NOT_QCOW2};
+pub use header::{MAGIC, NOT_QCOW2, is_marked_dirty};
 pub use open::{BackingReference, OpenOptions, Opening};
 
 /// An open image: the driver of a node.

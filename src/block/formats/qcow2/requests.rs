@@ -63,7 +63,11 @@ impl Image {
         if !fua && !self.has_much_unwritten() {
             return Ok(());
         }
-        let _flushing = self.gate.enter_flush().await;
+        let flushing = self.gate.try_enter_flush();
+        if flushing.is_none() && !fua {
+            // Another time: a change of the whole image is about to begin.
+            return Ok(());
+        }
         let _inside = self.gate.enter_unnoticed().await;
         if self.is_closed() {
             // That has written everything.

@@ -41,7 +41,7 @@ use crate::formats::qcow2::header_cell::HeaderLock;
 use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::l1::L1Table;
 use crate::formats::qcow2::owners::Owner;
-use crate::io::RunToEnd;
+use crate::io::{Closed, RunToEnd};
 use crate::units::{ClusterIndex, HostOffset};
 
 /// Bytes that file systems allocate at a time, most of them: to write less saves no space.
@@ -72,6 +72,8 @@ struct Ahead {
     image: Arc<Image>,
     size: Arc<AtomicU64>,
     room: Room,
+    /// Nobody begins to make something durable.
+    flushes: Option<Closed>,
 }
 
 /// How far a change is.
@@ -180,6 +182,7 @@ impl Change {
             image: image.clone(),
             size: size.clone(),
             room,
+            flushes: None,
         };
         Ok(Change {
             image: image.clone(),
@@ -223,8 +226,14 @@ impl State {
 impl Ahead {
     /// Closes the gate.
     async fn hold(self) -> Result<Staged> {
-        let Ahead { image, size, room } = self;
+        let Ahead {
+            image,
+            size,
+            room,
+            flushes,
+        } = self;
         let alone = image.gate.close().await;
+        drop(flushes);
         image.check_range(0, 0)?;
         image.header.check()?;
         let before = image.l1();
@@ -267,6 +276,16 @@ impl Ahead {
 }
 
 impl SnapshotChange for Change {
+    fn hold_flushes(&mut self) -> BoxFuture<'_, Result<()>> {
+        let state = self.state.clone();
+        Box::pin(RunToEnd::new(async move {
+            if let State::Ahead(Some(ahead)) = &mut *state.lock_owned().await {
+                ahead.flushes = Some(ahead.image.gate.close_to_flushes().await);
+            }
+            Ok(())
+        }))
+    }
+
     fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
         self.step(|_| Box::pin(async { Ok(()) }))
     }
@@ -367,6 +386,8 @@ impl Staged {
         self.phase = Phase::LetGo;
         self.alone.let_in();
         then();
+        // The other disks of a transaction come first.
+        tokio::task::yield_now().await;
         if !takes.is_empty() {
             image.mark_dirty().await?;
         }

@@ -28,11 +28,11 @@ pub(super) use crate::daemon::lookup::{claim, device, device_or_node, node};
 
 pub(super) use address::{address, legacy_address};
 pub(super) use backup::{blockdev_backup, drive_backup};
-pub(super) use device_info::{Depth, device_info};
+pub(super) use device_info::{Depth, Devices};
 pub use job::job_event;
 pub(super) use job::{block_job_info, job_info, no_block_job, on_error};
 pub(super) use node_options::{node_options, node_ref};
-pub(super) use stats::Answer as StatsAnswer;
+pub(super) use stats::{Answer as StatsAnswer, Counted};
 
 /// How an export is removed.
 pub(super) fn remove_mode(mode: Option<types::BlockExportRemoveMode>) -> RemoveMode {

@@ -1,36 +1,41 @@
 //! Queries of drives and nodes.
+//!
+//! What is shown of a node is asked of the node: the control loop says only which there are. Answers may be long, for a deep chain
+//! of which each layer shows all below it, and are put together on a thread where nothing else waits.
 
 use std::sync::Arc;
 
-use block::graph::{Drive, Graph, Node};
+use block::graph::{Drive, Node};
 use qapi::commands::{QueryBlockstats, QueryNamedBlockNodes};
 use qapi::handlers;
 use qapi::rt::QmpError;
 use qapi::types::{BlockDeviceInfo, BlockInfo, BlockStats};
 
 use super::Handlers;
-use super::convert::{self, Depth};
-use crate::daemon::Cx;
+use super::convert::{self, Counted, Depth, Devices, StatsAnswer};
+use crate::daemon::{Cx, internal_error};
 
 /// Answers `query-block`: drives only; nodes that nobody calls a device are in query-named-block-nodes.
 pub(super) async fn drives(cx: &Cx) -> Result<Vec<BlockInfo>, QmpError> {
-    cx.commit(|control| Ok(drive_list(&control.graph))).await
-}
-
-fn drive_list(graph: &Graph) -> Vec<BlockInfo> {
-    let info = |drive: &Drive| BlockInfo {
-        device: drive.id.clone(),
-        // What QEMU says of a drive whose bus it does not know.
-        r#type: "unknown".to_owned(),
-        removable: false,
-        locked: false,
-        io_status: drive.io_status().map(convert::io_status),
-        qdev: Some(drive.id.clone()),
-        inserted: drive
-            .node()
-            .map(|root| convert::device_info(&image_of(root), Depth::WholeChain)),
-    };
-    graph.drives().iter().map(info).collect()
+    let seen = |drive: &Drive| (drive.id.clone(), drive.io_status(), drive.node());
+    let drives: Vec<_> = cx
+        .commit(move |control| Ok(control.graph.drives().iter().map(seen).collect()))
+        .await?;
+    apart(move || {
+        let mut devices = Devices::default();
+        let info = |(id, io_status, root): (String, Option<_>, Option<Arc<Node>>)| BlockInfo {
+            device: id.clone(),
+            // What QEMU says of a drive whose bus it does not know.
+            r#type: "unknown".to_owned(),
+            removable: false,
+            locked: false,
+            io_status: io_status.map(convert::io_status),
+            qdev: Some(id),
+            inserted: root.map(|root| devices.device_info(&image_of(root), Depth::WholeChain)),
+        };
+        drives.into_iter().map(info).collect()
+    })
+    .await
 }
 
 /// The image that a drive shows. Filters that jobs have put above it for a time, and that no client has named, are hidden here,
@@ -55,28 +60,49 @@ pub(super) async fn nodes(
         Some(true) => Depth::Flat,
         _ => Depth::WholeChain,
     };
-    cx.commit(move |control| {
-        let info = |node: &Arc<Node>| convert::device_info(node, depth);
-        Ok(control.graph.nodes().rev().map(info).collect())
+    let nodes = all_nodes(cx).await?;
+    apart(move || {
+        let mut devices = Devices::default();
+        let info = |node: &Arc<Node>| devices.device_info(node, depth);
+        nodes.iter().map(info).collect()
     })
     .await
+}
+
+/// The newest first.
+async fn all_nodes(cx: &Cx) -> Result<Vec<Arc<Node>>, QmpError> {
+    cx.commit(|control| Ok(control.graph.nodes().rev().cloned().collect()))
+        .await
+}
+
+/// Does what takes the processor's time, or asks the kernel, where nobody else waits for it.
+async fn apart<R: Send + 'static>(
+    work: impl FnOnce() -> R + Send + 'static,
+) -> Result<R, QmpError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|_| internal_error())
 }
 
 impl handlers::BlockStats<Cx> for Handlers {
     async fn query_blockstats(cx: &Cx, args: QueryBlockstats) -> Result<Vec<BlockStats>, QmpError> {
         let QueryBlockstats { query_nodes } = args;
-        cx.commit(move |control| {
-            let (graph, mut answer) = (&control.graph, convert::StatsAnswer::new());
-            Ok(match query_nodes {
-                Some(true) => {
-                    let nodes = graph.nodes().rev();
-                    nodes.map(|node| answer.node(node)).collect()
-                }
-                _ => {
-                    let drives = graph.drives().iter();
-                    drives.map(|drive| answer.drive(drive)).collect()
-                }
+        if query_nodes == Some(true) {
+            let nodes = all_nodes(cx).await?;
+            return apart(move || {
+                let mut answer = StatsAnswer::new();
+                nodes.iter().map(|node| answer.node(node)).collect()
             })
+            .await;
+        }
+        let drives: Vec<Counted> = cx
+            .commit(|control| Ok(control.graph.drives().iter().map(Counted::new).collect()))
+            .await?;
+        apart(move || {
+            let mut answer = StatsAnswer::new();
+            drives
+                .into_iter()
+                .map(|drive| answer.drive(drive))
+                .collect()
         })
         .await
     }

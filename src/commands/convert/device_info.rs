@@ -1,5 +1,6 @@
 //! Nodes as `query-block` and `query-named-block-nodes` show them.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -24,9 +25,68 @@ pub(in crate::commands) enum Depth {
     Flat,
 }
 
-/// A node, with its image.
-pub(in crate::commands) fn device_info(node: &Arc<Node>, depth: Depth) -> BlockDeviceInfo {
-    let info = facts(node);
+/// What one answer shows of nodes. Each is asked once, however many chains it is in: the kernel is, too.
+#[derive(Default)]
+pub(in crate::commands) struct Devices {
+    /// By the address of the node, which is kept for that.
+    seen: HashMap<usize, (Arc<Node>, Seen)>,
+}
+
+/// What is known of a node.
+struct Seen {
+    info: DriverInfo,
+    /// Without what backs it.
+    image: ImageInfo,
+}
+
+impl Devices {
+    fn seen(&mut self, node: &Arc<Node>) -> &Seen {
+        let look = || {
+            let info = facts(node);
+            let image = image(node, info.clone(), None);
+            (node.clone(), Seen { info, image })
+        };
+        let place = Arc::as_ptr(node).addr();
+        &self.seen.entry(place).or_insert_with(look).1
+    }
+
+    /// The image, and the chain inside of it. Built from the base up, so that no chain is too deep to be shown.
+    fn image_chain(&mut self, node: &Arc<Node>, depth: Depth) -> ImageInfo {
+        let nodes: Vec<Arc<Node>> = match depth {
+            Depth::WholeChain => chain(node).collect(),
+            Depth::Flat => vec![node.clone()],
+        };
+        let mut below = None;
+        for node in nodes.iter().skip(1).rev() {
+            let mut image = self.seen(node).image.clone();
+            image.backing_image = below;
+            below = Some(Box::new(image));
+        }
+        let mut image = self.seen(node).image.clone();
+        image.backing_image = below;
+        image
+    }
+
+    /// A node, with its image.
+    pub(in crate::commands) fn device_info(
+        &mut self,
+        node: &Arc<Node>,
+        depth: Depth,
+    ) -> BlockDeviceInfo {
+        let below = chain(node).nth(1);
+        let backing_file = below.map(|below| self.seen(&below).info.filename.clone());
+        let image = self.image_chain(node, depth);
+        let info = &self.seen(node).info;
+        device_info(node, depth, info, (image, backing_file))
+    }
+}
+
+fn device_info(
+    node: &Arc<Node>,
+    depth: Depth,
+    info: &DriverInfo,
+    (image, backing_file): (ImageInfo, Option<String>),
+) -> BlockDeviceInfo {
     let Behaviour {
         read_only,
         discard: _,
@@ -42,7 +102,7 @@ pub(in crate::commands) fn device_info(node: &Arc<Node>, depth: Depth) -> BlockD
         node_name: Some(node.name().to_owned()),
         ro: read_only,
         drv: info.driver.to_owned(),
-        backing_file: chain(node).nth(1).map(|below| facts(&below).filename),
+        backing_file,
         backing_file_depth: match depth {
             Depth::WholeChain => signed(chain_below.count() as u64),
             Depth::Flat => 0,
@@ -60,7 +120,7 @@ pub(in crate::commands) fn device_info(node: &Arc<Node>, depth: Depth) -> BlockD
         iops: 0,
         iops_rd: 0,
         iops_wr: 0,
-        image: image_chain(node, info, depth),
+        image,
         cache: cache_info(cache),
         write_threshold: 0,
         x_unsettled_tables: unsettled,
@@ -107,18 +167,6 @@ fn chain(node: &Arc<Node>) -> impl Iterator<Item = Arc<Node>> {
         let image = node.link(Link::IMAGE);
         image.as_ref().unwrap_or(node).link("backing")
     })
-}
-
-/// The image, and the chain inside of it. Built from the base up, so that no chain is too deep to be shown.
-fn image_chain(node: &Arc<Node>, info: DriverInfo, depth: Depth) -> ImageInfo {
-    let mut below = None;
-    if depth == Depth::WholeChain {
-        let nodes: Vec<Arc<Node>> = chain(node).skip(1).collect();
-        for node in nodes.into_iter().rev() {
-            below = Some(Box::new(image(&node, facts(&node), below)));
-        }
-    }
-    image(node, info, below)
 }
 
 fn image(node: &Arc<Node>, info: DriverInfo, backing_image: Option<Box<ImageInfo>>) -> ImageInfo {

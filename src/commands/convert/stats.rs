@@ -20,6 +20,23 @@ pub(in crate::commands) struct Answer {
     left: usize,
 }
 
+/// A drive and what it has done.
+pub(in crate::commands) struct Counted {
+    id: String,
+    root: Option<Arc<Node>>,
+    stats: DriveStats,
+}
+
+impl Counted {
+    pub(in crate::commands) fn new(drive: &Drive) -> Self {
+        Counted {
+            id: drive.id.clone(),
+            root: drive.node(),
+            stats: drive.stats(),
+        }
+    }
+}
+
 /// Whether backing images are shown. Where all nodes are listed they are there anyway.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Backing {
@@ -35,14 +52,14 @@ impl Answer {
     }
 
     /// A drive, with the tree of nodes below it.
-    pub(in crate::commands) fn drive(&mut self, drive: &Drive) -> BlockStats {
-        let root = drive.node();
+    pub(in crate::commands) fn drive(&mut self, drive: Counted) -> BlockStats {
+        let Counted { id, root, stats } = drive;
         let highest = root.as_ref().map_or(0, |root| root.highest_write());
         let below = root.map(|root| self.tree(&root, Backing::Shown, MAX_CHAIN_DEPTH));
         BlockStats {
-            device: Some(drive.id.clone()),
-            qdev: Some(drive.id.clone()),
-            stats: of_drive(drive.stats(), highest),
+            device: Some(id.clone()),
+            qdev: Some(id),
+            stats: of_drive(stats, highest),
             ..below.unwrap_or_else(|| BlockStats {
                 device: None,
                 qdev: None,

@@ -25,4 +25,5 @@ mod nbd;
 mod qmp;
 mod readme;
 mod session;
+mod swap;
 mod tidy;

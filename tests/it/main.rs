@@ -25,5 +25,6 @@ mod nbd;
 mod qmp;
 mod readme;
 mod session;
+mod sharing;
 mod swap;
 mod tidy;

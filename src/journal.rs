@@ -28,6 +28,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use block::io::IoContext;
 use rustix::fs::{FlockOperation, flock};
 
 pub use entry::Entry;
@@ -42,16 +43,15 @@ const SUFFIX: &str = "transaction";
 #[derive(Debug)]
 pub struct Journal {
     folder: PathBuf,
-    /// For making names durable; locked.
-    handle: Arc<File>,
-    /// Which write from now on fails, once; 0 for none.
-    #[cfg(test)]
-    pub(crate) fails_in: Arc<std::sync::atomic::AtomicU64>,
+    /// What its files are written with.
+    io: IoContext,
+    /// Locked as long as this daemon has the directory.
+    _handle: Arc<File>,
 }
 
 impl Journal {
     /// Takes the directory, and makes it if there is none. Fails where another daemon has it.
-    pub fn open(folder: &Path) -> io::Result<Journal> {
+    pub fn open(folder: &Path, io: &IoContext) -> io::Result<Journal> {
         fs::create_dir_all(folder)?;
         let handle = File::open(folder)?;
         flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
@@ -62,9 +62,8 @@ impl Journal {
         })?;
         Ok(Journal {
             folder: fs::canonicalize(folder)?,
-            handle: Arc::new(handle),
-            #[cfg(test)]
-            fails_in: Arc::default(),
+            io: io.clone(),
+            _handle: Arc::new(handle),
         })
     }
 

@@ -15,8 +15,8 @@ pub(super) async fn open(cx: &Cx, folder: &Path) -> Result<(), QmpError> {
     let failed = |error: std::io::Error| {
         QmpError::generic(format!("--state-dir {}: {error}", folder.display()))
     };
-    let journal = Journal::open(folder).map_err(failed)?;
     let io = cx.commit(|control| Ok(control.io.clone())).await?;
+    let journal = Journal::open(folder, &io).map_err(failed)?;
     let recovered = journal::recover(&journal, &io).await.map_err(failed)?;
     cx.commit(move |control| {
         control.journal = Some(Arc::new(journal));

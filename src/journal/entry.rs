@@ -1,13 +1,12 @@
 //! The journal of one transaction while it runs.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io;
-use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::driver::HeaderSwitch;
+use block::io::{Data, HostFile, IoContext, OpenMode};
 
 use super::record::{Creation, Identity, ImageSwitch, Record, StagedImage, VERSION, modified};
 use super::{Journal, SUFFIX};
@@ -23,65 +22,64 @@ const BYTES_PER_RECORD: usize = 256;
 /// The journal of a transaction. Dropped without an end it stays: the next start takes the transaction back, or finishes it.
 #[derive(Debug)]
 pub struct Entry {
-    file: Arc<File>,
+    file: HostFile,
     path: PathBuf,
-    folder: Arc<File>,
+    io: IoContext,
     uuid: String,
     /// Where the next record goes.
     at: u64,
     staged: Vec<StagedImage>,
     /// A commit may be there.
     is_committed: bool,
-    #[cfg(test)]
-    fails_in: Arc<std::sync::atomic::AtomicU64>,
 }
 
 impl Journal {
     /// Begins the journal of a transaction, durably.
     pub async fn begin(&self) -> io::Result<Entry> {
-        let (folder, handle) = (self.folder.clone(), self.handle.clone());
-        #[cfg(test)]
-        let fails_in = self.fails_in.clone();
-        let mut entry = blocking(move || {
-            let uuid = uuid()?;
-            let path = folder.join(format!("{uuid}.{SUFFIX}"));
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create_new(true)
-                .open(&path)?;
-            Ok(Entry {
-                file: Arc::new(file),
-                path,
-                folder: handle,
-                uuid,
-                at: 0,
-                staged: Vec::new(),
-                is_committed: false,
-                #[cfg(test)]
-                fails_in,
-            })
-        })
-        .await?;
+        let uuid = uuid()?;
+        let path = self.folder.join(format!("{uuid}.{SUFFIX}"));
+        let (io, names, name) = (self.io.clone(), self.io.names(), path.clone());
+        io.call(move || names.make(&name).map(drop)).await?;
+        let begun = self.begin_at(path.clone(), uuid).await;
+        if begun.is_err() {
+            // It says nothing yet; should it stay, the next start removes it.
+            let names = io.names();
+            let _ = io.call(move || names.remove(&path)).await;
+        }
+        begun
+    }
+
+    async fn begin_at(&self, path: PathBuf, uuid: String) -> io::Result<Entry> {
+        let mut entry = Entry {
+            file: open(&self.io, &path).await?,
+            path,
+            io: self.io.clone(),
+            uuid: uuid.clone(),
+            at: 0,
+            staged: Vec::new(),
+            is_committed: false,
+        };
         let time = SystemTime::now().duration_since(UNIX_EPOCH);
         let begin = Record::Begin {
             version: VERSION,
-            uuid: entry.uuid.clone(),
+            uuid,
             time: time.unwrap_or_default().as_secs(),
         };
-        let folder = entry.folder.clone();
-        let begun = match entry.append(begin, Durable::Yes).await {
-            Ok(()) => blocking(move || folder.sync_all()).await,
-            failed => failed,
-        };
-        if let Err(error) = begun {
-            // It says nothing yet; should it stay, the next start removes it.
-            let path = entry.path;
-            let _ = blocking(move || fs::remove_file(path)).await;
-            return Err(error);
-        }
+        entry.append(begin, Durable::Yes).await?;
+        let (folder, names) = (self.folder.clone(), self.io.names());
+        self.io.call(move || names.sync_folder(&folder)).await?;
         Ok(entry)
     }
+}
+
+/// The file of a journal, for writing.
+pub(super) async fn open(io: &IoContext, path: &Path) -> io::Result<HostFile> {
+    let mode = OpenMode {
+        writable: true,
+        direct: false,
+        ring: false,
+    };
+    HostFile::open(io, path, mode).await
 }
 
 /// Whether a record has to be on disk before the transaction goes on.
@@ -101,7 +99,7 @@ impl Entry {
     /// Says that a file of this path is about to be made, durably. What is there now can be told from it afterwards; `beside` is
     /// where it is kept until the transaction ends.
     pub async fn creates(&mut self, path: PathBuf, beside: PathBuf) -> io::Result<()> {
-        let creation = blocking(move || {
+        let creation = self.io.call(move || {
             let former = match fs::metadata(&path) {
                 Ok(metadata) => Some(metadata),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -122,7 +120,8 @@ impl Entry {
     /// Says which file was made there.
     pub async fn created(&mut self, path: PathBuf) -> io::Result<()> {
         let at = path.clone();
-        let file = blocking(move || Ok(Identity::of(&fs::metadata(at)?))).await?;
+        let file = self.io.call(move || Ok(Identity::of(&fs::metadata(at)?)));
+        let file = file.await?;
         let created = Record::Created { path, file };
         self.append(created, Durable::Later).await
     }
@@ -138,12 +137,10 @@ impl Entry {
         self.staged.clone_from(&images);
         self.append(Record::Stages { images }, Durable::Later)
             .await?;
-        let (file, at) = (self.file.clone(), self.at);
-        blocking(move || {
-            file.write_all_at(&vec![0; room], at)?;
-            file.sync_all()
-        })
-        .await
+        // Not a hole: the commit is to find its space there.
+        let room = Data::from(vec![0; room]);
+        self.file.write(self.at, room, false).await?;
+        self.file.sync().await
     }
 
     /// The images that will be changed, in the order in which they were named.
@@ -157,7 +154,7 @@ impl Entry {
     /// After an error the transaction must be taken back, by [`Entry::revoke`] first.
     pub async fn commit(&mut self, switches: Vec<(usize, HeaderSwitch)>) -> io::Result<()> {
         let images = self.staged.clone();
-        let switches = blocking(move || {
+        let switches = self.io.call(move || {
             let since = SystemTime::now().duration_since(UNIX_EPOCH);
             let end = since.unwrap_or_default() + limits::JOURNAL_SWITCH;
             let end = (end.as_secs() as i64, i64::from(end.subsec_nanos()));
@@ -190,72 +187,51 @@ impl Entry {
         if !self.is_committed {
             return Ok(());
         }
-        let file = self.file.clone();
         // What came behind the last record that is known to be there may be there, too: behind it, this one would not count.
-        let whole = blocking(move || {
-            let mut bytes = vec![0; usize::try_from(file.metadata()?.len()).unwrap_or(0)];
-            file.read_exact_at(&mut bytes, 0)?;
-            Ok(Record::decode_all(&bytes).1)
-        });
+        let whole = async {
+            let bytes = self.file.read(0, self.file.size()?).await?;
+            io::Result::Ok(Record::decode_all(&bytes).1)
+        };
         self.at = whole
             .await
             .map_or(self.at, |whole| self.at.max(whole as u64));
         let Err(error) = self.append(Record::Abort, Durable::Yes).await else {
             return Ok(());
         };
-        log::warn!("'{}': {error}; the journal is removed", self.path.display());
-        let (path, folder) = (self.path.clone(), self.folder.clone());
-        blocking(move || {
-            fs::remove_file(path)?;
-            folder.sync_all()
-        })
-        .await
+        self.vanish(&error).await
     }
 
     /// Ends the journal: nothing is left to do. The file goes.
     pub async fn end(mut self) -> io::Result<()> {
-        self.append(Record::Done, Durable::Yes).await?;
         // Should the name come back after a crash, the record says that there is nothing to do.
-        let path = self.path;
-        blocking(move || fs::remove_file(path)).await
+        let Err(error) = self.append(Record::Done, Durable::Yes).await else {
+            let (path, names) = (self.path, self.io.names());
+            return self.io.call(move || names.remove(&path)).await;
+        };
+        self.vanish(&error).await
     }
 
-    /// As a disk that has written something and cannot say so.
-    #[cfg(test)]
-    fn fault(&self) -> io::Result<()> {
-        use std::sync::atomic::Ordering::SeqCst;
-        let next = |left: u64| left.checked_sub(1);
-        match self.fails_in.fetch_update(SeqCst, SeqCst, next) {
-            Ok(1) => Err(io::ErrorKind::Other.into()),
-            _ => Ok(()),
-        }
+    /// Where a record cannot be written that says that nothing is to be done, the file goes, which says the same.
+    async fn vanish(&self, error: &io::Error) -> io::Result<()> {
+        log::warn!("'{}': {error}; the journal is removed", self.path.display());
+        let (path, names) = (self.path.clone(), self.io.names());
+        let remove = move || {
+            names.remove(&path)?;
+            names.sync_folder(path.parent().unwrap_or(Path::new("/")))
+        };
+        self.io.call(remove).await
     }
 
     async fn append(&mut self, record: Record, durable: Durable) -> io::Result<()> {
-        let (file, at, bytes) = (self.file.clone(), self.at, record.encode());
-        let end = at + bytes.len() as u64;
-        blocking(move || {
-            file.write_all_at(&bytes, at)?;
-            match durable {
-                Durable::Yes => file.sync_data(),
-                Durable::Later => Ok(()),
-            }
-        })
-        .await?;
-        #[cfg(test)]
-        self.fault()?;
+        let bytes = record.encode();
+        let end = self.at + bytes.len() as u64;
+        self.file.write(self.at, bytes.into(), false).await?;
+        if durable == Durable::Yes {
+            self.file.sync().await?;
+        }
         self.at = end;
         Ok(())
     }
-}
-
-/// Runs what waits for a disk where waiting does no harm. It goes on when nobody waits for it any more.
-pub(super) async fn blocking<T: Send + 'static>(
-    call: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
-    tokio::task::spawn_blocking(call)
-        .await
-        .unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 /// A random UUID (version 4 of RFC 9562).

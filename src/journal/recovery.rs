@@ -19,12 +19,12 @@ use block::driver::{Child, Driver as _, HeaderSwitch, Requests as _, WriteFlags}
 use block::error::{Error, ErrorKind};
 use block::formats::qcow2::check::{CheckOptions, Repair, repair};
 use block::formats::qcow2::is_marked_dirty;
-use block::io::IoContext;
+use block::io::{IoContext, Names};
 use block::open::{Aio, CacheMode, FileOptions, Locking};
 use block::protocols::file::{File, FileAccess};
 
 use super::Journal;
-use super::entry::blocking;
+use super::entry;
 use super::record::{Creation, Identity, ImageSwitch, Record, StagedImage, modified};
 use super::report::{FileResult, ImageResult, Outcome, RecoveredFile, RecoveredImage, Report};
 
@@ -34,6 +34,7 @@ pub struct Recovered {
     /// For clients and the log.
     pub report: Report,
     path: PathBuf,
+    names: Names,
 }
 
 impl Recovered {
@@ -42,7 +43,7 @@ impl Recovered {
         if self.report.is_worth_another_try() {
             return;
         }
-        if let Err(error) = fs::remove_file(&self.path) {
+        if let Err(error) = self.names.remove(&self.path) {
             log::warn!("'{}' stays: {error}", self.path.display());
         }
     }
@@ -55,33 +56,37 @@ pub async fn recover(journal: &Journal, io: &IoContext) -> io::Result<Vec<Recove
     let mut recovered = Vec::new();
     for path in journal.entries()? {
         let Some(plan) = Plan::read(&path)? else {
-            fs::remove_file(&path)?;
+            io.names().remove(&path)?;
             continue;
         };
         let report = match plan.earlier.clone() {
             Some(report) if !report.is_worth_another_try() => report,
             _ => {
                 let report = plan.carry_out(io).await;
-                write_down(&path, &report)?;
+                write_down(io, &path, &report).await?;
                 report
             }
         };
         log_report(&report, &path);
-        recovered.push(Recovered { report, path });
+        recovered.push(Recovered {
+            report,
+            path,
+            names: io.names(),
+        });
     }
     Ok(recovered)
 }
 
 /// Puts the report behind what there is, durably.
-fn write_down(path: &Path, report: &Report) -> io::Result<()> {
-    use std::os::unix::fs::FileExt as _;
+async fn write_down(io: &IoContext, path: &Path, report: &Report) -> io::Result<()> {
     let end = Record::decode_all(&fs::read(path)?).1;
     let record = Record::Recovered {
         report: report.clone(),
     };
-    let file = fs::OpenOptions::new().write(true).open(path)?;
-    file.write_all_at(&record.encode(), end as u64)?;
-    file.sync_data()
+    let file = entry::open(io, path).await?;
+    file.write(end as u64, record.encode().into(), false)
+        .await?;
+    file.sync().await
 }
 
 fn log_report(report: &Report, path: &Path) {
@@ -190,7 +195,9 @@ impl Plan {
         for (creation, made) in self.creations.iter().rev() {
             let (creation, made, direction) = (creation.clone(), *made, self.direction);
             let path = creation.path.clone();
-            let done = blocking(move || settle_file(&creation, made, direction)).await;
+            let names = io.names();
+            let done = io.call(move || settle_file(&names, &creation, made, direction));
+            let done = done.await;
             let (result, detail) = match done {
                 Ok(result) => (result, None),
                 Err(error) => (FileResult::Failed, Some(error.to_string())),
@@ -370,6 +377,7 @@ async fn reclaim(io: &IoContext, image: &StagedImage) {
 
 /// Makes a file what it has to be, and its name durable.
 fn settle_file(
+    names: &Names,
     creation: &Creation,
     made: Option<Identity>,
     direction: Direction,
@@ -391,7 +399,7 @@ fn settle_file(
             if let (Some((beside, file)), Some(former)) = (aside, former)
                 && file == *former
             {
-                fs::remove_file(beside)?;
+                names.remove(beside)?;
             }
             FileResult::Kept
         }
@@ -399,24 +407,24 @@ fn settle_file(
             None => FileResult::Unchanged,
             Some(there) if made.is_some_and(|made| made != there) => FileResult::Replaced,
             Some(_) => {
-                fs::remove_file(path)?;
+                names.remove(path)?;
                 FileResult::Removed
             }
         },
         (Direction::Back, Some(former)) => match aside {
             // It has been swapped with what was made.
             Some((beside, file)) if file == *former => {
-                fs::rename(beside, path)?;
+                names.rename(beside, path)?;
                 FileResult::Restored
             }
             // It has not been swapped yet.
             Some((beside, _)) if there == Some(*former) => {
-                fs::remove_file(beside)?;
+                names.remove(beside)?;
                 FileResult::Removed
             }
             Some(_) => FileResult::Replaced,
             None if there == Some(*former) && *was_empty => {
-                fs::OpenOptions::new().write(true).open(path)?.set_len(0)?;
+                names.empty(path)?;
                 FileResult::Restored
             }
             // A device that was formatted in place, or nothing was made yet.
@@ -425,7 +433,7 @@ fn settle_file(
         },
     };
     if let Some(folder) = path.parent() {
-        fs::File::open(folder)?.sync_all()?;
+        names.sync_folder(folder)?;
     }
     Ok(result)
 }

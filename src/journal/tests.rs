@@ -70,7 +70,7 @@ impl Lab {
     }
 
     fn journal(&self) -> Journal {
-        Journal::open(&self.path("state")).unwrap()
+        Journal::open(&self.path("state"), &self.io).unwrap()
     }
 
     /// Makes an image and prepares a snapshot `new` of it.
@@ -421,7 +421,7 @@ async fn a_file_of_somebody_else_stays() {
 async fn one_daemon_has_the_state_directory() {
     let lab = Lab::new();
     let journal = lab.journal();
-    let error = Journal::open(&lab.path("state")).unwrap_err();
+    let error = Journal::open(&lab.path("state"), &lab.io).unwrap_err();
     assert_eq!(error.to_string(), "another daemon uses it");
     drop(journal);
     lab.journal();

@@ -156,20 +156,26 @@ impl Preparing {
     /// The transaction has happened: files that were made stay.
     pub(super) async fn keep_files(&mut self) {
         let created = std::mem::take(&mut self.created);
-        blocking(move || created.into_iter().for_each(Created::keep)).await;
+        let keep = move || created.into_iter().for_each(Created::keep);
+        self.blocking(keep).await;
     }
 
     /// The transaction has failed: files that were made go, the last one first. Nobody has them open.
     pub(super) async fn remove_files(&mut self) {
         let created = std::mem::take(&mut self.created);
-        blocking(move || created.into_iter().rev().for_each(drop)).await;
+        let remove = move || created.into_iter().rev().for_each(drop);
+        self.blocking(remove).await;
     }
-}
 
-/// Does what waits for a disk where waiting does no harm.
-async fn blocking(work: impl FnOnce() + Send + 'static) {
-    if let Err(error) = tokio::task::spawn_blocking(work).await {
-        log::error!("files of a transaction: {error}");
+    /// Does what waits for a disk where waiting does no harm.
+    async fn blocking(&self, work: impl FnOnce() + Send + 'static) {
+        let done = self.io.call(move || {
+            work();
+            Ok(())
+        });
+        if let Err(error) = done.await {
+            log::error!("files of a transaction: {error}");
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use block::driver::HeaderSwitch;
+use block::io::IoContext;
 use qapi_gen::ir::ExampleLine;
 use qapi_gen::load::Disk;
 use qapi_gen::{Loaded, Options, load_hx, load_schema};
@@ -389,7 +390,7 @@ fn cut_off(folder: &Path, image: &Path) {
     let switches = vec![(0, switch(&other, &sector)), (1, switch(&sector, &other))];
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let journal = Journal::open(&folder.join("state")).unwrap();
+        let journal = Journal::open(&folder.join("state"), &IoContext::new()).unwrap();
         let mut entry = journal.begin().await.unwrap();
         entry.stages(staged.to_vec()).await.unwrap();
         entry.commit(switches).await.unwrap();

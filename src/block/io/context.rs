@@ -4,10 +4,12 @@ use std::io;
 use std::sync::{Arc, OnceLock};
 
 use super::buffer::Buffer;
+use super::names::Names;
 use super::operation::Operation;
 use super::pool::Pool;
 use super::ring::Ring;
 use super::spares::Spares;
+use super::witness::{Deed, Extent, Witness, witnessed};
 
 /// The engines that run what would block. Cheap to clone; the last clone to go ends the threads, after
 /// everything in flight has ended. The daemon makes one and gives it to everything that opens files.
@@ -19,6 +21,7 @@ struct Engines {
     spares: Arc<Spares>,
     /// `None` inside: the kernel refused.
     ring: OnceLock<Option<Ring>>,
+    witness: Option<Arc<dyn Witness>>,
 }
 
 /// Who runs the operations of a file.
@@ -33,10 +36,21 @@ pub(crate) enum EngineKind {
 impl IoContext {
     /// Starts no thread yet.
     pub fn new() -> Self {
+        IoContext::of(None)
+    }
+
+    /// One whose deeds somebody sees. They are done by the task that asks for them, one at a time: in an order that depends on
+    /// the witness alone.
+    pub fn witnessed(witness: Arc<dyn Witness>) -> Self {
+        IoContext::of(Some(witness))
+    }
+
+    fn of(witness: Option<Arc<dyn Witness>>) -> Self {
         IoContext(Arc::new(Engines {
             pool: Pool::new(),
             spares: Arc::default(),
             ring: OnceLock::new(),
+            witness,
         }))
     }
 
@@ -45,12 +59,29 @@ impl IoContext {
         self.0.spares.buffer(len, alignment)
     }
 
+    /// The names of files.
+    pub fn names(&self) -> Names {
+        Names::new(self.clone())
+    }
+
+    pub(super) fn witness(&self) -> Option<&Arc<dyn Witness>> {
+        self.0.witness.as_ref()
+    }
+
     /// Runs an operation and gives it back. Cancellation: it runs to its end anyway.
     pub(crate) async fn run(
         &self,
         kind: EngineKind,
         mut operation: Operation,
     ) -> io::Result<Operation> {
+        if let Some(witness) = self.witness() {
+            pause(&**witness).await;
+            let done = witnessed(&**witness, &operation.deed(), |extent| {
+                operation.run_part(extent)
+            });
+            pause(&**witness).await;
+            return done.map(|()| operation);
+        }
         if kind == EngineKind::Ring
             && let Some(ring) = self.ring()
         {
@@ -64,11 +95,33 @@ impl IoContext {
     }
 
     /// Runs a blocking call on the pool. Cancellation: it runs to its end anyway.
-    pub(crate) async fn call<T: Send + 'static>(
+    pub async fn call<T: Send + 'static>(
         &self,
         call: impl FnOnce() -> io::Result<T> + Send + 'static,
     ) -> io::Result<T> {
+        if let Some(witness) = self.witness() {
+            pause(&**witness).await;
+            return call();
+        }
         self.0.pool.run(call).await
+    }
+
+    /// As [`IoContext::call`], of something that a witness sees.
+    pub(crate) async fn act(
+        &self,
+        deed: impl FnOnce() -> Deed,
+        call: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let Some(witness) = self.witness() else {
+            return self.call(call).await;
+        };
+        pause(&**witness).await;
+        let done = witnessed(&**witness, &deed(), |extent| match extent {
+            Extent::All => call(),
+            Extent::Front(_) | Extent::Nothing => Ok(()),
+        });
+        pause(&**witness).await;
+        done
     }
 
     fn ring(&self) -> Option<&Ring> {
@@ -80,6 +133,13 @@ impl IoContext {
                 .ok()
         });
         ring.as_ref()
+    }
+}
+
+/// Lets other tasks go on.
+async fn pause(witness: &dyn Witness) {
+    for _ in 0..witness.pause() {
+        tokio::task::yield_now().await;
     }
 }
 

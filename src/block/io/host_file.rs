@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,17 +16,18 @@ use super::identity::FileIdentity;
 use super::inline::{self, InlineWrites};
 use super::operation::{Operation, Progress, Work};
 use super::sys::{self, LockKind};
+use super::witness::{Deed, Handle};
 use crate::limits::MAX_ALIGNMENT;
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct OpenMode {
+pub struct OpenMode {
     /// For writing too.
-    pub(crate) writable: bool,
+    pub writable: bool,
     /// Past the page cache.
-    pub(crate) direct: bool,
+    pub direct: bool,
     /// What would block is run by io_uring where the kernel has it, else by threads.
-    pub(crate) ring: bool,
+    pub ring: bool,
 }
 
 /// What was opened.
@@ -50,7 +52,7 @@ pub(crate) struct Extent {
 /// All methods may be called from many tasks at once. Cancellation: a system call that has begun runs to its
 /// end; it keeps its memory and the file until then.
 #[derive(Debug)]
-pub(crate) struct HostFile {
+pub struct HostFile {
     file: Arc<OwnedFd>,
     context: IoContext,
     engine: EngineKind,
@@ -68,9 +70,12 @@ pub(crate) struct HostFile {
 
 impl HostFile {
     /// Opens a regular file or block device. Anything else is `InvalidInput`.
-    pub(crate) async fn open(context: &IoContext, path: &str, mode: OpenMode) -> io::Result<Self> {
+    pub async fn open(context: &IoContext, path: &Path, mode: OpenMode) -> io::Result<Self> {
         let path = path.to_owned();
+        context.names().opens(&path)?;
         let (file, facts) = context.call(move || open_file(&path, mode)).await?;
+        // A witness is to see everything, in the order of the engine.
+        let inline = !mode.direct && context.witness().is_none();
         Ok(HostFile {
             file: Arc::new(file),
             context: context.clone(),
@@ -84,16 +89,16 @@ impl HostFile {
             alignment: facts.alignment,
             memory_alignment: facts.memory_alignment,
             // A direct read waits for the disk even when asked not to block.
-            nowait_reads: AtomicBool::new(!mode.direct),
-            nowait_writes: AtomicBool::new(!mode.direct),
-            inline_writes: (!mode.direct).then(InlineWrites::new),
+            nowait_reads: AtomicBool::new(inline),
+            nowait_writes: AtomicBool::new(inline),
+            inline_writes: inline.then(InlineWrites::new),
         })
     }
 
     /// Opens the same file once more, whatever its name is by now.
     pub(crate) async fn reopen(&self, mode: OpenMode) -> io::Result<Self> {
         let path = format!("/proc/self/fd/{}", self.file.as_raw_fd());
-        HostFile::open(&self.context, &path, mode).await
+        HostFile::open(&self.context, path.as_ref(), mode).await
     }
 
     /// Which file it is.
@@ -119,7 +124,7 @@ impl HostFile {
     }
 
     /// The present size in bytes. Does not block on I/O.
-    pub(crate) fn size(&self) -> io::Result<u64> {
+    pub fn size(&self) -> io::Result<u64> {
         // The position is not used otherwise, so moving it harms nobody.
         Ok(rustix::fs::seek(&*self.file, SeekFrom::End(0))?)
     }
@@ -131,7 +136,7 @@ impl HostFile {
     }
 
     /// Reads `len` bytes; those behind the end of the file are zeroes.
-    pub(crate) async fn read(&self, offset: u64, len: u64) -> io::Result<Bytes> {
+    pub async fn read(&self, offset: u64, len: u64) -> io::Result<Bytes> {
         let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let mut operation = self.operation(Work::Read {
             offset,
@@ -148,7 +153,7 @@ impl HostFile {
     }
 
     /// Writes all of `data`, durably (as by `fdatasync`) if asked.
-    pub(crate) async fn write(&self, offset: u64, data: Data, durable: bool) -> io::Result<()> {
+    pub async fn write(&self, offset: u64, data: Data, durable: bool) -> io::Result<()> {
         let len = data.len();
         let mut operation = self.operation(Work::Write {
             offset,
@@ -172,7 +177,7 @@ impl HostFile {
     }
 
     /// Makes everything written so far durable.
-    pub(crate) async fn sync(&self) -> io::Result<()> {
+    pub async fn sync(&self) -> io::Result<()> {
         self.change(self.operation(Work::Sync)).await
     }
 
@@ -195,26 +200,24 @@ impl HostFile {
 
     /// Sets the size.
     pub(crate) async fn truncate(&self, size: u64) -> io::Result<()> {
-        let file = self.file.clone();
-        self.context
-            .call(move || Ok(rustix::fs::ftruncate(&*file, size)?))
-            .await
+        let (file, handle) = (self.file.clone(), Handle(self.file.clone()));
+        let deed = || Deed::Resize { file: handle };
+        let truncate = move || Ok(rustix::fs::ftruncate(&*file, size)?);
+        self.context.act(deed, truncate).await
     }
 
     /// Tells a block device that a range is not needed.
     pub(crate) async fn device_discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let file = self.file.clone();
-        self.context
-            .call(move || sys::block_discard(file.as_fd(), offset, len))
-            .await
+        let discard = move || sys::block_discard(file.as_fd(), offset, len);
+        self.context.act(self.change_of(offset, len), discard).await
     }
 
     /// Zeroes a range of a block device, by writing if need be.
     pub(crate) async fn device_zero(&self, offset: u64, len: u64) -> io::Result<()> {
         let file = self.file.clone();
-        self.context
-            .call(move || sys::block_zero(file.as_fd(), offset, len))
-            .await
+        let zero = move || sys::block_zero(file.as_fd(), offset, len);
+        self.context.act(self.change_of(offset, len), zero).await
     }
 
     /// The extent that `offset` lies in. Where the file system cannot tell, all is data.
@@ -234,6 +237,12 @@ impl HostFile {
     /// Whether another open file description has a lock on this byte.
     pub(crate) fn byte_is_locked(&self, byte: u64) -> io::Result<bool> {
         sys::byte_is_locked(self.file.as_fd(), byte, LockKind::Exclusive)
+    }
+
+    /// What a witness sees of a change.
+    fn change_of(&self, offset: u64, len: u64) -> impl FnOnce() -> Deed + 'static {
+        let file = Handle(self.file.clone());
+        move || Deed::Change { file, offset, len }
     }
 
     async fn fallocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
@@ -316,7 +325,7 @@ struct Facts {
     memory_alignment: u32,
 }
 
-fn open_file(path: &str, mode: OpenMode) -> io::Result<(OwnedFd, Facts)> {
+fn open_file(path: &Path, mode: OpenMode) -> io::Result<(OwnedFd, Facts)> {
     let mut flags = OFlags::CLOEXEC;
     // Opening a FIFO or a tape must not hang the thread; regular files and disks do not care.
     flags |= OFlags::NONBLOCK;

@@ -3,6 +3,8 @@
 //! * [`Data`]: request payloads as segments of shared bytes and known zeroes
 //! * [`IoContext`]: the threads and rings that run blocking system calls, and [`HostFile`], a file on them
 //! * [`IoThreads`]: threads with a scheduler each, which may be held up by what they write
+//! * [`Names`]: names in folders, made, changed, removed and made durable
+//! * [`Witness`]: somebody who sees all of that, for tests of crashes and faults
 //! * [`Gate`]: in-flight accounting that can be closed and drained
 //! * [`RunToEnd`]: requests that go on when nobody waits for them any more
 //! * [`RangeLock`]: mutual exclusion by byte range
@@ -23,6 +25,7 @@ mod gate;
 mod host_file;
 mod identity;
 mod inline;
+mod names;
 mod operation;
 mod pool;
 mod range_lock;
@@ -31,14 +34,18 @@ mod run_to_end;
 mod spares;
 mod sys;
 mod threads;
+mod witness;
 
 pub use context::IoContext;
 pub use data::{Data, Segment};
 pub use gate::{Closed, Entered, Gate};
-pub(crate) use host_file::{Extent, FileKind, HostFile, OpenMode, is_unsupported};
+pub(crate) use host_file::{Extent, FileKind, is_unsupported};
+pub use host_file::{HostFile, OpenMode};
 pub use identity::FileIdentity;
 pub use inline::{InlineThread, allow_inline_writes};
+pub use names::Names;
 pub use range_lock::{Access, RangeGuard, RangeLock};
 pub use run_to_end::RunToEnd;
 pub(crate) use sys::LockKind;
 pub use threads::{IoThreads, Seat};
+pub use witness::{Deed, Handle, Verdict, Witness};

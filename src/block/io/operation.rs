@@ -9,6 +9,7 @@ use io_uring::{opcode, squeue, types};
 use super::buffer::Buffer;
 use super::data::{Data, Segment};
 use super::sys::{self, Iovecs};
+use super::witness::{Deed, Extent, Handle};
 use crate::limits::MAX_IOVECS;
 
 /// An operation on a file. It keeps the file open and the memory alive until the kernel has finished.
@@ -67,6 +68,41 @@ impl Operation {
     pub(crate) fn run(&mut self) -> io::Result<()> {
         while self.step(0)? == Progress::More {}
         Ok(())
+    }
+
+    /// Runs a part of it: the front of a write; of what has no front, nothing.
+    pub(super) fn run_part(&mut self, extent: Extent) -> io::Result<()> {
+        match (extent, &mut self.work) {
+            (Extent::All, _) => self.run(),
+            (Extent::Front(most), Work::Write { data, .. }) if most > 0 => {
+                *data = data.slice(0, most.min(data.len()));
+                self.run()
+            }
+            (Extent::Front(_) | Extent::Nothing, _) => Ok(()),
+        }
+    }
+
+    /// What a witness sees.
+    pub(super) fn deed(&self) -> Deed {
+        let file = Handle(self.file.clone());
+        match &self.work {
+            Work::Read { offset, buffer, .. } => Deed::Read {
+                file,
+                offset: *offset,
+                len: buffer.missing() as u64,
+            },
+            Work::Write { offset, data, .. } => Deed::Change {
+                file,
+                offset: *offset,
+                len: data.len(),
+            },
+            Work::Sync => Deed::Sync { file },
+            Work::Allocate { offset, len, .. } => Deed::Change {
+                file,
+                offset: *offset,
+                len: *len,
+            },
+        }
     }
 
     /// Runs as far as it goes without blocking. `Ok(More)` when it would have blocked; what was moved so far

@@ -10,18 +10,16 @@
 //! The content that a new image replaces stays on the disk until it is certain that the image is wanted: a command that
 //! fails behind the creation has changed nothing.
 
-use std::fs::{self, File as HostFile, OpenOptions};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::{Aio, CacheMode, FileOptions, Locking};
 use crate::driver::{BackingFile, Child, Driver, Preallocation, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::create::{CreateOptions, create};
-use crate::io::{FileIdentity, IoContext};
+use crate::io::{FileIdentity, IoContext, Names};
 use crate::limits::MAX_LEFT_BESIDE;
 use crate::protocols::file::{File, FileAccess};
 
@@ -87,6 +85,7 @@ pub enum Existing {
 #[derive(Debug)]
 #[must_use]
 pub struct Created {
+    names: Names,
     path: PathBuf,
     /// Taken when there is nothing left to undo.
     undo: Option<Undo>,
@@ -122,10 +121,10 @@ impl Created {
         }
     }
 
-    /// The image stays. Content that it has replaced is gone.
+    /// The image stays. Content that it has replaced is gone, durably: who has a note of it can throw that away then.
     pub fn keep(mut self) {
         if let Some(Undo::SwapBack { former, .. }) = self.undo.take()
-            && let Err(error) = fs::remove_file(&former)
+            && let Err(error) = self.names.remove(&former).and_then(|()| self.sync_folder())
         {
             log::warn!(
                 "Could not remove '{}', the former content of '{}': {error}",
@@ -141,10 +140,17 @@ impl Created {
             return Err(io::Error::other("somebody has put another file there"));
         }
         match undo {
-            Undo::Remove(_) => fs::remove_file(&self.path),
-            Undo::Empty(_) => OpenOptions::new().write(true).open(&self.path)?.set_len(0),
-            Undo::SwapBack { former, .. } => fs::rename(former, &self.path),
+            Undo::Remove(_) => self.names.remove(&self.path)?,
+            Undo::Empty(_) => self.names.empty(&self.path)?,
+            Undo::SwapBack { former, .. } => self.names.rename(&former, &self.path)?,
         }
+        self.sync_folder()
+    }
+
+    fn sync_folder(&self) -> io::Result<()> {
+        self.path
+            .parent()
+            .map_or(Ok(()), |folder| self.names.sync_folder(folder))
     }
 }
 
@@ -170,10 +176,19 @@ pub async fn create_image(io: &IoContext, image: &NewImage, existing: Existing) 
     if let NewContent::Qcow2(options) = &image.content {
         options.check()?;
     }
-    let path = PathBuf::from(&image.filename);
-    let place = io.call(move || Place::find(path, existing)).await;
-    let created = match place.map_err(failed)? {
-        Place::Taken(path) => return Ok(Created { path, undo: None }),
+    let (path, names) = (PathBuf::from(&image.filename), io.names());
+    let place = io
+        .call(move || Place::find(&names, path, existing))
+        .await
+        .map_err(failed)?;
+    let created = match place {
+        Place::Taken(path) => {
+            return Ok(Created {
+                names: io.names(),
+                path,
+                undo: None,
+            });
+        }
         Place::New(created) => {
             let file = open_file(io, Path::new(&image.filename)).await?;
             fill(file, image).await?;
@@ -182,13 +197,19 @@ pub async fn create_image(io: &IoContext, image: &NewImage, existing: Existing) 
         Place::Formattable(path, undo) => {
             // It may be somebody's open image; then this fails, and nothing has happened.
             let file = open_file(io, Path::new(&image.filename)).await?;
-            let created = Created { path, undo };
+            let created = Created {
+                names: io.names(),
+                path,
+                undo,
+            };
             fill(file, image).await?;
             created
         }
         Place::Occupied(path) => {
             let former = open_file(io, &path).await?;
-            let beside = io.call(move || Beside::make(path)).await.map_err(failed)?;
+            let names = io.names();
+            let beside = io.call(move || Beside::make(&names, path)).await;
+            let beside = beside.map_err(failed)?;
             former.close().await?;
             beside.fill_and_swap(io, image).await?
         }
@@ -210,12 +231,16 @@ enum Place {
 }
 
 impl Place {
-    fn find(path: PathBuf, existing: Existing) -> io::Result<Place> {
-        match HostFile::create_new(&path) {
-            Ok(file) => {
-                let undo = Some(Undo::Remove(FileIdentity::of(&file.metadata()?)));
+    fn find(names: &Names, path: PathBuf, existing: Existing) -> io::Result<Place> {
+        match names.make(&path) {
+            Ok(made) => {
+                let undo = Some(Undo::Remove(FileIdentity::of(&made)));
                 let path = fs::canonicalize(path)?;
-                return Ok(Place::New(Created { path, undo }));
+                return Ok(Place::New(Created {
+                    names: names.clone(),
+                    path,
+                    undo,
+                }));
             }
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
             Err(_) if existing == Existing::Keep => return Ok(Place::Taken(path)),
@@ -256,16 +281,16 @@ struct Beside {
 
 impl Beside {
     /// Makes it, with the permissions of the other.
-    fn make(path: PathBuf) -> io::Result<Beside> {
+    fn make(names: &Names, path: PathBuf) -> io::Result<Beside> {
         let permissions = fs::metadata(&path)?.permissions();
         let beside = beside(&path);
-        let file = HostFile::create_new(&beside)?;
-        let made = FileIdentity::of(&file.metadata()?);
+        let made = FileIdentity::of(&names.make(&beside)?);
         let temporary = Created {
+            names: names.clone(),
             path: beside,
             undo: Some(Undo::Remove(made)),
         };
-        file.set_permissions(permissions)?;
+        fs::set_permissions(&temporary.path, permissions)?;
         Ok(Beside { path, temporary })
     }
 
@@ -285,11 +310,12 @@ impl Beside {
         let Some(Undo::Remove(made)) = temporary.undo else {
             unreachable!("a file beside another one is new");
         };
-        renameat_with(CWD, &temporary.path, CWD, &path, RenameFlags::EXCHANGE)?;
+        let names = temporary.names.clone();
+        names.exchange(&temporary.path, &path)?;
         temporary.undo = None;
         let former = temporary.path.clone();
         let undo = Some(Undo::SwapBack { former, made });
-        Ok(Created { path, undo })
+        Ok(Created { names, path, undo })
     }
 }
 
@@ -337,7 +363,8 @@ async fn sync_folder(io: &IoContext, path: &Path) -> io::Result<()> {
     let Some(folder) = path.parent().map(Path::to_owned) else {
         return Ok(());
     };
-    io.call(move || HostFile::open(folder)?.sync_all()).await
+    let names = io.names();
+    io.call(move || names.sync_folder(&folder)).await
 }
 
 fn utf8(path: &Path) -> Result<&str> {

@@ -1,22 +1,14 @@
-//! Everything that a transaction over three images asks of storage fails once: nothing has changed on any of them.
+//! Everything that a transaction over three images in memory asks of storage fails once: nothing has changed on any of them.
 
-use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use block::driver::NewSnapshot;
 use block::formats::qcow2::check::check;
 use block::formats::qcow2::create::{CreateOptions, create as make};
 use block::formats::qcow2::{OpenOptions, Qcow2};
-use block::io::IoContext;
-use block::open::{
-    Aio, DriverOptions, Existing, FileOptions, Locking, NewContent, NewImage, NodeOptions, NodeRef,
-    Opener, Qcow2Options, create_image, open,
-};
 use block::protocols::memory::{Fault as StorageFault, OpKind};
 
 use super::*;
-use crate::journal::Journal;
 
 const DISKS: [&str; 3] = ["a", "b", "c"];
 
@@ -104,107 +96,4 @@ async fn whatever_request_to_an_image_fails_no_image_is_changed() {
         }
     }
     assert!(failed > 30, "{failed} faults have made it fail");
-}
-
-/// A qcow2 image in a file, with a snapshot, as a node.
-async fn in_file(cx: &Cx, io: &IoContext, path: &Path, name: &str) {
-    let filename = path.join(name).to_str().unwrap().to_owned();
-    let content = NewContent::Qcow2(Box::new(CreateOptions::new(1 << 20)));
-    let image = NewImage {
-        filename: filename.clone(),
-        content,
-    };
-    create_image(io, &image, Existing::Keep)
-        .await
-        .unwrap()
-        .keep();
-    let file = FileOptions {
-        filename,
-        aio: Aio::Threads,
-        locking: Locking::On,
-    };
-    let file = NodeOptions::new(DriverOptions::File(file));
-    let qcow2 = Qcow2Options::new(NodeRef::Inline(Arc::new(file)));
-    let mut options = NodeOptions::new(DriverOptions::Qcow2(qcow2));
-    options.node_name = Some(name.to_owned());
-    let opener = cx.commit(|control| Ok(Opener::new(&control.io, &control.graph)));
-    let opened = open(&opener.await.unwrap(), &options).await.unwrap();
-    let inserted = cx.commit(|control| control.graph.insert(opened).map_err(lookup::from_engine));
-    let node = inserted.await.unwrap();
-    let snapshots = node.driver().snapshots().unwrap();
-    snapshots.create(NewSnapshot::named("old")).await.unwrap();
-}
-
-/// Makes a file, as a new layer does.
-struct Makes(NewImage);
-
-impl Action for Makes {
-    fn resolve(&mut self, _: &mut Control, _: &mut Plan) -> Result<(), QmpError> {
-        Ok(())
-    }
-
-    fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
-        Box::pin(async {
-            let made = with.create_image(&self.0, Existing::Replace).await?;
-            assert!(made.is_new);
-            Ok(())
-        })
-    }
-}
-
-#[tokio::test]
-async fn whatever_write_of_the_journal_fails_nothing_is_changed_and_nothing_left() {
-    let folder = tempfile::tempdir().unwrap();
-    let (cx, io) = (testing::running(), IoContext::new());
-    for disk in DISKS {
-        in_file(&cx, &io, folder.path(), disk).await;
-    }
-    let state = folder.path().join("state");
-    let journal = Arc::new(Journal::open(&state).unwrap());
-    let shared = journal.clone();
-    let given = cx.commit(move |control| {
-        control.journal = Some(shared);
-        Ok(())
-    });
-    given.await.unwrap();
-    let files = || {
-        let entries = std::fs::read_dir(folder.path()).unwrap().flatten();
-        let mut names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
-        names.sort();
-        names
-    };
-    let before = files();
-    let mut failed = 0;
-    for write in 1.. {
-        let new = NewImage {
-            filename: folder.path().join("new.qcow2").to_str().unwrap().to_owned(),
-            content: NewContent::Qcow2(Box::new(CreateOptions::new(1 << 20))),
-        };
-        let mut all = actions();
-        all.insert(2, Box::new(Makes(new)));
-        journal.fails_in.store(write, Ordering::SeqCst);
-        let result = run(&cx, all).await;
-        journal.fails_in.store(0, Ordering::SeqCst);
-        match result {
-            Ok(_) => break,
-            Err(error) => assert!(
-                error
-                    .desc
-                    .starts_with("Could not write the journal of the transaction: "),
-                "{error}"
-            ),
-        }
-        failed += 1;
-        assert_eq!(names(&cx).await, BEFORE, "write {write}");
-        assert_eq!(files(), before, "write {write}");
-        assert_eq!(
-            std::fs::read_dir(&state).unwrap().count(),
-            0,
-            "write {write}"
-        );
-    }
-    // Its beginning, the file (before and after), the images, the commit.
-    assert_eq!(failed, 5);
-    assert_eq!(names(&cx).await, AFTER);
-    assert!(folder.path().join("new.qcow2").exists());
 }

@@ -12,6 +12,7 @@ mod reopen;
 mod zero;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
@@ -282,7 +283,7 @@ async fn open_host(context: &IoContext, options: &FileOptions, access: FileAcces
         direct: cache.direct,
         ring: options.aio == Aio::IoUring,
     };
-    let host = HostFile::open(context, &options.filename, mode).await;
+    let host = HostFile::open(context, Path::new(&options.filename), mode).await;
     let host = host.map_err(|error| open_error(&options.filename, mode.direct, &error))?;
     Ok(Open {
         host,

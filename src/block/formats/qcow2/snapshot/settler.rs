@@ -118,7 +118,13 @@ impl Image {
             match self.settle_slice().await {
                 Ok(Slice::More) => tokio::task::yield_now().await,
                 Ok(Slice::Done | Slice::Stuck) => return,
-                Err(error) => log::debug!("qcow2: settling on a full disk: {error}"),
+                Err(error) => {
+                    log::debug!("qcow2: settling on a full disk: {error}");
+                    if self.settling.is_empty() {
+                        // Only the mark in the header is left, which would fail at once for as long as this goes on.
+                        return;
+                    }
+                }
             }
         }
     }
@@ -204,8 +210,15 @@ async fn run(image: Weak<Image>, wake: Arc<Notify>) {
                     if !std::mem::replace(&mut told, true) {
                         log::warn!("qcow2: settling behind a snapshot is tried again: {error}");
                     }
-                    // What has failed waits until all else is done.
-                    Some(Duration::ZERO)
+                    match image.settling.is_empty() {
+                        // Only the mark in the header is left, which fails at once on storage that is lost.
+                        true => {
+                            retry = (retry * 2).min(QCOW2_SETTLE_RETRY.1);
+                            Some(retry)
+                        }
+                        // What has failed waits until all else is done.
+                        false => Some(Duration::ZERO),
+                    }
                 }
             }
         };

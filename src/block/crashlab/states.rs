@@ -8,7 +8,7 @@
 //!
 //! What a killed process leaves is among them: a prefix of an epoch, nothing torn.
 //!
-//! An image with an external data file is two disks with one log. A flush makes durable what its own disk got.
+//! An image with an external data file is two disks with one log; a daemon's files are many. A flush makes durable what its own disk got.
 
 use std::collections::HashSet;
 use std::sync::Arc;

@@ -96,7 +96,7 @@ pub enum Change {
 /// A line of the log. `issued` and `completed` count events of the disk: a smaller number came earlier.
 #[derive(Debug, Clone)]
 pub struct Record {
-    /// Which of two disks with one log: 0 for the first one.
+    /// Which of the disks with one log: 0 for the first one.
     pub disk: usize,
     /// When the request came in.
     pub issued: u64,
@@ -111,8 +111,8 @@ pub struct Record {
 #[derive(Debug, Default)]
 pub struct Memory {
     state: Mutex<State>,
-    /// The disk beside this one, whose changes are in the same log.
-    second: Option<Arc<Memory>>,
+    /// The disks beside this one, whose changes are in the same log.
+    others: Vec<Arc<Memory>>,
     /// Told whenever a request is put into `State::held`.
     held: Notify,
 }
@@ -127,14 +127,20 @@ impl Memory {
 
     /// Two empty disks, one beside the other, whose requests have one order and one log: that of the first, which is answered.
     pub fn pair() -> Arc<Self> {
+        Memory::group(2)
+    }
+
+    /// As many empty disks beside each other, at least one, as [`Memory::pair`].
+    pub fn group(count: usize) -> Arc<Self> {
         let tape = SharedTape::default();
-        let second = Memory::default().copy(&tape, 1, None);
-        Memory::default().copy(&tape, 0, Some(second))
+        let empty = Memory::default();
+        let others = (1..count).map(|number| empty.copy(&tape, number, Vec::new()));
+        empty.copy(&tape, 0, others.collect())
     }
 
     /// The disk beside this one.
     pub fn second(&self) -> Option<&Arc<Memory>> {
-        self.second.as_ref()
+        self.others.first()
     }
 
     /// A disk that starts with these bytes.
@@ -150,15 +156,16 @@ impl Memory {
         memory
     }
 
-    /// A disk of its own with the same bytes, without faults, holds or log, beside a fork of the second one. Pages are
+    /// A disk of its own with the same bytes, without faults, holds or log, beside forks of the others. Pages are
     /// shared until written, so this is cheap: the way to keep the state before a crash.
     pub fn fork(&self) -> Arc<Self> {
         let tape = SharedTape::default();
-        let second = self.second.as_ref();
-        self.copy(&tape, 0, second.map(|second| second.copy(&tape, 1, None)))
+        let others = self.others.iter().zip(1..);
+        let others = others.map(|(other, number)| other.copy(&tape, number, Vec::new()));
+        self.copy(&tape, 0, others.collect())
     }
 
-    fn copy(&self, tape: &SharedTape, number: usize, second: Option<Arc<Self>>) -> Arc<Self> {
+    fn copy(&self, tape: &SharedTape, number: usize, others: Vec<Arc<Self>>) -> Arc<Self> {
         let state = self.state();
         let copy = State {
             pages: state.pages.clone(),
@@ -171,7 +178,7 @@ impl Memory {
         };
         Arc::new(Memory {
             state: Mutex::new(copy),
-            second,
+            others,
             held: Notify::new(),
         })
     }
@@ -195,11 +202,12 @@ impl Memory {
         content
     }
 
-    /// A number that differs, as good as always, for disks of different size or content. The second disk counts too.
+    /// A number that differs, as good as always, for disks of different size or content. The other disks count too.
     pub fn digest(&self) -> u64 {
-        let second = self.second.as_ref().map_or(0, |second| second.digest());
+        let add = |sum: u64, other: &Arc<Memory>| sum.rotate_left(17) ^ other.digest();
+        let others = self.others.iter().fold(0, add);
         let state = self.state();
-        let mut digest = state.size ^ second.rotate_left(17);
+        let mut digest = state.size ^ others.rotate_left(17);
         for (index, page) in &state.pages {
             let mut sum = *index;
             let mut any = 0;
@@ -325,15 +333,15 @@ impl Memory {
         self.state().apply(change)
     }
 
-    /// This disk, or the one beside it, by the number that records have.
+    /// This disk, or one beside it, by the number that records have.
     ///
     /// # Panics
     /// When there is none with this number.
     pub fn numbered(&self, disk: usize) -> &Memory {
-        match (disk, self.second()) {
-            (0, _) => self,
-            (1, Some(second)) => second,
-            _ => panic!("there is no disk number {disk}"),
+        match disk.checked_sub(1).map(|other| self.others.get(other)) {
+            None => self,
+            Some(Some(other)) => other,
+            Some(None) => panic!("there is no disk number {disk}"),
         }
     }
 

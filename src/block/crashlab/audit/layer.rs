@@ -18,6 +18,7 @@ pub struct Layer<'a> {
     extended: bool,
     outside: bool,
     data: Option<&'a Memory>,
+    backing: Option<&'a Content>,
     l1: Vec<u64>,
 }
 
@@ -93,6 +94,7 @@ impl<'a> Layer<'a> {
             extended: incompatible & EXTENDED_L2 != 0,
             outside: incompatible & DATA_FILE != 0,
             data: None,
+            backing: None,
             l1,
         })
     }
@@ -100,6 +102,11 @@ impl<'a> Layer<'a> {
     /// The layer of an image with this external data file.
     pub(super) fn with_data(self, data: Option<&'a Memory>) -> Layer<'a> {
         Layer { data, ..self }
+    }
+
+    /// The layer of an image that shows this where it has nothing of its own.
+    pub(super) fn with_backing(self, backing: Option<&'a Content>) -> Layer<'a> {
+        Layer { backing, ..self }
     }
 
     pub(super) fn tables(&self) -> impl Iterator<Item = Table> {
@@ -171,9 +178,10 @@ impl<'a> Layer<'a> {
         }
     }
 
-    /// What the layer holds, as a disk of `size` bytes without a backing.
+    /// What the layer shows, as a disk of `size` bytes.
     pub fn content(&self, size: u64) -> Result<Content, Problem> {
-        let mut content = Content::new(size);
+        let mut content = self.backing.cloned().unwrap_or_default();
+        content.resize(size);
         for table in self.tables() {
             for entry in self.entries(table)? {
                 self.read(&entry, &mut content)?;
@@ -193,34 +201,45 @@ impl<'a> Layer<'a> {
             put(content, first, &inflated);
             return Ok(());
         }
-        let Some(at) = entry.place() else {
-            return Ok(());
-        };
-        let reads_data = |sector: u64| match self.extended {
-            true => {
-                let nth = sector * SECTOR / (cluster / SUBCLUSTERS);
-                entry.bitmap >> nth & 1 == 1
-            }
-            false => entry.word & 1 == 0,
-        };
+        let place = entry.place();
         for sector in 0..cluster / SECTOR {
-            let from = (at + sector * SECTOR) as usize;
-            // A file may end in the middle of its last cluster, which reads as zeroes from there on.
-            let end = (from + SECTOR as usize).min(self.bytes.len());
-            if !reads_data(sector) {
-                continue;
-            }
-            if self.outside {
-                let data = self.data.ok_or("the data file is missing")?;
-                let bytes = data.peek(at + sector * SECTOR, SECTOR);
-                if !bytes.is_known_zero() {
-                    put(content, first + sector, &bytes.to_bytes());
+            let bytes = match (self.shows(entry, sector), place) {
+                (Shown::Backing, _) => continue,
+                (Shown::Zeroes, _) | (Shown::Data, None) => Vec::new(),
+                (Shown::Data, Some(at)) if self.outside => {
+                    let data = self.data.ok_or("the data file is missing")?;
+                    data.peek(at + sector * SECTOR, SECTOR).to_bytes().to_vec()
                 }
-            } else if from < end {
-                put(content, first + sector, &self.bytes[from..end]);
-            }
+                (Shown::Data, Some(at)) => {
+                    let from = (at + sector * SECTOR) as usize;
+                    // A file may end in the middle of its last cluster, which reads as zeroes from there on.
+                    let end = (from + SECTOR as usize).min(self.bytes.len());
+                    self.bytes.get(from..end).unwrap_or_default().to_vec()
+                }
+            };
+            put_sector(content, first + sector, &bytes);
         }
         Ok(())
+    }
+
+    /// What a sector of a cluster shows.
+    fn shows(&self, entry: &Entry, sector: u64) -> Shown {
+        let nth = sector * SECTOR / ((1 << self.cluster_bits) / SUBCLUSTERS).max(1);
+        let (data, zero) = match self.extended {
+            true => (
+                entry.bitmap >> nth & 1 == 1,
+                entry.bitmap >> (nth + SUBCLUSTERS) & 1 == 1,
+            ),
+            false => (
+                entry.word & 1 == 0 && entry.place().is_some(),
+                entry.word & 1 == 1,
+            ),
+        };
+        match (data, zero) {
+            (true, _) => Shown::Data,
+            (false, true) => Shown::Zeroes,
+            (false, false) => Shown::Backing,
+        }
     }
 
     fn inflate(&self, at: u64, len: u64) -> Option<Vec<u8>> {
@@ -235,14 +254,26 @@ impl<'a> Layer<'a> {
     }
 }
 
+/// Where a sector comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Shown {
+    Data,
+    Zeroes,
+    Backing,
+}
+
 /// Stores sectors from `first` on, as far as the disk reaches.
 fn put(content: &mut Content, first: u64, bytes: &[u8]) {
-    for (nth, chunk) in bytes.chunks(SECTOR as usize).enumerate() {
-        let number = first + nth as u64;
-        if number * SECTOR < content.size() && chunk.iter().any(|byte| *byte != 0) {
-            let mut sector: Sector = [0; SECTOR as usize];
-            sector[..chunk.len()].copy_from_slice(chunk);
-            content.set(number, sector);
-        }
+    for (number, chunk) in (first..).zip(bytes.chunks(SECTOR as usize)) {
+        put_sector(content, number, chunk);
+    }
+}
+
+/// Stores a sector, of which bytes that are not there are zeroes, if the disk reaches so far.
+fn put_sector(content: &mut Content, number: u64, bytes: &[u8]) {
+    if number * SECTOR < content.size() {
+        let mut sector: Sector = [0; SECTOR as usize];
+        sector[..bytes.len()].copy_from_slice(bytes);
+        content.set(number, sector);
     }
 }

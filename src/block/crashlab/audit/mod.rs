@@ -26,6 +26,7 @@ const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 pub struct Audit<'a> {
     bytes: &'a [u8],
     data: Option<&'a Memory>,
+    backing: Option<&'a Content>,
     cluster_bits: u32,
     size: u64,
     refcount_bits: u32,
@@ -149,6 +150,7 @@ impl<'a> Audit<'a> {
         let mut audit = Audit {
             bytes,
             data: data.map(|data| &**data),
+            backing: None,
             cluster_bits,
             size: be64(bytes, 24)?,
             refcount_bits: 1 << order.min(6),
@@ -165,6 +167,11 @@ impl<'a> Audit<'a> {
             audit.read_bitmaps()?;
         }
         Ok(audit)
+    }
+
+    /// The same image over a backing file that shows this.
+    pub fn over(self, backing: Option<&'a Content>) -> Audit<'a> {
+        Audit { backing, ..self }
     }
 
     fn read_snapshots(&mut self, count: u32) -> Result<(), Problem> {
@@ -253,7 +260,7 @@ impl<'a> Audit<'a> {
 
     fn layer(&self, l1: (u64, u64)) -> Result<Layer<'a>, Problem> {
         let layer = Layer::new(self.bytes, self.cluster_bits, self.incompatible, l1)?;
-        Ok(layer.with_data(self.data))
+        Ok(layer.with_data(self.data).with_backing(self.backing))
     }
 
     /// Counts all references and holds them against the refcounts and flags.

@@ -29,7 +29,7 @@ pub(super) struct State {
 /// Locked under the lock of a state.
 pub(super) type SharedTape = Arc<Mutex<Tape>>;
 
-/// The order of what happens, on one disk or on two.
+/// The order of what happens, on one disk or on several.
 #[derive(Debug, Default)]
 pub(super) struct Tape {
     clock: u64,

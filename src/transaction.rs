@@ -32,6 +32,8 @@ mod backup;
 mod dry_run;
 mod external;
 mod held;
+#[cfg(test)]
+mod lab;
 mod plan;
 mod preparing;
 mod snapshot;

@@ -2,9 +2,13 @@
 
 use std::sync::Arc;
 
-use super::control_loop::{ControlLoop, Signals};
+use qapi::rt::{QmpError, Value};
+use tokio::task::JoinHandle;
+
+use super::control_loop::{ControlLoop, Finished, Signals};
 use super::cx::Cx;
 use super::service::DaemonService;
+use crate::monitor::Request;
 
 /// A loop that has not begun, and the service in front of it.
 pub(super) fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
@@ -13,7 +17,37 @@ pub(super) fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {
 
 /// The way to a loop that runs until the test ends.
 pub(crate) fn running() -> Cx {
+    started().cx
+}
+
+/// A loop that can be told to stop.
+pub(crate) struct Running {
+    pub(crate) cx: Cx,
+    end: JoinHandle<Finished>,
+}
+
+/// A loop, and the way to it.
+pub(crate) fn started() -> Running {
     let (control_loop, _, cx) = parts();
-    tokio::spawn(control_loop.run(std::future::ready(Ok(()))));
-    cx
+    let end = tokio::spawn(control_loop.run(std::future::ready(Ok(()))));
+    Running { cx, end }
+}
+
+impl Running {
+    /// Behind a stop: the daemon's end in order.
+    pub(crate) async fn ended(self) -> Result<(), String> {
+        super::stop(self.end.await.unwrap()).await
+    }
+}
+
+/// Answers a command as to a client.
+pub(crate) async fn execute(cx: &Cx, command: &str, arguments: Value) -> Result<Value, QmpError> {
+    let Value::Object(arguments) = arguments else {
+        panic!("the arguments of {command} are no object");
+    };
+    let request = Request {
+        name: command.to_owned(),
+        arguments,
+    };
+    super::service::run(cx.clone(), request).await
 }

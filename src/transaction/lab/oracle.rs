@@ -1,0 +1,423 @@
+//! What must hold in a state that a crash has left: behind the recovery, and behind more writes.
+
+use std::collections::HashSet;
+use std::fs;
+use std::process::Command;
+use std::sync::Arc;
+
+use block::crashlab::audit::Audit;
+use block::crashlab::content::{Content, Versions};
+use block::crashlab::states::{Effort, State, epochs, whole_sectors};
+use block::io::IoContext;
+use block::protocols::memory::{Memory, Record};
+
+use super::Problem;
+use super::run::{Moment, Place, Runner};
+use super::script::{Act, DISK_BYTES, DISKS, Disk, Image, Op, Other, Script, Snapshot, World};
+use super::state::{Forgotten, Recording, clear, restore};
+use super::tape::Tape;
+use crate::journal::{self, Journal, Outcome};
+
+/// Snapshots of this prefix are of backups that were cut off.
+const TEMPORARY: &str = "x-qblockd-temporary:";
+
+/// Figures of what was tried.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Figures {
+    pub(super) scripts: u64,
+    pub(super) records: u64,
+    /// States that were verified, all different.
+    pub(super) states: u64,
+    /// Of these, those in which a transaction was finished or taken back.
+    pub(super) finished: u64,
+    pub(super) taken_back: u64,
+    /// Of a crash while another was recovered from.
+    pub(super) second: u64,
+    /// Those that were written to, and looked at again.
+    pub(super) written: u64,
+    /// Those that QEMU has looked at too.
+    pub(super) by_qemu: u64,
+}
+
+impl Figures {
+    /// Adds those of another script.
+    pub(super) fn add(&mut self, other: &Figures) {
+        self.scripts += other.scripts;
+        self.records += other.records;
+        self.states += other.states;
+        self.finished += other.finished;
+        self.taken_back += other.taken_back;
+        self.second += other.second;
+        self.written += other.written;
+        self.by_qemu += other.by_qemu;
+    }
+}
+
+/// How much is done: 1 of so many states; none for 0.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Samples {
+    pub(super) per_epoch: usize,
+    pub(super) second: u32,
+    pub(super) written: u32,
+    pub(super) qemu: u32,
+}
+
+pub(super) struct Oracle<'p> {
+    pub(super) place: &'p Place,
+    pub(super) samples: Samples,
+    pub(super) random: fastrand::Rng,
+    pub(super) figures: Figures,
+    /// As if the daemon did not flush these.
+    pub(super) forgotten: Option<Forgotten>,
+}
+
+impl Oracle<'_> {
+    /// Runs a script, and tries the states that a crash may leave at any moment of it.
+    pub(super) async fn try_script(&mut self, script: &Script) -> Result<(), Problem> {
+        let place = self.place;
+        for folder in [&place.images, &place.state, &place.cellar] {
+            clear(folder);
+        }
+        let tape = Tape::new(&place.images, &place.state, script.seed | 1);
+        let mut runner = Runner::create(place, &tape, script).await?;
+        runner.start();
+        for op in &script.ops {
+            runner.step(op).await?;
+        }
+        let (moments, next) = (std::mem::take(&mut runner.moments), runner.next());
+        runner.end().await?;
+        let mut recording = Recording::of(&tape, moments, next);
+        if let Some(forgotten) = self.forgotten {
+            recording.forget(forgotten);
+        }
+        self.figures.scripts += 1;
+        self.figures.records += recording.log.len() as u64;
+        let log = whole_sectors(&recording.base, &recording.log).map_err(text)?;
+        let mut seen = HashSet::new();
+        let effort = Effort {
+            all_subsets: 4,
+            random_subsets: 8,
+            per_epoch: self.samples.per_epoch,
+        };
+        for epoch in epochs(&recording.base, &log).map_err(text)? {
+            for choice in epoch.choices(effort, &mut self.random) {
+                let state = epoch.state(&choice).map_err(text)?;
+                let (durable, begun) = between(&recording.moments, &state);
+                if seen.insert((state.disk.digest(), durable, begun)) {
+                    let tried = self.verify(&recording, &state).await;
+                    tried.map_err(|problem| describe(&recording, &state, &problem))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn verify(&mut self, recording: &Recording, state: &State) -> Result<(), Problem> {
+        self.figures.states += 1;
+        restore(self.place, recording, &state.disk);
+        let second = is_one_of(&mut self.random, self.samples.second);
+        let seed = self.random.u64(1..);
+        let tape = Tape::new(&self.place.images, &self.place.state, seed);
+        let cellar = self.place.cellar.with_extension("second");
+        if second {
+            let _ = fs::remove_dir_all(&cellar);
+            fs::create_dir(&cellar).unwrap();
+            tape.start(&cellar);
+        }
+        let outcomes = recover(self.place, &tape).await?;
+        for outcome in outcomes {
+            match outcome {
+                Outcome::RolledForward => self.figures.finished += 1,
+                Outcome::Removed => self.figures.taken_back += 1,
+                Outcome::Degraded => return Err("the recovery says 'degraded'".to_owned()),
+            }
+        }
+        let (world, what) = observe(self.place, &recording.moments, state)?;
+        if is_one_of(&mut self.random, self.samples.qemu) {
+            self.ask_qemu(&world)?;
+        }
+        if second {
+            let log = Recording::of(&tape, Vec::new(), recording.next);
+            self.try_second(recording, state, &log).await?;
+        }
+        if is_one_of(&mut self.random, self.samples.written) {
+            self.figures.written += 1;
+            let written = self.go_on(world, recording.next).await;
+            written.map_err(|problem| format!("{what}, and written to then: {problem}"))?;
+        }
+        Ok(())
+    }
+
+    /// Crashes while a state is recovered from.
+    async fn try_second(
+        &mut self,
+        recording: &Recording,
+        state: &State,
+        second: &Recording,
+    ) -> Result<(), Problem> {
+        const STATES: usize = 8;
+        let log = whole_sectors(&second.base, &second.log).map_err(text)?;
+        let mut states = Vec::new();
+        for epoch in epochs(&second.base, &log).map_err(text)? {
+            let choices = epoch.choices(Effort::default(), &mut self.random);
+            for choice in choices.iter().take(STATES) {
+                states.push(epoch.state(choice).map_err(text)?);
+            }
+        }
+        self.random.shuffle(&mut states);
+        for again in states.iter().take(STATES) {
+            self.figures.second += 1;
+            restore(self.place, second, &again.disk);
+            let tape = Tape::new(&self.place.images, &self.place.state, 0);
+            let tried = match recover(self.place, &tape).await {
+                Ok(_) => observe(self.place, &recording.moments, state).map(drop),
+                Err(problem) => Err(problem),
+            };
+            let at = |problem| format!("a second crash, {}: {problem}", again.what);
+            tried.map_err(at)?;
+        }
+        // As the first recovery has left it.
+        let end = states_end(second, &log)?;
+        restore(self.place, second, &end);
+        Ok(())
+    }
+
+    fn ask_qemu(&mut self, world: &World) -> Result<(), Problem> {
+        for disk in &world.disks {
+            for image in &disk.chain {
+                let path = self.place.images.join(&image.file);
+                // A sound image that is dirty, or has leaks, is repaired.
+                let mut check = Command::new("qemu-img");
+                check.args(["check", "-q", "-U", "-f", "qcow2", "--output=json"]);
+                let Ok(output) = check.arg(&path).output() else {
+                    return Ok(());
+                };
+                let text = String::from_utf8_lossy(&output.stdout).into_owned();
+                if text.contains("\"corruptions\"") && !is_dirty(&fs::read(&path).unwrap()) {
+                    return Err(format!("qemu-img check of {}: {text}", image.file));
+                }
+            }
+        }
+        self.figures.by_qemu += 1;
+        Ok(())
+    }
+
+    /// A daemon opens what is there, guests write on, snapshots are taken, and everything is looked at again.
+    async fn go_on(&mut self, world: World, next: u32) -> Result<(), Problem> {
+        let seed = self.random.u64(1..);
+        let tape = Tape::new(&self.place.images, &self.place.state, seed);
+        let mut runner = Runner::resume(self.place, &tape, world, next).await?;
+        for disk in 0..DISKS {
+            let is = runner.read(disk).await?;
+            let wanted = &runner.world.disks[disk].top().content;
+            if let Some(difference) = wanted.difference(&is) {
+                return Err(format!("disk {disk} reads otherwise: {difference}"));
+            }
+        }
+        let random = &mut self.random;
+        for round in 0..2 {
+            for disk in 0..DISKS {
+                let at = 512 * random.u64(..DISK_BYTES / 512 - 40);
+                let len = 512 * random.u64(1..40);
+                runner.step(&Op::Write { disk, at, len }).await?;
+            }
+            if round == 0 {
+                let acts = (0..DISKS).map(Act::Create).collect();
+                runner.step(&Op::Transaction(acts)).await?;
+            }
+        }
+        let world = runner.world.clone();
+        runner.end().await?;
+        for (number, disk) in world.disks.iter().enumerate() {
+            let wanted = |level: usize| Versions::new([&*disk.chain[level].content]);
+            look_at(self.place, number, disk, &wanted)?;
+        }
+        Ok(())
+    }
+}
+
+/// The disks behind all of a log.
+fn states_end(recording: &Recording, log: &[Record]) -> Result<Arc<Memory>, Problem> {
+    let disk = recording.base.fork();
+    for record in log {
+        let done = disk.numbered(record.disk).apply(&record.change);
+        done.map_err(text)?;
+    }
+    Ok(disk)
+}
+
+fn is_one_of(random: &mut fastrand::Rng, count: u32) -> bool {
+    count > 0 && random.u32(..count) == 0
+}
+
+fn is_dirty(bytes: &[u8]) -> bool {
+    Audit::new(bytes).is_ok_and(|audit| audit.is_dirty())
+}
+
+/// A start of the daemon, as far as transactions are concerned.
+pub(super) async fn recover(place: &Place, tape: &Arc<Tape>) -> Result<Vec<Outcome>, Problem> {
+    let io = IoContext::witnessed(tape.clone());
+    let journal = Journal::open(&place.state, &io).map_err(|error| error.to_string())?;
+    let recovered = journal::recover(&journal, &io).await;
+    let mut outcomes = Vec::new();
+    for recovered in recovered.map_err(|error| error.to_string())? {
+        outcomes.push(recovered.report.outcome);
+        recovered.seen();
+    }
+    Ok(outcomes)
+}
+
+/// The last moment that had been answered, and the last that can have left a trace.
+fn between(moments: &[Moment], state: &State) -> (usize, usize) {
+    let answered = |moment: &Moment| moment.answered <= state.completed;
+    let last = moments.iter().rposition(answered).unwrap_or(0);
+    let begun = |moment: &Moment| moment.begun < state.reached;
+    let begun = moments.iter().rposition(begun).unwrap_or(0);
+    (last, begun.max(last))
+}
+
+/// What the folders hold, if it is something that they may hold.
+fn observe(place: &Place, moments: &[Moment], state: &State) -> Result<(World, String), Problem> {
+    let (last, begun) = between(moments, state);
+    let mut problems = Vec::new();
+    for nth in last..=begun {
+        let what = format!("behind {}", moments[nth].what);
+        match observe_as(place, &moments[..=nth], last) {
+            Ok(world) => return Ok((world, what)),
+            Err(problem) => problems.push(format!("{what}: {problem}")),
+        }
+    }
+    Err(problems.join("\n  or "))
+}
+
+/// What the folders hold, if that is what the last of the moments leaves. Up to `answered` they had been answered.
+fn observe_as(place: &Place, moments: &[Moment], answered: usize) -> Result<World, Problem> {
+    let Some(last) = moments.last() else {
+        return Err("no moment".to_owned());
+    };
+    let mut wanted = last.after.clone();
+    let mut names: Vec<String> = fs::read_dir(&place.images)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    if names != wanted.names() {
+        let wanted = wanted.names();
+        return Err(format!("files {names:?} instead of {wanted:?}"));
+    }
+    if fs::read_dir(&place.state).unwrap().next().is_some() {
+        return Err("a journal is left".to_owned());
+    }
+    for (number, disk) in wanted.disks.iter_mut().enumerate() {
+        // What a guest wrote and did not flush may be there or not.
+        let is_durable = |nth: &usize| {
+            let moment = &moments[*nth];
+            moment.at_once[number] || moment.durable[number] && *nth <= answered
+        };
+        let since = (0..moments.len()).rev().find(is_durable).unwrap_or(0);
+        let versions = |level: usize| {
+            let contents = moments[since..].iter().filter_map(|moment| {
+                let disk = &moment.after.disks[number];
+                Some(&*disk.chain.get(level).unwrap_or(disk.chain.last()?).content)
+            });
+            Versions::new(contents)
+        };
+        *disk = look_at(place, number, disk, &versions)?;
+    }
+    for (name, other) in &wanted.others {
+        let bytes = fs::read(place.images.join(name)).unwrap();
+        match other {
+            Other::Bytes(wanted) if bytes != *wanted => {
+                return Err(format!("{name} is not what it was"));
+            }
+            Other::Target {
+                content: Some(content),
+            } => {
+                let is = Audit::new(&bytes).and_then(|audit| audit.active());
+                let is = is.map_err(|problem| format!("{name}: {problem}"))?;
+                if let Some(difference) = content.difference(&is) {
+                    return Err(format!("the backup {name}: {difference}"));
+                }
+            }
+            Other::Bytes(_) | Other::Target { content: None } => {}
+        }
+    }
+    Ok(wanted)
+}
+
+/// Looks at all images of a disk: they are sound, and hold what they must. Answers what exactly they hold. `versions` says what an
+/// image of the chain may show.
+fn look_at(
+    place: &Place,
+    number: usize,
+    disk: &Disk,
+    versions: &dyn Fn(usize) -> Versions,
+) -> Result<Disk, Problem> {
+    let mut chain: Vec<Image> = Vec::new();
+    for (level, image) in disk.chain.iter().enumerate() {
+        let at = |problem: Problem| format!("disk {number}, {}: {problem}", image.file);
+        let bytes = fs::read(place.images.join(&image.file)).unwrap();
+        let below = chain.last().map(|below| below.content.clone());
+        let audit = Audit::new(&bytes).map_err(at)?.over(below.as_deref());
+        let verdict = audit.verdict().map_err(at)?;
+        if !verdict.dangers.is_empty() {
+            return Err(at(verdict.dangers.join("\n  ")));
+        }
+        let snapshots = snapshots(&audit, &image.snapshots).map_err(at)?;
+        let content = audit.active().map_err(at)?;
+        if let Some(violation) = versions(level).violation(&content) {
+            return Err(at(violation));
+        }
+        chain.push(Image {
+            file: image.file.clone(),
+            snapshots,
+            content: Arc::new(content),
+        });
+    }
+    Ok(Disk { chain })
+}
+
+/// Whether an image has the snapshots that it must have, in their order.
+fn snapshots(audit: &Audit<'_>, wanted: &[Snapshot]) -> Result<Vec<Snapshot>, Problem> {
+    let mut found = Vec::new();
+    for snapshot in audit.snapshots() {
+        if !snapshot.name.starts_with(TEMPORARY) {
+            let content: Content = audit.content(snapshot)?;
+            found.push(Snapshot {
+                name: snapshot.name.clone(),
+                content: Arc::new(content),
+            });
+        }
+    }
+    let names = |list: &[Snapshot]| -> Vec<String> {
+        list.iter().map(|snapshot| snapshot.name.clone()).collect()
+    };
+    if names(&found) != names(wanted) {
+        let (found, wanted) = (names(&found), names(wanted));
+        return Err(format!("snapshots {found:?} instead of {wanted:?}"));
+    }
+    for (wanted, is) in wanted.iter().zip(&found) {
+        if let Some(difference) = wanted.content.difference(&is.content) {
+            return Err(format!("snapshot {}: {difference}", wanted.name));
+        }
+    }
+    Ok(found)
+}
+
+fn describe(recording: &Recording, state: &State, problem: &str) -> Problem {
+    let (last, begun) = between(&recording.moments, state);
+    let what = |nth: usize| recording.moments[nth].what.clone();
+    let (last, begun) = (what(last), what(begun));
+    let mut records = String::new();
+    for (number, record) in recording.log.iter().enumerate() {
+        records.push_str(&format!("\n  {number}: {}", recording.explain(record)));
+    }
+    format!(
+        "{}\n  {problem}\n  behind {last}, at the latest in {begun}{records}",
+        state.what
+    )
+}
+
+fn text(error: block::error::Error) -> Problem {
+    error.to_string()
+}

@@ -1,0 +1,540 @@
+//! Runs a script by the daemon's own code, and notes what had been answered when.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use block::copy::SyncMode;
+use block::crashlab::content::{Content, stamp};
+use block::driver::{BackingFile, NewSnapshot, Requests as _, SnapshotSelector, WriteFlags};
+use block::formats::qcow2::create::CreateOptions;
+use block::graph::{Edge, NewDrive, OnError};
+use block::io::{Data, IoContext};
+use block::open::{
+    Aio, DiscardMode, DriverOptions, Existing, FileOptions, Locking, NewContent, NewImage,
+    NodeOptions, NodeRef, Opener, Qcow2Options, create_image, open,
+};
+use tempfile::TempDir;
+
+use super::Problem;
+use super::script::{
+    Act, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, World,
+};
+use super::tape::Tape;
+use crate::daemon::{Control, Cx, StopCause, testing};
+use crate::jobs::Cancel;
+use crate::journal::Journal;
+use crate::transaction::{
+    Abort, Action, BackupAction, BackupOptions, BackupPerf, BackupTarget, Completion,
+    ExternalSnapshot, FileTarget, Operation, Overlay, OverlayFile, SnapshotAction, TargetMode,
+};
+
+/// The folders that a script runs in.
+pub(super) struct Place {
+    _folder: TempDir,
+    pub(super) images: PathBuf,
+    pub(super) state: PathBuf,
+    /// Where all files of a run have a name as long as the place exists.
+    pub(super) cellar: PathBuf,
+    /// The time that files have after a crash.
+    pub(super) begun: SystemTime,
+}
+
+impl Place {
+    pub(super) fn new() -> Place {
+        // States come and go by thousands: in memory, where there is a place for that.
+        let memory = Path::new("/dev/shm");
+        let folder = match memory.is_dir() {
+            true => tempfile::tempdir_in(memory),
+            false => tempfile::tempdir(),
+        };
+        let folder = folder.unwrap();
+        let root = fs::canonicalize(folder.path()).unwrap();
+        let make = |name: &str| {
+            let path = root.join(name);
+            fs::create_dir(&path).unwrap();
+            path
+        };
+        Place {
+            images: make("images"),
+            state: make("state"),
+            cellar: make("cellar"),
+            _folder: folder,
+            begun: SystemTime::now(),
+        }
+    }
+
+    pub(super) fn filename(&self, name: &str) -> String {
+        self.images.join(name).to_str().unwrap().to_owned()
+    }
+}
+
+/// An operation that has been answered.
+#[derive(Debug, Clone)]
+pub(super) struct Moment {
+    pub(super) what: String,
+    /// Records when it was begun, and when it was answered.
+    pub(super) begun: usize,
+    pub(super) answered: usize,
+    /// What there has to be behind it.
+    pub(super) after: World,
+    /// Of each disk, whether the answer says that its content is durable.
+    pub(super) durable: [bool; DISKS],
+    /// Of each disk, whether its content is durable where this has happened at all, answered or not.
+    pub(super) at_once: [bool; DISKS],
+}
+
+/// A daemon with a drive for each disk.
+pub(super) struct Runner<'p> {
+    place: &'p Place,
+    tape: Arc<Tape>,
+    pub(super) cx: Cx,
+    daemon: testing::Running,
+    pub(super) world: World,
+    pub(super) moments: Vec<Moment>,
+    /// Stamps and names from here on are new.
+    next: u32,
+    jobs: Vec<Job>,
+}
+
+/// A backup that has begun.
+struct Job {
+    /// The name of its target, too.
+    id: String,
+    /// It ends only by being cancelled.
+    is_endless: bool,
+    /// What the target shows at the end, if it shows all of it by itself.
+    content: Option<Arc<Content>>,
+}
+
+/// The name of a disk's drive.
+pub(super) fn drive(disk: usize) -> String {
+    format!("d{disk}")
+}
+
+/// How an image of the laboratory is opened.
+fn node_options(filename: String) -> NodeOptions {
+    let file = FileOptions {
+        filename,
+        aio: Aio::Threads,
+        locking: Locking::On,
+    };
+    let file = NodeOptions::new(DriverOptions::File(file));
+    let qcow2 = Qcow2Options::new(NodeRef::Inline(Arc::new(file)));
+    NodeOptions {
+        discard: DiscardMode::Unmap,
+        ..NodeOptions::new(DriverOptions::Qcow2(qcow2))
+    }
+}
+
+impl<'p> Runner<'p> {
+    /// Makes the images of a script, and starts a daemon with them.
+    pub(super) async fn create(
+        place: &'p Place,
+        tape: &Arc<Tape>,
+        script: &Script,
+    ) -> Result<Runner<'p>, Problem> {
+        let io = IoContext::witnessed(tape.clone());
+        let mut disks = Vec::new();
+        for disk in 0..DISKS {
+            let mut chain = Vec::new();
+            let count = 1 + usize::from(script.has_overlay[disk]);
+            for nth in 0..count {
+                let file = format!("disk{disk}-{nth}");
+                let mut options = script.images[disk].clone();
+                if nth > 0 {
+                    options.backing = BackingFile {
+                        name: Some(place.filename(&format!("disk{disk}-{}", nth - 1))),
+                        format: Some("qcow2".to_owned()),
+                    };
+                }
+                let image = NewImage {
+                    filename: place.filename(&file),
+                    content: NewContent::Qcow2(Box::new(options)),
+                };
+                let made = create_image(&io, &image, Existing::Keep).await;
+                made.map_err(text)?.keep();
+                chain.push(Image {
+                    file,
+                    snapshots: Vec::new(),
+                    content: Arc::new(Content::new(DISK_BYTES)),
+                });
+            }
+            disks.push(Disk { chain });
+        }
+        let mut others = BTreeMap::new();
+        for NewFile { name, there } in script.files() {
+            if let Some(bytes) = there.bytes() {
+                fs::write(place.images.join(name), &bytes).unwrap();
+                others.insert(name.clone(), Other::Bytes(bytes));
+            }
+        }
+        let mut runner = Runner::resume(place, tape, World { disks, others }, 1).await?;
+        for disk in 0..DISKS {
+            runner.fill(disk, script.seed).await?;
+        }
+        Ok(runner)
+    }
+
+    /// Makes an image besides.
+    pub(super) async fn make_image(
+        &self,
+        name: &str,
+        backing: Option<String>,
+    ) -> Result<(), Problem> {
+        let mut options = CreateOptions::new(DISK_BYTES);
+        options.backing = BackingFile {
+            format: backing.as_ref().map(|_| "qcow2".to_owned()),
+            name: backing,
+        };
+        let image = NewImage {
+            filename: self.place.filename(name),
+            content: NewContent::Qcow2(Box::new(options)),
+        };
+        let io = IoContext::witnessed(self.tape.clone());
+        let made = create_image(&io, &image, Existing::Keep).await;
+        made.map_err(text)?.keep();
+        Ok(())
+    }
+
+    /// A daemon with images that are there.
+    pub(super) async fn resume(
+        place: &'p Place,
+        tape: &Arc<Tape>,
+        world: World,
+        next: u32,
+    ) -> Result<Runner<'p>, Problem> {
+        let daemon = testing::started();
+        let cx = daemon.cx.clone();
+        let (io, state) = (IoContext::witnessed(tape.clone()), place.state.clone());
+        let begun = cx.commit(move |control: &mut Control| {
+            let journal = Journal::open(&state, &io);
+            control.journal = Some(Arc::new(journal.map_err(|e| text_error(e.to_string()))?));
+            control.io = io;
+            Ok(())
+        });
+        begun.await.map_err(|error| error.desc)?;
+        let runner = Runner {
+            place,
+            tape: tape.clone(),
+            cx,
+            daemon,
+            world,
+            moments: Vec::new(),
+            next,
+            jobs: Vec::new(),
+        };
+        for disk in 0..DISKS {
+            let top = runner.world.disks[disk].top().file.clone();
+            let options = node_options(place.filename(&top));
+            let opener = runner.with(|control| Opener::new(&control.io, &control.graph));
+            let opened = open(&opener.await, &options).await.map_err(text)?;
+            let added = runner.with(move |control| {
+                let root = control.graph.insert(opened)?;
+                let drive = NewDrive {
+                    id: drive(disk),
+                    root: Some(root),
+                    policy: Default::default(),
+                };
+                control.graph.add_drive(drive)
+            });
+            added.await.map_err(text)?;
+        }
+        Ok(runner)
+    }
+
+    /// Some data, a snapshot, and other data; everything durable.
+    async fn fill(&mut self, disk: usize, seed: u64) -> Result<(), Problem> {
+        let mut random = fastrand::Rng::with_seed(seed ^ disk as u64);
+        for round in 0..2 {
+            for _ in 0..4 {
+                let at = 512 * random.u64(..DISK_BYTES / 512 - 8);
+                self.write(disk, at, 4096).await?;
+            }
+            if round == 0 {
+                let name = "old".to_owned();
+                let edge = self.edge(disk).await;
+                let node = edge.node();
+                let snapshots = node.driver().snapshots().unwrap();
+                let taken = snapshots.create(NewSnapshot::named(&name)).await;
+                taken.map_err(text)?;
+                self.world.disks[disk].take(name);
+            }
+        }
+        self.edge(disk).await.flush().await.map_err(text)
+    }
+
+    /// From here on everything is written down.
+    pub(super) fn start(&mut self) {
+        self.tape.start(&self.place.cellar);
+        self.moments = vec![Moment {
+            what: "start".to_owned(),
+            begun: 0,
+            answered: 0,
+            after: self.world.clone(),
+            durable: [true; DISKS],
+            at_once: [true; DISKS],
+        }];
+    }
+
+    pub(super) async fn with<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&mut Control) -> T + Send + 'static,
+    ) -> T {
+        let looked = self.cx.commit(|control| Ok(look(control)));
+        looked.await.unwrap()
+    }
+
+    pub(super) async fn edge(&self, disk: usize) -> Edge {
+        let id = drive(disk);
+        let edge = self.with(move |control| control.graph.drive(&id).unwrap().root.clone());
+        edge.await.unwrap()
+    }
+
+    async fn write(&mut self, disk: usize, at: u64, len: u64) -> Result<(), Problem> {
+        self.next += 1;
+        let bytes = stamp(at, len, self.next);
+        let edge = self.edge(disk).await;
+        let data = Data::from(bytes.clone());
+        let written = edge.write(at, data, WriteFlags::default()).await;
+        written.map_err(text)?;
+        Arc::make_mut(&mut self.world.disks[disk].top_mut().content).write(at, &bytes);
+        Ok(())
+    }
+
+    /// Does one operation.
+    pub(super) async fn step(&mut self, op: &Op) -> Result<(), Problem> {
+        let begun = self.tape.len();
+        let (mut durable, mut at_once) = ([false; DISKS], [false; DISKS]);
+        match op {
+            Op::Write { disk, at, len } => self.write(*disk, *at, *len).await?,
+            Op::Flush(disk) => {
+                self.edge(*disk).await.flush().await.map_err(text)?;
+                durable[*disk] = true;
+            }
+            Op::Transaction(acts) => (durable, at_once) = self.transaction(acts).await?,
+            Op::Idle => tokio::time::sleep(Duration::from_secs(30)).await,
+        }
+        self.note(format!("{op:?}"), begun, durable, at_once);
+        if !self.jobs.is_empty() {
+            let begun = self.tape.len();
+            self.end_jobs().await?;
+            let nothing = [false; DISKS];
+            self.note("the end of jobs".to_owned(), begun, nothing, nothing);
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, what: String, begun: usize, durable: [bool; DISKS], at_once: [bool; DISKS]) {
+        self.moments.push(Moment {
+            what,
+            begun,
+            answered: self.tape.len(),
+            after: self.world.clone(),
+            durable,
+            at_once,
+        });
+    }
+
+    async fn transaction(
+        &mut self,
+        acts: &[Act],
+    ) -> Result<([bool; DISKS], [bool; DISKS]), Problem> {
+        let mut world = self.world.clone();
+        let mut actions: Vec<Box<dyn Action>> = Vec::new();
+        let (mut durable, mut at_once) = ([false; DISKS], [false; DISKS]);
+        let (mut jobs, mut covered) = (Vec::new(), [false; DISKS]);
+        for act in acts {
+            self.next += 1;
+            let name = format!("s{}", self.next);
+            let internal = |disk: usize, operation| -> Box<dyn Action> {
+                Box::new(SnapshotAction::new(drive(disk), operation))
+            };
+            match act.clone() {
+                Act::Create(disk) => {
+                    world.disks[disk].take(name.clone());
+                    durable[disk] = true;
+                    at_once[disk] |= !covered[disk];
+                    actions.push(internal(disk, Operation::Create { name }));
+                }
+                Act::Delete(disk, nth) | Act::Revert(disk, nth) => {
+                    let top = world.disks[disk].top_mut();
+                    let Some(nth) = nth.checked_rem(top.snapshots.len()) else {
+                        continue;
+                    };
+                    let which = SnapshotSelector {
+                        id: None,
+                        name: Some(top.snapshots[nth].name.clone()),
+                    };
+                    durable[disk] = true;
+                    at_once[disk] |= !covered[disk];
+                    if matches!(act, Act::Revert(..)) {
+                        top.content = top.snapshots[nth].content.clone();
+                        actions.push(internal(disk, Operation::Revert(which)));
+                    } else {
+                        top.snapshots.remove(nth);
+                        actions.push(internal(disk, Operation::Delete(which)));
+                    }
+                }
+                Act::External(disk, NewFile { name, .. }) => {
+                    world.others.remove(&name);
+                    let file = OverlayFile {
+                        filename: self.place.filename(&name),
+                        node_name: None,
+                        format: "qcow2".to_owned(),
+                        is_there: false,
+                    };
+                    let overlay = Overlay::File(file);
+                    let action = ExternalSnapshot::new(Some(drive(disk)), None, overlay);
+                    actions.push(Box::new(action));
+                    let content = world.disks[disk].top().content.clone();
+                    world.disks[disk].chain.push(Image {
+                        file: name,
+                        snapshots: Vec::new(),
+                        content,
+                    });
+                    durable[disk] = true;
+                    covered[disk] = true;
+                }
+                Act::Backup(disk, sync, NewFile { name, .. }) => {
+                    let content = None;
+                    world.others.insert(name.clone(), Other::Target { content });
+                    let is_whole = match sync {
+                        SyncMode::Full => true,
+                        SyncMode::Top => world.disks[disk].chain.len() == 1,
+                        SyncMode::None => false,
+                    };
+                    let source = world.disks[disk].top().content.clone();
+                    jobs.push(Job {
+                        id: name.clone(),
+                        is_endless: sync == SyncMode::None,
+                        content: is_whole.then_some(source),
+                    });
+                    actions.push(Box::new(BackupAction::new(self.backup(disk, sync, &name))));
+                }
+                Act::Abort => actions.push(Box::new(Abort)),
+            }
+        }
+        let fails = acts.contains(&Act::Abort);
+        let done = crate::transaction::run(&self.cx, actions, Completion::Individual).await;
+        match done {
+            Ok(_) if fails => return Err("it has not been aborted".to_owned()),
+            Ok(_) => {}
+            Err(_) if fails => return Ok(([false; DISKS], [false; DISKS])),
+            Err(error) => return Err(error.desc),
+        }
+        self.world = world;
+        self.jobs = jobs;
+        Ok((durable, at_once))
+    }
+
+    fn backup(&self, disk: usize, sync: SyncMode, name: &str) -> BackupOptions {
+        let target = FileTarget::new(
+            self.place.filename(name),
+            Some("qcow2".to_owned()),
+            TargetMode::AbsolutePaths,
+        );
+        BackupOptions {
+            device: drive(disk),
+            target: BackupTarget::File(target),
+            sync,
+            job_id: Some(name.to_owned()),
+            speed: 0,
+            compress: false,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            auto_finalize: true,
+            auto_dismiss: true,
+            filter_node_name: None,
+            perf: BackupPerf::default(),
+        }
+    }
+
+    /// Waits for the jobs of the last transaction.
+    async fn end_jobs(&mut self) -> Result<(), Problem> {
+        for Job {
+            id,
+            is_endless,
+            content,
+        } in std::mem::take(&mut self.jobs)
+        {
+            if is_endless {
+                let job = id.clone();
+                let cancelled = self.with(move |control| {
+                    let key = control.jobs.find(&job)?;
+                    control.jobs.cancel(key, Cancel::Force)
+                });
+                cancelled.await.map_err(text)?;
+            }
+            for turn in 0.. {
+                let job = id.clone();
+                if self
+                    .with(move |control| control.jobs.find(&job).is_err())
+                    .await
+                {
+                    break;
+                }
+                if turn > 10_000 {
+                    return Err(format!("job {id} does not end"));
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            self.world.others.insert(id, Other::Target { content });
+        }
+        Ok(())
+    }
+
+    /// Ends all jobs, whatever becomes of them.
+    pub(super) async fn cancel_jobs(&self) -> Result<(), Problem> {
+        for _ in 0..10_000 {
+            let left = self.with(|control| {
+                control.jobs.end_all();
+                control.jobs.list().len()
+            });
+            if left.await == 0 {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Err("a job does not end".to_owned())
+    }
+
+    /// The next stamp and name that are new.
+    pub(super) fn next(&self) -> u32 {
+        self.next + 1
+    }
+
+    /// What a disk shows, read through the daemon.
+    pub(super) async fn read(&self, disk: usize) -> Result<Content, Problem> {
+        let edge = self.edge(disk).await;
+        let data = edge.read(0, edge.size()).await.map_err(text)?;
+        let mut content = Content::new(edge.size());
+        content.write(0, &data.to_bytes());
+        Ok(content)
+    }
+
+    /// The daemon ends in order.
+    pub(super) async fn end(self) -> Result<(), Problem> {
+        self.with(|control| control.stop(StopCause::Quit)).await;
+        self.daemon.ended().await
+    }
+}
+
+impl Disk {
+    /// A snapshot of the topmost image.
+    fn take(&mut self, name: String) {
+        let top = self.top_mut();
+        let content = top.content.clone();
+        top.snapshots.push(Snapshot { name, content });
+    }
+}
+
+fn text(error: block::error::Error) -> Problem {
+    error.to_string()
+}
+
+fn text_error(text: String) -> qapi::rt::QmpError {
+    qapi::rt::QmpError::generic(text)
+}

@@ -1,0 +1,239 @@
+//! Three disks, some of them chains, and what is done to them, from a seed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use block::copy::SyncMode;
+use block::crashlab::content::Content;
+use block::formats::qcow2::create::{Compat, CreateOptions};
+
+/// The disks.
+pub(super) const DISKS: usize = 3;
+/// Bytes of each.
+pub(super) const DISK_BYTES: u64 = 96 << 10;
+/// The longest guest write.
+pub(super) const LONGEST_WRITE: u64 = 6 << 10;
+
+/// What somebody else has put where a file is to be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum There {
+    Nothing,
+    Empty,
+    Bytes,
+}
+
+/// A file that a transaction makes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct NewFile {
+    pub(super) name: String,
+    pub(super) there: There,
+}
+
+/// An action of a transaction. Numbers of snapshots count modulo those of the topmost image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Act {
+    Create(usize),
+    Delete(usize, usize),
+    Revert(usize, usize),
+    External(usize, NewFile),
+    Backup(usize, SyncMode, NewFile),
+    /// Makes the transaction fail.
+    Abort,
+}
+
+/// An operation of a script.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Op {
+    /// A guest of this disk writes.
+    Write {
+        disk: usize,
+        at: u64,
+        len: u64,
+    },
+    /// A guest of this disk flushes.
+    Flush(usize),
+    Transaction(Vec<Act>),
+    /// Time for what goes on behind answers.
+    Idle,
+}
+
+/// What is tried.
+#[derive(Debug, Clone)]
+pub(super) struct Script {
+    pub(super) seed: u64,
+    /// How the images are made.
+    pub(super) images: [CreateOptions; DISKS],
+    /// Whether a disk begins as an overlay.
+    pub(super) has_overlay: [bool; DISKS],
+    pub(super) ops: Vec<Op>,
+}
+
+impl Script {
+    pub(super) fn random(seed: u64) -> Script {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let random = &mut random;
+        let images = [(); DISKS].map(|()| {
+            let mut options = CreateOptions::new(DISK_BYTES);
+            options.cluster_size = [512, 4096, 16384][random.usize(..3)];
+            let is_old = random.u8(..4) == 0;
+            options.compat = if is_old { Compat::V0_10 } else { Compat::V1_1 };
+            options.refcount_bits = if is_old {
+                16
+            } else {
+                [16, 64, 4][random.usize(..3)]
+            };
+            options
+        });
+        let mut ops = Vec::new();
+        for _ in 0..random.usize(1..=2) {
+            for _ in 0..random.usize(2..5) {
+                ops.push(write(random));
+            }
+            if random.u8(..3) == 0 {
+                ops.push(Op::Flush(random.usize(..DISKS)));
+            }
+            let acts = acts(random, ops.len());
+            ops.push(Op::Transaction(acts));
+        }
+        ops.push(write(random));
+        ops.push(Op::Flush(random.usize(..DISKS)));
+        if random.bool() {
+            ops.push(Op::Idle);
+        }
+        Script {
+            seed,
+            images,
+            has_overlay: [(); DISKS].map(|()| random.u8(..4) == 0),
+            ops,
+        }
+    }
+}
+
+fn write(random: &mut fastrand::Rng) -> Op {
+    let len = 512 * random.u64(1..=LONGEST_WRITE / 512);
+    Op::Write {
+        disk: random.usize(..DISKS),
+        at: 512 * random.u64(..=(DISK_BYTES - len) / 512),
+        len,
+    }
+}
+
+/// The actions of the transaction that is the operation `nth`.
+fn acts(random: &mut fastrand::Rng, nth: usize) -> Vec<Act> {
+    let file = |random: &mut fastrand::Rng, act: usize| NewFile {
+        name: format!("new{nth}-{act}"),
+        there: [There::Nothing, There::Nothing, There::Empty, There::Bytes][random.usize(..4)],
+    };
+    let mut acts = Vec::new();
+    let mut backed_up = [false; DISKS];
+    for act in 0..random.usize(2..=5) {
+        let disk = random.usize(..DISKS);
+        if backed_up[disk] {
+            // A disk that is copied takes snapshots, and nothing else.
+            acts.push(Act::Create(disk));
+            continue;
+        }
+        acts.push(match random.u8(..12) {
+            0..4 => Act::Create(disk),
+            4 | 5 => Act::Delete(disk, random.usize(..4)),
+            6 | 7 => Act::Revert(disk, random.usize(..4)),
+            8..10 => Act::External(disk, file(random, act)),
+            _ => {
+                backed_up[disk] = true;
+                let sync = [SyncMode::Full, SyncMode::Top, SyncMode::None][random.usize(..3)];
+                Act::Backup(disk, sync, file(random, act))
+            }
+        });
+    }
+    if random.u8(..6) == 0 {
+        acts.push(Act::Abort);
+    }
+    acts
+}
+
+/// A snapshot that an image has to have.
+#[derive(Debug, Clone)]
+pub(super) struct Snapshot {
+    pub(super) name: String,
+    pub(super) content: Arc<Content>,
+}
+
+/// An image that there has to be.
+#[derive(Debug, Clone)]
+pub(super) struct Image {
+    /// The name of its file.
+    pub(super) file: String,
+    pub(super) snapshots: Vec<Snapshot>,
+    /// What it shows with all that is below it.
+    pub(super) content: Arc<Content>,
+}
+
+/// What there has to be of a disk: its images, the topmost last. There is at least one.
+#[derive(Debug, Clone)]
+pub(super) struct Disk {
+    pub(super) chain: Vec<Image>,
+}
+
+impl Disk {
+    pub(super) fn top(&self) -> &Image {
+        self.chain.last().unwrap()
+    }
+
+    pub(super) fn top_mut(&mut self) -> &mut Image {
+        self.chain.last_mut().unwrap()
+    }
+}
+
+/// A file besides.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Other {
+    /// With these bytes.
+    Bytes(Vec<u8>),
+    /// The target of a backup.
+    Target {
+        /// What it shows when the backup has ended; before that anything.
+        content: Option<Arc<Content>>,
+    },
+}
+
+/// Everything that there has to be.
+#[derive(Debug, Clone)]
+pub(super) struct World {
+    pub(super) disks: Vec<Disk>,
+    pub(super) others: BTreeMap<String, Other>,
+}
+
+impl There {
+    pub(super) fn bytes(self) -> Option<Vec<u8>> {
+        match self {
+            There::Nothing => None,
+            There::Empty => Some(Vec::new()),
+            There::Bytes => Some(b"of somebody else".repeat(100)),
+        }
+    }
+}
+
+impl Script {
+    /// The files that transactions make.
+    pub(super) fn files(&self) -> impl Iterator<Item = &NewFile> {
+        let acts = self.ops.iter().flat_map(|op| match op {
+            Op::Transaction(acts) => &acts[..],
+            _ => &[],
+        });
+        acts.filter_map(|act| match act {
+            Act::External(_, file) | Act::Backup(_, _, file) => Some(file),
+            _ => None,
+        })
+    }
+}
+
+impl World {
+    /// All names in the folder.
+    pub(super) fn names(&self) -> Vec<String> {
+        let images = self.disks.iter().flat_map(|disk| &disk.chain);
+        let mut names: Vec<String> = images.map(|image| image.file.clone()).collect();
+        names.extend(self.others.keys().cloned());
+        names.sort();
+        names
+    }
+}

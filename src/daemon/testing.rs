@@ -1,6 +1,6 @@
 //! A control loop without a command line, for tests.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use qapi::rt::{QmpError, Value};
 use tokio::task::JoinHandle;
@@ -9,6 +9,19 @@ use super::control_loop::{ControlLoop, Finished, Signals};
 use super::cx::Cx;
 use super::service::DaemonService;
 use crate::monitor::Request;
+
+/// A child that begins has the locks of all files for a moment, until it is another program.
+static CHILDREN: RwLock<()> = RwLock::new(());
+
+/// While this is kept, no test begins a child: for those that lock the same files again and again.
+pub(crate) fn without_children() -> RwLockWriteGuard<'static, ()> {
+    CHILDREN.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// To be kept while a child begins.
+pub(crate) fn child() -> RwLockReadGuard<'static, ()> {
+    CHILDREN.read().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A loop that has not begun, and the service in front of it.
 pub(super) fn parts() -> (ControlLoop, Arc<DaemonService>, Cx) {

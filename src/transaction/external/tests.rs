@@ -78,6 +78,7 @@ impl Disk {
     }
 
     fn qemu_img(&self, arguments: &[&str]) -> String {
+        let _child = testing::child();
         let run = Command::new("qemu-img")
             .args(arguments)
             .current_dir(self.folder.path())

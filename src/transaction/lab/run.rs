@@ -342,82 +342,20 @@ impl<'p> Runner<'p> {
         &mut self,
         acts: &[Act],
     ) -> Result<([bool; DISKS], [bool; DISKS]), Problem> {
-        let mut world = self.world.clone();
-        let mut actions: Vec<Box<dyn Action>> = Vec::new();
-        let (mut durable, mut at_once) = ([false; DISKS], [false; DISKS]);
-        let (mut jobs, mut covered) = (Vec::new(), [false; DISKS]);
+        let mut planned = Planned {
+            world: self.world.clone(),
+            actions: Vec::new(),
+            durable: [false; DISKS],
+            at_once: [false; DISKS],
+            covered: [false; DISKS],
+            jobs: Vec::new(),
+        };
         for act in acts {
             self.next += 1;
-            let name = format!("s{}", self.next);
-            let internal = |disk: usize, operation| -> Box<dyn Action> {
-                Box::new(SnapshotAction::new(drive(disk), operation))
-            };
-            match act.clone() {
-                Act::Create(disk) => {
-                    world.disks[disk].take(name.clone());
-                    durable[disk] = true;
-                    at_once[disk] |= !covered[disk];
-                    actions.push(internal(disk, Operation::Create { name }));
-                }
-                Act::Delete(disk, nth) | Act::Revert(disk, nth) => {
-                    let top = world.disks[disk].top_mut();
-                    let Some(nth) = nth.checked_rem(top.snapshots.len()) else {
-                        continue;
-                    };
-                    let which = SnapshotSelector {
-                        id: None,
-                        name: Some(top.snapshots[nth].name.clone()),
-                    };
-                    durable[disk] = true;
-                    at_once[disk] |= !covered[disk];
-                    if matches!(act, Act::Revert(..)) {
-                        top.content = top.snapshots[nth].content.clone();
-                        actions.push(internal(disk, Operation::Revert(which)));
-                    } else {
-                        top.snapshots.remove(nth);
-                        actions.push(internal(disk, Operation::Delete(which)));
-                    }
-                }
-                Act::External(disk, NewFile { name, .. }) => {
-                    world.others.remove(&name);
-                    let file = OverlayFile {
-                        filename: self.place.filename(&name),
-                        node_name: None,
-                        format: "qcow2".to_owned(),
-                        is_there: false,
-                    };
-                    let overlay = Overlay::File(file);
-                    let action = ExternalSnapshot::new(Some(drive(disk)), None, overlay);
-                    actions.push(Box::new(action));
-                    let content = world.disks[disk].top().content.clone();
-                    world.disks[disk].chain.push(Image {
-                        file: name,
-                        snapshots: Vec::new(),
-                        content,
-                    });
-                    durable[disk] = true;
-                    covered[disk] = true;
-                }
-                Act::Backup(disk, sync, NewFile { name, .. }) => {
-                    let content = None;
-                    world.others.insert(name.clone(), Other::Target { content });
-                    let is_whole = match sync {
-                        SyncMode::Full => true,
-                        SyncMode::Top => world.disks[disk].chain.len() == 1,
-                        SyncMode::None => false,
-                    };
-                    let source = world.disks[disk].top().content.clone();
-                    jobs.push(Job {
-                        id: name.clone(),
-                        is_endless: sync == SyncMode::None,
-                        content: is_whole.then_some(source),
-                    });
-                    actions.push(Box::new(BackupAction::new(self.backup(disk, sync, &name))));
-                }
-                Act::Abort => actions.push(Box::new(Abort)),
-            }
+            planned.add(act.clone(), self.place, format!("s{}", self.next));
         }
         let fails = acts.contains(&Act::Abort);
+        let actions = std::mem::take(&mut planned.actions);
         let done = crate::transaction::run(&self.cx, actions, Completion::Individual).await;
         match done {
             Ok(_) if fails => return Err("it has not been aborted".to_owned()),
@@ -425,31 +363,9 @@ impl<'p> Runner<'p> {
             Err(_) if fails => return Ok(([false; DISKS], [false; DISKS])),
             Err(error) => return Err(error.desc),
         }
-        self.world = world;
-        self.jobs = jobs;
-        Ok((durable, at_once))
-    }
-
-    fn backup(&self, disk: usize, sync: SyncMode, name: &str) -> BackupOptions {
-        let target = FileTarget::new(
-            self.place.filename(name),
-            Some("qcow2".to_owned()),
-            TargetMode::AbsolutePaths,
-        );
-        BackupOptions {
-            device: drive(disk),
-            target: BackupTarget::File(target),
-            sync,
-            job_id: Some(name.to_owned()),
-            speed: 0,
-            compress: false,
-            on_source_error: OnError::Report,
-            on_target_error: OnError::Report,
-            auto_finalize: true,
-            auto_dismiss: true,
-            filter_node_name: None,
-            perf: BackupPerf::default(),
-        }
+        self.world = planned.world;
+        self.jobs = planned.jobs;
+        Ok((planned.durable, planned.at_once))
     }
 
     /// Waits for the jobs of the last transaction.
@@ -519,6 +435,119 @@ impl<'p> Runner<'p> {
     pub(super) async fn end(self) -> Result<(), Problem> {
         self.with(|control| control.stop(StopCause::Quit)).await;
         self.daemon.ended().await
+    }
+}
+
+/// A transaction, and what it is to leave.
+struct Planned {
+    world: World,
+    actions: Vec<Box<dyn Action>>,
+    durable: [bool; DISKS],
+    at_once: [bool; DISKS],
+    /// Disks that have got an overlay so far: what is below it is durable with the answer only.
+    covered: [bool; DISKS],
+    jobs: Vec<Job>,
+}
+
+impl Planned {
+    fn add(&mut self, act: Act, place: &Place, name: String) {
+        match act {
+            Act::Create(disk) => {
+                self.world.disks[disk].take(name.clone());
+                self.internal(disk, Operation::Create { name });
+            }
+            Act::Delete(disk, nth) => {
+                if let Some((nth, which)) = self.select(disk, nth) {
+                    self.world.disks[disk].top_mut().snapshots.remove(nth);
+                    self.internal(disk, Operation::Delete(which));
+                }
+            }
+            Act::Revert(disk, nth) => {
+                if let Some((nth, which)) = self.select(disk, nth) {
+                    let top = self.world.disks[disk].top_mut();
+                    top.content = top.snapshots[nth].content.clone();
+                    self.internal(disk, Operation::Revert(which));
+                }
+            }
+            Act::External(disk, NewFile { name, .. }) => self.external(disk, name, place),
+            Act::Backup(disk, sync, NewFile { name, .. }) => self.backup(disk, sync, name, place),
+            Act::Abort => self.actions.push(Box::new(Abort)),
+        }
+    }
+
+    fn internal(&mut self, disk: usize, operation: Operation) {
+        self.durable[disk] = true;
+        self.at_once[disk] |= !self.covered[disk];
+        let action = SnapshotAction::new(drive(disk), operation);
+        self.actions.push(Box::new(action));
+    }
+
+    fn select(&self, disk: usize, nth: usize) -> Option<(usize, SnapshotSelector)> {
+        let snapshots = &self.world.disks[disk].top().snapshots;
+        let nth = nth.checked_rem(snapshots.len())?;
+        let which = SnapshotSelector {
+            id: None,
+            name: Some(snapshots[nth].name.clone()),
+        };
+        Some((nth, which))
+    }
+
+    fn external(&mut self, disk: usize, name: String, place: &Place) {
+        self.world.others.remove(&name);
+        let file = OverlayFile {
+            filename: place.filename(&name),
+            node_name: None,
+            format: "qcow2".to_owned(),
+            is_there: false,
+        };
+        let overlay = Overlay::File(file);
+        let action = ExternalSnapshot::new(Some(drive(disk)), None, overlay);
+        self.actions.push(Box::new(action));
+        let content = self.world.disks[disk].top().content.clone();
+        self.world.disks[disk].chain.push(Image {
+            file: name,
+            snapshots: Vec::new(),
+            content,
+        });
+        self.durable[disk] = true;
+        self.covered[disk] = true;
+    }
+
+    fn backup(&mut self, disk: usize, sync: SyncMode, name: String, place: &Place) {
+        let content = None;
+        let target = Other::Target { content };
+        self.world.others.insert(name.clone(), target);
+        let is_whole = match sync {
+            SyncMode::Full => true,
+            SyncMode::Top => self.world.disks[disk].chain.len() == 1,
+            SyncMode::None => false,
+        };
+        let source = self.world.disks[disk].top().content.clone();
+        self.jobs.push(Job {
+            id: name.clone(),
+            is_endless: sync == SyncMode::None,
+            content: is_whole.then_some(source),
+        });
+        let target = FileTarget::new(
+            place.filename(&name),
+            Some("qcow2".to_owned()),
+            TargetMode::AbsolutePaths,
+        );
+        let action = BackupAction::new(BackupOptions {
+            device: drive(disk),
+            target: BackupTarget::File(target),
+            sync,
+            job_id: Some(name),
+            speed: 0,
+            compress: false,
+            on_source_error: OnError::Report,
+            on_target_error: OnError::Report,
+            auto_finalize: true,
+            auto_dismiss: true,
+            filter_node_name: None,
+            perf: BackupPerf::default(),
+        });
+        self.actions.push(Box::new(action));
     }
 }
 

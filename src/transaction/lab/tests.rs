@@ -6,6 +6,7 @@ use super::oracle::{Figures, Oracle, Samples};
 use super::run::Place;
 use super::script::Script;
 use super::state::Forgotten;
+use crate::daemon::testing::without_children;
 
 /// What the environment says.
 pub(super) fn setting(name: &str, absent: u64) -> u64 {
@@ -37,6 +38,7 @@ fn try_script(
 
 #[test]
 fn power_cuts_leave_transactions_over_several_disks_done_or_not_done() {
+    let _alone = without_children();
     let scripts = setting("QBLOCKD_POWER_CUTS", 6);
     let first = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..1_000_000_000));
     println!("QBLOCKD_CRASH_SEED={first}");
@@ -62,6 +64,7 @@ fn power_cuts_leave_transactions_over_several_disks_done_or_not_done() {
 
 #[test]
 fn the_laboratory_finds_flushes_that_are_missing() {
+    let _alone = without_children();
     let samples = Samples {
         per_epoch: 40,
         second: 0,

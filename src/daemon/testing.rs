@@ -1,6 +1,7 @@
 //! A control loop without a command line, for tests.
 
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
 use qapi::rt::{QmpError, Value};
 use tokio::task::JoinHandle;
@@ -63,4 +64,10 @@ pub(crate) async fn execute(cx: &Cx, command: &str, arguments: Value) -> Result<
         arguments,
     };
     super::service::run(cx.clone(), request).await
+}
+
+/// Lets tasks go on whose time may be paused, and threads of copies, whose time is the real one.
+pub(crate) async fn a_moment() {
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    std::thread::sleep(Duration::from_micros(100));
 }

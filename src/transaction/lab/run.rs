@@ -395,7 +395,7 @@ impl<'p> Runner<'p> {
                 if turn > 10_000 {
                     return Err(format!("job {id} does not end"));
                 }
-                tokio::time::sleep(Duration::from_millis(1)).await;
+                testing::a_moment().await;
             }
             self.world.others.insert(id, Other::Target { content });
         }
@@ -412,7 +412,7 @@ impl<'p> Runner<'p> {
             if left.await == 0 {
                 return Ok(());
             }
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            testing::a_moment().await;
         }
         Err("a job does not end".to_owned())
     }

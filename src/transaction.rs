@@ -89,6 +89,13 @@ pub(crate) trait Action: Send {
         Box::pin(async { Ok(()) })
     }
 
+    /// Whether its commit would be refused: by the same function, on the control loop, when all else has been done and nothing is
+    /// decided yet. No other command runs in between, so that users may go then, and none comes.
+    fn check(&self, control: &Control) -> Result<(), QmpError> {
+        let _ = control;
+        Ok(())
+    }
+
     /// Makes it so. On the control loop, with all disks held: it cannot wait, does no I/O, and cannot fail.
     fn commit(&mut self, control: &mut Control, held: &Held) {
         let _ = (control, held);
@@ -226,6 +233,7 @@ impl Running {
         held.let_go().await?;
         held.prepare().await?;
         held.mark("write");
+        self.check().await?;
         if let Some(entry) = &mut self.with.entry {
             let switches = held.switches().await?;
             let written = limited(entry.commit(switches)).await;
@@ -235,6 +243,20 @@ impl Running {
         held.commit().await?;
         held.mark("switch");
         Ok(())
+    }
+
+    /// Asks the graph whether it would take all commits. Afterwards it is too late to say no.
+    async fn check(&mut self) -> Result<(), QmpError> {
+        let actions = std::mem::take(&mut self.actions);
+        let checked = self.with.cx.commit(move |control| {
+            let check = || actions.iter().try_for_each(|action| action.check(control));
+            let checked = catch_unwind(AssertUnwindSafe(check));
+            let checked = checked.unwrap_or_else(|_| Err(internal_error()));
+            Ok((actions, checked))
+        });
+        let (actions, checked) = checked.await?;
+        self.actions = actions;
+        checked
     }
 
     /// Takes back what was staged, and lets guests go on. What the journal says comes first: should it be cut off here, the next

@@ -431,6 +431,14 @@ impl Action for BackupAction {
         })
     }
 
+    fn check(&self, control: &Control) -> Result<(), QmpError> {
+        let (Some(source), Some(end)) = (&self.source, &self.end) else {
+            return Err(crate::daemon::internal_error());
+        };
+        let checked = control.graph.check_replace(source, &end.filter);
+        checked.map_err(from_engine)
+    }
+
     fn commit(&mut self, control: &mut Control, held: &Held) {
         let (Some(source), Some(end)) = (&self.source, &self.end) else {
             return;

@@ -32,6 +32,8 @@ pub(crate) struct ExternalSnapshot {
     below: Option<Arc<Node>>,
     /// The overlay, once it is there.
     above: Option<Arc<Node>>,
+    /// Whose users will use the overlay, and how many overlays of this transaction are below it, once it is prepared.
+    origin: Option<(Arc<Node>, usize)>,
     /// What is below is going to be read, until the graph knows of it.
     claim: Claim,
     effect: Effect,
@@ -68,6 +70,7 @@ impl ExternalSnapshot {
             overlay,
             below: None,
             above: None,
+            origin: None,
             claim: Claim::none(),
             effect: Effect::default(),
         }
@@ -86,17 +89,12 @@ impl ExternalSnapshot {
         self.claim = claim(&with.cx, &below, Need::Reads)
             .await
             .map_err(from_engine)?;
-        let (origin, steps) = with.plan.origin(&below);
+        let origin = with.plan.origin(&below);
         let ends = (below.clone(), above.clone());
-        let checked = with.cx.commit(move |control| {
-            let (below, above) = ends;
-            let graph = &control.graph;
-            check_overlay(graph, &above)?;
-            graph.check_append(&below, &above).map_err(from_engine)?;
-            // What earlier actions will have done.
-            graph.check_chain(&origin, steps + 1).map_err(from_engine)?;
-            graph.check_replace(&origin, &above).map_err(from_engine)
-        });
+        self.origin = Some(origin.clone());
+        let checked = with
+            .cx
+            .commit(move |control| check_commit(&control.graph, (&ends.0, &ends.1), &origin));
         checked.await?;
         with.plan.lead(&below, &above);
         Ok(())
@@ -267,6 +265,14 @@ impl Action for ExternalSnapshot {
         Box::pin(self.hold_ready(held))
     }
 
+    fn check(&self, control: &Control) -> Result<(), QmpError> {
+        let (Some(below), Some(above), Some(origin)) = (&self.below, &self.above, &self.origin)
+        else {
+            return Err(internal_error());
+        };
+        check_commit(&control.graph, (below, above), origin)
+    }
+
     fn commit(&mut self, control: &mut Control, held: &Held) {
         let (Some(below), Some(above)) = (&self.below, &self.above) else {
             return;
@@ -276,7 +282,7 @@ impl Action for ExternalSnapshot {
             log::error!("node '{}' is not held for its overlay", below.name());
             return;
         };
-        // Checked when it was prepared; since then users may have gone, and none has come.
+        // Checked before it was decided; since then users may have gone, and none has come.
         if let Err(error) = control.graph.append(below, above, [one, other]) {
             log::error!("the overlay of node '{}': {error}", below.name());
         }
@@ -294,6 +300,19 @@ impl Action for ExternalSnapshot {
     fn effect(&self) -> Effect {
         self.effect.clone()
     }
+}
+
+/// Whether the graph will take an overlay on what is below it.
+fn check_commit(
+    graph: &Graph,
+    (below, above): (&Arc<Node>, &Arc<Node>),
+    (origin, steps): &(Arc<Node>, usize),
+) -> Result<(), QmpError> {
+    check_overlay(graph, above)?;
+    graph.check_append(below, above).map_err(from_engine)?;
+    // What earlier actions will have done.
+    graph.check_chain(origin, steps + 1).map_err(from_engine)?;
+    graph.check_replace(origin, above).map_err(from_engine)
 }
 
 /// Whether a disk may get an overlay.

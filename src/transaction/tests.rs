@@ -66,6 +66,13 @@ impl Action for Recorder {
         })
     }
 
+    fn check(&self, _: &Control) -> Result<(), QmpError> {
+        match self.fate {
+            Fate::FailsIn("check") => self.run("check"),
+            _ => Ok(()),
+        }
+    }
+
     fn commit(&mut self, _: &mut Control, _: &Held) {
         self.run("commit").unwrap();
     }
@@ -110,6 +117,23 @@ fn selected(name: &str) -> SnapshotSelector {
 /// Runs a transaction without jobs.
 pub(super) async fn run(cx: &Cx, actions: Vec<Box<dyn Action>>) -> Result<Vec<Effect>, QmpError> {
     super::run(cx, actions, Completion::Individual).await
+}
+
+#[tokio::test]
+async fn what_the_graph_would_refuse_is_an_error_and_nothing_is_committed() {
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "d", &[], &log).await;
+    let actions = vec![
+        create("d", "s"),
+        recorder("a", Fate::Works, &log),
+        recorder("b", Fate::FailsIn("check"), &log),
+    ];
+    let error = run(&cx, actions).await.unwrap_err();
+    assert_eq!(error.desc, "no");
+    let log = log.take();
+    assert!(log.contains("prepare d, check b, roll back d"), "{log}");
+    assert!(log.contains("abort b, abort a"), "{log}");
+    assert!(!log.contains("commit"), "{log}");
 }
 
 #[tokio::test]

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use block::driver::{AmendOptions, BackingFile};
 use block::graph::{Graph, Node, NodeChange};
-use block::open::changes;
+use block::io::FileIdentity;
+use block::open::{backing_path, changes};
 use qapi::commands::{BlockdevReopen, ChangeBackingFile};
 use qapi::rt::{ErrorClass, QmpError};
 use tokio::time::timeout;
@@ -59,9 +60,16 @@ pub(super) async fn change_backing_file(cx: &Cx, args: ChangeBackingFile) -> Res
         image_node_name,
         backing_file,
     } = args;
-    let image = cx
-        .commit(move |control| image_of_chain(&control.graph, &device, &image_node_name))
-        .await?;
+    let find = move |control: &mut Control| {
+        let chain = image_of_chain(&control.graph, &device, &image_node_name)?;
+        Ok((chain, control.io.clone()))
+    };
+    let ((image, above), io) = cx.commit(find).await?;
+    if let Some(path) = backing_path(&image.filename(), &backing_file).to_str()
+        && let Ok(file) = FileIdentity::at(&io, path).await
+    {
+        check_no_loop(&image, &above, &backing_file, file)?;
+    }
     let backing = image.link("backing");
     let backing = BackingFile {
         format: backing
@@ -94,8 +102,32 @@ async fn set_read_only(cx: &Cx, node: &Arc<Node>, read_only: bool) -> Result<(),
     change(cx, move |_| Ok(vec![change_node])).await
 }
 
-/// The image of this name in the chain of a device.
-fn image_of_chain(graph: &Graph, device: &str, name: &str) -> Result<Arc<Node>, QmpError> {
+/// Refuses the file of the image itself, and of what stands on it: none of these could be opened again.
+fn check_no_loop(
+    image: &Arc<Node>,
+    above: &[Arc<Node>],
+    name: &str,
+    file: FileIdentity,
+) -> Result<(), QmpError> {
+    let is_in = |node: &&Arc<Node>| {
+        let below = std::iter::successors(node.link("file"), |node| node.link("file"));
+        below.last().and_then(|file| file.driver().host_file()) == Some(file)
+    };
+    match above.iter().chain([image]).find(is_in) {
+        None => Ok(()),
+        Some(own) => Err(QmpError::generic(format!(
+            "Could not change backing file to '{name}': node '{}' would be its own backing file",
+            own.name()
+        ))),
+    }
+}
+
+/// The image of this name in the chain of a device, and what stands on it there.
+fn image_of_chain(
+    graph: &Graph,
+    device: &str,
+    name: &str,
+) -> Result<(Arc<Node>, Vec<Arc<Node>>), QmpError> {
     let root = convert::device(graph, device)?;
     if graph.parents(&root).next().is_some() {
         return Err(QmpError::generic("Need a root block node"));
@@ -111,13 +143,14 @@ fn image_of_chain(graph: &Graph, device: &str, name: &str) -> Result<Arc<Node>, 
             "not allowing backing file change on an image without a backing file",
         ));
     }
-    let mut chain = std::iter::successors(Some(root), |node| match node.driver().is_filter() {
+    let chain = std::iter::successors(Some(root), |node| match node.driver().is_filter() {
         true => node.link("file"),
         false => node.link("backing"),
     });
-    match chain.any(|node| Arc::ptr_eq(&node, &image)) {
-        true => Ok(image),
-        false => Err(QmpError::generic(format!(
+    let chain: Vec<Arc<Node>> = chain.collect();
+    match chain.iter().position(|node| Arc::ptr_eq(node, &image)) {
+        Some(place) => Ok((image, chain.into_iter().take(place).collect())),
+        None => Err(QmpError::generic(format!(
             "'{device}' and image file are not in the same chain"
         ))),
     }

@@ -162,3 +162,40 @@ fn a_guest_works_on_while_its_node_is_reopened() {
     // Read-only, it can be read by others.
     daemon.tool("qemu-img check -q disk.q");
 }
+
+#[test]
+fn no_image_is_made_its_own_backing_file() {
+    let Some(()) = harness::need(&["qemu-img"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let make = "qemu-img create -q -f qcow2 base 1M && qemu-img create -q -f qcow2 -b base -F qcow2 mid && \
+                qemu-img create -q -f qcow2 -b mid -F qcow2 top && ln top hard && ln -s top symbolic && ln base again";
+    harness::tool(folder.path(), make);
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &[]);
+    let mut qmp = daemon.qmp();
+    let node = |name: &str| json!({"driver": "qcow2", "node-name": name, "file": {"driver": "file", "filename": name}});
+    qmp.ok("blockdev-add", node("base"));
+    for (name, backing) in [("mid", "base"), ("top", "mid")] {
+        let mut overlay = node(name);
+        overlay["backing"] = json!(backing);
+        qmp.ok("blockdev-add", overlay);
+    }
+    for image in ["mid", "top"] {
+        for file in ["top", "./top", "hard", "symbolic", "file:top"] {
+            let change = json!({"device": "top", "image-node-name": image, "backing-file": file});
+            let (_, error) = qmp.error("change-backing-file", change);
+            let expected = format!(
+                "Could not change backing file to '{file}': node 'top' would be its own backing file"
+            );
+            assert_eq!(error, expected, "{image}");
+        }
+    }
+    // Another name of the same backing, and one that nothing has yet, are the user's business.
+    for file in ["again", "later", "base"] {
+        let change = json!({"device": "top", "image-node-name": "mid", "backing-file": file});
+        qmp.ok("change-backing-file", change);
+    }
+    assert!(daemon.terminate().success());
+    harness::tool(folder.path(), "qemu-img info --backing-chain top");
+}

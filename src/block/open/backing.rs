@@ -4,7 +4,7 @@
 //! So it opens plain files only, never a protocol or a `json:` description, and no format is guessed unless the user
 //! asked for that.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::options::{
@@ -81,11 +81,17 @@ pub(super) fn resolve(reference: Reference<'_>) -> Result<String> {
             "only plain files are opened for an image's header; give other kinds in 'backing'",
         ));
     }
-    let folder = Path::new(image).parent().unwrap_or(Path::new(""));
-    match folder.join(plain).to_str() {
+    match backing_path(image, filename).to_str() {
         Some(path) => Ok(path.to_owned()),
         None => Err(refused(reference, "its path is not UTF-8")),
     }
+}
+
+/// Where the plain file is that the header of an image names: relative names begin in the folder of the image.
+pub fn backing_path(image: &str, filename: &str) -> PathBuf {
+    let plain = filename.strip_prefix("file:").unwrap_or(filename);
+    let folder = Path::new(image).parent().unwrap_or(Path::new(""));
+    folder.join(plain)
 }
 
 /// Whether a colon comes before the first slash: `nbd://...`, `json:{...}`.

@@ -35,6 +35,7 @@ use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS, NESTED_
 use crate::protocols::file::{File, FileAccess};
 use crate::protocols::null::Null;
 
+pub use backing::backing_path;
 pub use create::{Created, Existing, NewContent, NewImage, beside, create_image};
 pub use options::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,

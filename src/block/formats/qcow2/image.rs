@@ -35,7 +35,7 @@ use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
 use super::snapshot::{Settler, Settling, SnapshotList};
 use super::tuning::Tuning;
-use super::write_back::Commits;
+use super::write_back::{Commits, Early};
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::HostBytes;
@@ -81,6 +81,7 @@ pub(crate) struct Image {
     pub(super) settler: Settler,
     pub(super) bitmaps: Bitmaps,
     pub(super) commits: Commits,
+    pub(super) early: Early,
     /// The header and the bitmaps have been made ready for changes of what the guest sees.
     pub(super) prepared: AtomicBool,
     pub(super) closed: AtomicBool,

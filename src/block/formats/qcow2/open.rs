@@ -27,7 +27,7 @@ use super::owners::{Owner, Owners};
 use super::quarantine::Quarantine;
 use super::snapshot::{Settler, Settling, SnapshotList};
 use super::tuning::Tuning;
-use super::write_back::Commits;
+use super::write_back::{Commits, Early};
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Reporter;
@@ -232,6 +232,7 @@ impl Opening {
             settler: Settler::default(),
             bitmaps,
             commits: Commits::default(),
+            early: Early::default(),
             prepared: AtomicBool::new(false),
             closed: AtomicBool::new(false),
         };

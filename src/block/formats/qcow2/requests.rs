@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::io::{Data, RunToEnd};
 
 impl Image {
-    async fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
+    async fn write(self: &Arc<Self>, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
         {
             let _inside = self.gate.enter().await;
             self.check_range(offset, data.len())?;
@@ -24,7 +24,7 @@ impl Image {
         self.finish_change(flags.fua).await
     }
 
-    async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
+    async fn write_zeroes(self: &Arc<Self>, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
         {
             let _inside = self.gate.enter().await;
             self.check_range(offset, len)?;
@@ -36,7 +36,7 @@ impl Image {
         self.finish_change(flags.fua).await
     }
 
-    async fn write_compressed(&self, offset: u64, data: Data) -> Result<()> {
+    async fn write_compressed(self: &Arc<Self>, offset: u64, data: Data) -> Result<()> {
         {
             let _inside = self.gate.enter().await;
             self.check_range(offset, data.len())?;
@@ -46,7 +46,7 @@ impl Image {
         self.finish_change(false).await
     }
 
-    async fn discard(&self, offset: u64, len: u64) -> Result<()> {
+    async fn discard(self: &Arc<Self>, offset: u64, len: u64) -> Result<()> {
         {
             let _inside = self.gate.enter().await;
             self.check_range(offset, len)?;
@@ -58,27 +58,17 @@ impl Image {
         self.finish_change(false).await
     }
 
-    /// Makes a change durable, or what has come together before it. It has left the gate: nobody else waits for this.
-    async fn finish_change(&self, fua: bool) -> Result<()> {
-        if !fua && !self.has_much_unwritten() {
-            return Ok(());
-        }
-        let flushing = self.gate.try_enter_flush();
-        if flushing.is_none() && !fua {
-            // Another time: a change of the whole image is about to begin.
+    /// Makes a change durable if it is to be, and what has come together before it when that is much. It has left the gate.
+    async fn finish_change(self: &Arc<Self>, fua: bool) -> Result<()> {
+        if !fua {
+            self.relieve_behind().await;
             return Ok(());
         }
         let _inside = self.gate.enter_unnoticed().await;
-        if self.is_closed() {
+        match self.is_closed() {
             // That has written everything.
-            return Ok(());
-        }
-        match fua {
-            true => self.write_back().await,
-            false => {
-                self.relieve().await;
-                Ok(())
-            }
+            true => Ok(()),
+            false => self.write_back().await,
         }
     }
 

@@ -14,10 +14,12 @@
 //! On error everything that was taken is dirty again, and the next flush does it all over.
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use futures_util::future::try_join;
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 use super::alloc::Run;
 use super::image::Image;
@@ -71,12 +73,56 @@ impl Commits {
     }
 }
 
-/// What a write-back has taken.
-#[derive(Debug)]
-struct Taken {
+/// What a write-back has taken. Dropped before it is written, it goes back.
+struct Taken<'i> {
     frees: Vec<Run>,
     tables: Vec<TakenTable>,
     l1: Vec<(Range<usize>, HostOffset, Vec<u8>)>,
+    /// Where from.
+    from: (&'i Image, &'i L1Table),
+}
+
+impl Taken<'_> {
+    /// Nothing goes back. Answers what was freed before.
+    fn written(&mut self) -> Vec<Run> {
+        self.tables.clear();
+        self.l1.clear();
+        std::mem::take(&mut self.frees)
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        let (image, l1) = self.from;
+        l1.mark(self.l1.iter().flat_map(|(sectors, ..)| sectors.clone()));
+        image.l2.put_back(&self.tables);
+        image.quarantine.unlinked(std::mem::take(&mut self.frees));
+    }
+}
+
+/// Who writes back early: a task of the image, on the runtime that has opened it. That of a request may end before the image does.
+#[derive(Debug)]
+pub(super) struct Early {
+    runtime: Option<Handle>,
+    task: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Default for Early {
+    fn default() -> Self {
+        Early {
+            runtime: Handle::try_current().ok(),
+            task: Mutex::default(),
+        }
+    }
+}
+
+impl Drop for Early {
+    fn drop(&mut self) {
+        let task = self.task.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(task) = task {
+            task.abort();
+        }
+    }
 }
 
 impl Image {
@@ -104,21 +150,19 @@ impl Image {
         let changes = self.commits.changes.load(Ordering::SeqCst);
         let l1 = self.l1();
         // In this order: see the module's documentation.
-        let taken = Taken {
+        let mut taken = Taken {
             frees: self.quarantine.take_unlinked(),
             l1: l1.take_dirty(),
             tables: self.l2.take_dirty(),
+            from: (self, &l1),
         };
-        if let Err(error) = self.write_taken(&taken).await {
-            self.put_back(&l1, taken);
-            return Err(error);
-        }
-        self.quarantine.durable(taken.frees);
+        self.write_taken(&taken).await?;
+        self.quarantine.durable(taken.written());
         self.commits.durable.fetch_max(changes, Ordering::SeqCst);
         Ok(())
     }
 
-    async fn write_taken(&self, taken: &Taken) -> Result<()> {
+    async fn write_taken(&self, taken: &Taken<'_>) -> Result<()> {
         let blocks = {
             let mut alloc = self.alloc.lock().await;
             alloc.reclaim().await?;
@@ -151,12 +195,6 @@ impl Image {
             return Ok(());
         }
         self.file.flush().await
-    }
-
-    fn put_back(&self, l1: &L1Table, taken: Taken) {
-        l1.mark(taken.l1.iter().flat_map(|(sectors, ..)| sectors.clone()));
-        self.l2.put_back(&taken.tables);
-        self.quarantine.unlinked(taken.frees);
     }
 
     /// Frees what has passed the quarantine. What cannot be freed now is tried again after the next write-back.
@@ -225,8 +263,47 @@ impl Image {
 
     /// Whether it is time to write back.
     pub(super) fn has_much_unwritten(&self) -> bool {
+        self.has_unwritten(1, 1)
+    }
+
+    /// Whether the limits are exceeded so many times.
+    fn has_unwritten(&self, tables: usize, clusters: u64) -> bool {
         let unlinked = self.quarantine.waiting() << self.g.cluster_bits();
-        self.l2.dirty_count() > self.l2.dirty_limit() || unlinked > MAX_UNLINKED
+        self.l2.dirty_count() > tables * self.l2.dirty_limit() || unlinked > clusters * MAX_UNLINKED
+    }
+
+    /// As `relieve`, behind a request that has left the gate: a task writes back, and requests go on. They wait for it only where
+    /// they outrun it by far.
+    pub(super) async fn relieve_behind(self: &Arc<Self>) {
+        if !self.has_much_unwritten() {
+            return;
+        }
+        let Some(runtime) = &self.early.runtime else {
+            return self.relieve_inside().await;
+        };
+        {
+            let task = &self.early.task;
+            let mut task = task.lock().unwrap_or_else(PoisonError::into_inner);
+            if task.as_ref().is_none_or(JoinHandle::is_finished) {
+                let image = self.clone();
+                *task = Some(runtime.spawn(async move { image.relieve_inside().await }));
+            }
+        }
+        // All tables of the cache are dirty, or much of the disk could be free and is not.
+        if self.has_unwritten(2, 16) {
+            self.relieve_inside().await;
+        }
+    }
+
+    async fn relieve_inside(&self) {
+        let Some(_flushing) = self.gate.try_enter_flush() else {
+            // Another time: a change of the whole image is about to begin.
+            return;
+        };
+        let _inside = self.gate.enter_unnoticed().await;
+        if !self.is_closed() {
+            self.relieve().await;
+        }
     }
 
     /// Writes back early when much is dirty, so that neither memory nor unfreed space grow without bound. An error is left to the

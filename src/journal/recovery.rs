@@ -114,6 +114,13 @@ fn log_report(report: &Report, path: &Path) {
             detail(&image.detail)
         );
     }
+    for file in files.iter().filter(|file| file.result == FileResult::Kept) {
+        let path = file.path.display();
+        log::warn!(
+            "transaction {uuid}: '{path}' stays. A layer on a disk is complete, and to be opened instead of what is below it; the \
+             target of a backup is not complete, since the backup has ended with the process"
+        );
+    }
     for file in files.iter().filter(|file| !file.result.is_right()) {
         let (path, result) = (file.path.display(), file.result);
         log::error!(

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use block::copy::clear_away_left;
 use block::driver::{Claim, Need, Preallocation};
 use block::error::Error;
 use block::formats::qcow2::NOT_QCOW2;
@@ -76,6 +77,10 @@ pub(super) async fn add(cx: &Cx, options: DriveOptions, number: usize) -> Result
             false => Need::Writes,
         };
         claimed = claim(cx, root, need).await.map_err(from_engine)?;
+        if need == Need::Writes {
+            // The image is locked, and no job of this process has it: whoever took them is gone.
+            clear_away_left(root.driver()).await;
+        }
     }
     cx.commit(move |control| {
         let _claimed = claimed;

@@ -8,6 +8,7 @@ mod cut_off;
 pub(crate) mod full;
 mod load;
 mod many;
+mod temporary;
 mod transactions;
 mod unsettled;
 

@@ -65,7 +65,7 @@ use crate::limits::{COPY_CHUNK, COPY_GUEST_BYTES, COPY_WORKERS};
 
 pub use before::BeforeChange;
 pub use copier::Copier;
-pub use relief::TEMPORARY_SNAPSHOT;
+pub use relief::{TEMPORARY_SNAPSHOT, clear_away_left};
 
 /// What is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -181,6 +181,17 @@ impl Shared {
     }
 }
 
+/// Deletes the temporary snapshots that killed processes have left in an image which is open for writing; those of copies that run
+/// are being viewed, and stay. Each takes one write of the header. Where all requests would wait meanwhile, the next copy does it.
+pub async fn clear_away_left(driver: &dyn Driver) {
+    if let Some(snapshots) = driver.snapshots()
+        && snapshots.check().is_ok()
+        && !snapshots.holds_requests()
+    {
+        clear_away(snapshots).await;
+    }
+}
+
 /// Deletes what killed processes have left; those of other copies that run are being viewed.
 async fn clear_away(snapshots: &dyn Snapshots) {
     let left = snapshots.list().into_iter();
@@ -190,7 +201,10 @@ async fn clear_away(snapshots: &dyn Snapshots) {
             name: Some(info.name.clone()),
         };
         match snapshots.delete(which).await {
-            Ok(_) => log::info!("copy: deleted temporary snapshot '{}'", info.name),
+            Ok(_) => log::warn!(
+                "deleted snapshot '{}', which a backup that was cut off had left",
+                info.name
+            ),
             Err(error) => log::debug!("copy: snapshot '{}' stays: {error}", info.name),
         }
     }

@@ -168,6 +168,7 @@ const SESSIONS: &[&str] = &[
     "job-groups",
     "create-jobs",
     "job-errors",
+    "libvirt",
 ];
 
 /// Sessions with drives.

@@ -250,33 +250,59 @@ impl Allocator {
         Ok(reserved)
     }
 
-    /// Takes `len` bytes, less than a cluster, for a compressed stream: behind the last stream where they fit, for one more
-    /// reference to its cluster, else at the start of a new cluster.
+    /// Takes `len` bytes, less than a cluster, for a compressed stream: behind the last stream where they fit, or where the next
+    /// cluster is free too, for one more reference to its cluster; else at the start of a new cluster.
     pub(crate) async fn allocate_stream(&mut self, len: u64) -> Result<(HostOffset, Reserved)> {
-        assert!(len < self.g.cluster_size());
+        let size = self.g.cluster_size();
+        assert!(len < size);
         self.reclaim().await?;
-        if let Some((cluster, used)) = self.partial
-            && used + len <= self.g.cluster_size()
-        {
+        let mut partial = self.partial;
+        if let Some((cluster, _)) = partial {
             let count = self.count(cluster).await?;
-            if count > 0 && count < self.stream_limit {
-                let run = Run {
-                    start: cluster,
-                    count: 1,
-                };
-                self.change(run, 1).await?;
-                self.partial = Some((cluster, used + len));
-                let reserved = Reserved {
-                    run,
-                    fresh: false,
-                    returned: Some(self.returned.clone()),
-                };
-                return Ok((self.g.host_offset(cluster) + used, reserved));
-            }
+            partial = partial.filter(|_| count > 0 && count < self.stream_limit);
         }
-        let reserved = self.allocate(1).await?;
-        self.partial = Some((reserved.run.start, len));
-        Ok((self.g.host_offset(reserved.run.start), reserved))
+        let next = match partial {
+            Some((_, used)) if used + len <= size => None,
+            _ => Some(self.allocate(1).await?),
+        };
+        // The search for a cluster may have taken back the last use of this one.
+        let partial = partial.filter(|(cluster, _)| {
+            let is_next = |next: &Reserved| next.run.start.0 == cluster.0 + 1;
+            self.partial == partial && next.as_ref().is_none_or(is_next)
+        });
+        match (partial, next) {
+            (Some((cluster, used)), next) => {
+                let reserved = self.share(cluster, next).await?;
+                let end = used + len;
+                let last = ClusterIndex(cluster.0 + end / size);
+                // One that is full takes nothing more.
+                self.partial = (end != size).then_some((last, end % size));
+                Ok((self.g.host_offset(cluster) + used, reserved))
+            }
+            (None, Some(next)) => {
+                self.partial = Some((next.run.start, len));
+                Ok((self.g.host_offset(next.run.start), next))
+            }
+            (None, None) => unreachable!("what fits nowhere has a cluster of its own"),
+        }
+    }
+
+    /// One more reference to a cluster, joined with the cluster behind it.
+    async fn share(&mut self, cluster: ClusterIndex, next: Option<Reserved>) -> Result<Reserved> {
+        let mut run = Run {
+            start: cluster,
+            count: 1,
+        };
+        self.change(run, 1).await?;
+        if let Some(mut next) = next {
+            run.count += next.run.count;
+            next.publish(next.run.count);
+        }
+        Ok(Reserved {
+            run,
+            fresh: false,
+            returned: Some(self.returned.clone()),
+        })
     }
 
     /// No compressed stream is added to these clusters any more.

@@ -112,7 +112,7 @@ impl Image {
             let old = table.get(index);
             let new = L2Entry::compressed(stream, self.g);
             if self.l2.replace(&table, index, old, new) {
-                reserved.publish(1);
+                reserved.publish(reserved.run().count);
                 self.quarantine.unlinked(gone);
                 self.commits.touch();
                 return Ok(());

@@ -206,6 +206,45 @@ async fn compressed_clusters_share_host_clusters_and_are_copied_on_write() {
     verify(&disk, image, &model).await;
 }
 
+/// Streams of 0.6 clusters: every other one lies in two host clusters.
+#[tokio::test]
+async fn compressed_clusters_go_on_in_the_next_host_cluster() {
+    let disk = new_image(&CreateOptions::new(8 * MIB)).await;
+    let image = open(&disk).await;
+    let mut random = fastrand::Rng::with_seed(2);
+    let mut model = vec![0; 8 << 20];
+    let mut put = async |image: &Qcow2, model: &mut [u8], index: usize| {
+        let mut cluster = vec![0; 65536];
+        cluster[..40_000].fill_with(|| random.u8(..));
+        model[index * 65536..][..65536].copy_from_slice(&cluster);
+        let at = index as u64 * 65536;
+        image.write_compressed(at, cluster.into()).await.unwrap();
+    };
+    let empty = disk.allocated();
+    for index in 0..100 {
+        put(&image, &mut model, index).await;
+    }
+    let used = (disk.allocated() - empty) / 65536;
+    assert!((61..=64).contains(&used), "{used} clusters for 61.0");
+    // What goes leaves what shares clusters with it, and what comes uses them again.
+    for index in (0..100).step_by(3) {
+        image.discard(index * 65536, 65536).await.unwrap();
+        model[index as usize * 65536..][..65536].fill(0);
+    }
+    image.flush().await.unwrap();
+    for index in (0..120).step_by(7) {
+        put(&image, &mut model, index).await;
+    }
+    for index in (0..120).step_by(10) {
+        write(&image, index * 65536 + 9, vec![5; 100])
+            .await
+            .unwrap();
+        model[index as usize * 65536 + 9..][..100].fill(5);
+    }
+    assert_same(&read(&image, 0, 8 * MIB).await, &model);
+    verify(&disk, image, &model).await;
+}
+
 #[tokio::test]
 async fn a_read_only_image_is_not_touched() {
     use crate::protocols::memory::OpKind;

@@ -92,9 +92,10 @@ impl ExternalSnapshot {
         let origin = with.plan.origin(&below);
         let ends = (below.clone(), above.clone());
         self.origin = Some(origin.clone());
-        let checked = with
-            .cx
-            .commit(move |control| check_commit(&control.graph, (&ends.0, &ends.1), &origin));
+        let checked = with.cx.commit(move |control| {
+            check_overlay(&control.graph, &ends.1)?;
+            check_commit(&control.graph, (&ends.0, &ends.1), &origin)
+        });
         checked.await?;
         with.plan.lead(&below, &above);
         Ok(())
@@ -302,13 +303,12 @@ impl Action for ExternalSnapshot {
     }
 }
 
-/// Whether the graph will take an overlay on what is below it.
+/// Whether the graph will take an overlay on what is below it. Later actions may have put something on the overlay by then.
 fn check_commit(
     graph: &Graph,
     (below, above): (&Arc<Node>, &Arc<Node>),
     (origin, steps): &(Arc<Node>, usize),
 ) -> Result<(), QmpError> {
-    check_overlay(graph, above)?;
     graph.check_append(below, above).map_err(from_engine)?;
     // What earlier actions will have done.
     graph.check_chain(origin, steps + 1).map_err(from_engine)?;

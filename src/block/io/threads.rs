@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 use super::inline::{InlineThread, allow_inline_writes};
 
 /// A set of threads, each started when it is first needed. Cheap to clone; the last clone to go ends the threads and
-/// what still runs on them, and waits for that.
+/// what still runs on them, and waits for that, but for the thread that it is on itself.
 #[derive(Clone)]
 pub struct IoThreads(Arc<Threads>);
 
@@ -128,9 +128,14 @@ impl IoThread {
 impl Drop for IoThread {
     fn drop(&mut self) {
         self.stop = None;
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        if thread.thread().id() == thread::current().id() {
+            // What ran here had the last clone. The thread ends when that has, and cannot wait for itself.
+            return;
+        }
+        if thread.join().is_err() {
             log::error!("An I/O thread has failed");
         }
     }
@@ -160,5 +165,21 @@ mod tests {
         let running = seats[0].handle().spawn(std::future::pending::<()>());
         drop(threads);
         assert!(running.is_finished(), "what runs ends with the threads");
+    }
+
+    #[test]
+    fn a_thread_may_let_go_of_the_last_clone() {
+        let threads = IoThreads::new("copy", InlineThread::Copies, 1);
+        let seat = threads.seat().unwrap();
+        let (begin, begun) = oneshot::channel();
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let last = seat.handle().spawn(async move {
+            begun.await.unwrap();
+            drop(threads);
+            sender.send(()).unwrap();
+        });
+        begin.send(()).unwrap();
+        receiver.recv().unwrap();
+        drop(last);
     }
 }

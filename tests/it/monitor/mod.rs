@@ -5,16 +5,33 @@ mod oracle;
 mod sessions;
 mod sockets;
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 /// What a test waits at most for something that must come.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Connects. The file of a socket is there a moment before anybody listens to it.
+fn listening(path: &Path) -> io::Result<UnixStream> {
+    let begun = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused
+                    && begun.elapsed() < PATIENCE =>
+            {
+                thread::sleep(Duration::from_millis(10));
+            }
+            other => return other,
+        }
+    }
+}
 
 /// A raw client: bytes out, lines in.
 struct Client {
@@ -25,7 +42,7 @@ struct Client {
 impl Client {
     /// Connects and takes the greeting.
     fn connect(path: &Path) -> (Client, Value) {
-        let stream = UnixStream::connect(path).expect("a listening socket");
+        let stream = listening(path).expect("a listening socket");
         stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");
         let lines = BufReader::new(stream.try_clone().expect("a second handle"));
         let mut client = Client { stream, lines };

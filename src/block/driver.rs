@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Data, FileIdentity};
+use crate::io::{Data, FileIdentity, HostRange};
 
 /// A boxed future: what makes the contracts object safe.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -115,6 +115,20 @@ pub trait Requests: Send + Sync {
     fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
         let _ = (offset, data);
         Box::pin(async { Err(unsupported("Writing compressed clusters")) })
+    }
+
+    /// Where the bytes from `offset` on lie in a file of the host, as they are, for as many of the next `len` bytes as lie there in a row.
+    /// `None` where that is not so, or not known. Holds for as long as the caller keeps everybody from changing these bytes of the node.
+    fn host_range(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Option<HostRange>>> {
+        let _ = (offset, len);
+        Box::pin(async { Ok(None) })
+    }
+
+    /// Makes the range hold what `from` holds, by sharing it in the file system: as a write otherwise, but for `Unsupported` where it
+    /// cannot be shared. Nobody may change what `from` holds meanwhile.
+    fn write_shared(&self, offset: u64, from: HostRange) -> BoxFuture<'_, Result<()>> {
+        let _ = (offset, from);
+        Box::pin(async { Err(unsupported("Sharing the bytes of a file")) })
     }
 
     /// Changes the size. Shrinking drops the tail; new bytes read as zeroes.

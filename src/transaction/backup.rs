@@ -78,6 +78,8 @@ pub(crate) struct BackupPerf {
     pub(crate) min_cluster_size: u64,
     /// How the point in time is kept.
     pub(crate) point_in_time: PointInTime,
+    /// Whether the target may share the source's bytes.
+    pub(crate) use_copy_range: Option<bool>,
 }
 
 /// A backup that is being begun.
@@ -211,6 +213,7 @@ impl BackupAction {
                 Ok(most) => most,
             },
             point_in_time: perf.point_in_time,
+            share: perf.use_copy_range.unwrap_or(defaults.share),
             label: self.job_id.clone(),
             ..defaults
         };

@@ -320,6 +320,12 @@ impl Run {
     /// What a worker takes on at once as long as it is as it is.
     fn at_once(&self) -> AtOnce {
         let cluster = self.shared.map.cluster_size();
+        if let Some(bytes) = self.shared.in_place.piece() {
+            return AtOnce {
+                bytes,
+                pieces: COPY_QUICK_PIECES,
+            };
+        }
         match self.crew.is_quick() {
             true => AtOnce {
                 bytes: self.chunk.min(COPY_QUICK_CHUNK.max(cluster)),
@@ -363,7 +369,19 @@ impl Run {
     }
 
     async fn copy_data(&self, turn: &mut Turn<'_>, piece: Piece) {
-        while let Some(claim) = self.shared.claim(piece.bytes.clone(), self.chunk).await {
+        let mut at_once = self.shared.in_place.piece();
+        loop {
+            let most = at_once.unwrap_or(self.chunk);
+            let Some(claim) = self.shared.claim(piece.bytes.clone(), most).await else {
+                return;
+            };
+            if at_once.is_some() {
+                if !self.share(claim).await {
+                    // It is pending again: guests shall not wait until so much has been read.
+                    at_once = None;
+                }
+                continue;
+            }
             let offset = claim.offset();
             let Some(data) = self.read(turn, claim).await else {
                 return;
@@ -373,6 +391,18 @@ impl Run {
                 return;
             }
         }
+    }
+
+    /// Has the target share what is claimed, which is pending again if that is not possible.
+    async fn share(&self, claim: Claim) -> bool {
+        if !self.shared.share(&claim).await {
+            return false;
+        }
+        let len = claim.len();
+        claim.taken();
+        self.done(len);
+        self.shared.flush_to_share().await;
+        true
     }
 
     /// Reads what is claimed. After an error it is pending again, and comes up once more.

@@ -8,13 +8,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
+use super::in_place::InPlace;
 use super::map::{Claim, Map};
 use super::relief::Relief;
 use super::{CopyOptions, Progress, Source};
 use crate::driver::Requests;
 use crate::error::{Error, Result};
 use crate::io::Data;
-use crate::limits::COPY_CHUNK;
+use crate::limits::{COPY_BACKGROUND_BYTES, COPY_CHUNK};
 
 /// The unit in which memory is counted, so that all of it fits into a semaphore's number.
 const ROOM: u64 = 4096;
@@ -54,6 +55,7 @@ pub(super) struct Shared {
     pub(super) map: Arc<Map>,
     /// Zeroes are looked for in pieces of this many bytes, a power of two.
     pub(super) unit: u64,
+    pub(super) in_place: InPlace,
     pub(super) relief: Relief,
     /// Where the content at the point in time is read: the source, or its snapshot.
     reader: RwLock<Arc<dyn Requests>>,
@@ -77,6 +79,17 @@ pub(super) struct Shared {
     dropped: AtomicU64,
 }
 
+/// What may be shared: the copy's own requests are no larger than the client wants, in memory or out of it.
+fn in_place(options: &CopyOptions, cluster: u64) -> InPlace {
+    let most = match options.max_chunk {
+        0 => COPY_BACKGROUND_BYTES,
+        most => most.min(COPY_BACKGROUND_BYTES),
+    };
+    let most = (most / cluster * cluster).max(cluster);
+    let least = COPY_CHUNK.clamp(cluster, most);
+    InPlace::new(options.share && !options.compress, least, most)
+}
+
 impl Shared {
     pub(super) fn new(
         options: CopyOptions,
@@ -85,6 +98,7 @@ impl Shared {
         map: Arc<Map>,
         unit: u64,
     ) -> Self {
+        let in_place = in_place(&options, map.cluster_size());
         let memory = options.guest_memory.clamp(map.cluster_size(), MOST_ROOM);
         Shared {
             guest_chunk: COPY_CHUNK.min(memory),
@@ -96,6 +110,7 @@ impl Shared {
             target,
             map,
             unit,
+            in_place,
             relief: Relief::default(),
             mode: AtomicU8::new(Mode::Passing as u8),
             changed: Notify::new(),

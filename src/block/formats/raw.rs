@@ -9,7 +9,7 @@ use crate::driver::{
     ReopenOptions, Reopening, RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Data;
+use crate::io::{Data, HostRange};
 
 /// A window of the layer below.
 #[derive(Debug)]
@@ -226,6 +226,26 @@ impl Requests for Raw {
 
     fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
         Box::pin(self.do_block_status(offset, len))
+    }
+
+    fn host_range(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Option<HostRange>>> {
+        match self.shift(offset, len) {
+            Ok(below) => self.file.host_range(below, len),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
+    }
+
+    fn write_shared(&self, offset: u64, from: HostRange) -> BoxFuture<'_, Result<()>> {
+        // What is not seen cannot be told from the banned bytes.
+        let banned = self.banned.is_some_and(|magic| offset < magic.len() as u64);
+        match self.shift(offset, from.len()) {
+            Ok(_) if banned => Box::pin(async {
+                let text = "The beginning of a probed image is not shared";
+                Err(Error::new(ErrorKind::Unsupported, text))
+            }),
+            Ok(below) => self.file.write_shared(below, from),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
     }
 
     fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {

@@ -7,7 +7,7 @@
 use super::node::Inner;
 use crate::driver::{BlockStatus, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Access, Data, RangeGuard};
+use crate::io::{Access, Data, HostRange, RangeGuard};
 use crate::units::{align_down, align_up};
 
 impl Inner {
@@ -56,6 +56,23 @@ impl Inner {
             whole.append(last.slice(block - rest, rest));
         }
         self.driver.write(start, whole, flags).await
+    }
+
+    /// Shares whole blocks; `Unsupported` for others.
+    pub(super) async fn share_aligned(&self, offset: u64, from: HostRange) -> Result<()> {
+        let block = self.block();
+        if block == 1 {
+            return self.driver.write_shared(offset, from).await;
+        }
+        if !is_aligned(offset, from.len(), block) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "Parts of blocks cannot be shared",
+            ));
+        }
+        let end = offset + from.len();
+        let _shared = self.lock(offset, end, Access::Shared).await;
+        self.driver.write_shared(offset, from).await
     }
 
     /// Zeroes whole blocks by the driver, and those at the ends that are covered in part by writing.

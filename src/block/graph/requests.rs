@@ -7,7 +7,7 @@ use crate::driver::{
     BlockStatus, BoxFuture, Preallocation, RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Data, Gate, RunToEnd};
+use crate::io::{Data, Gate, HostRange, RunToEnd};
 use crate::limits::{MAX_DISK_SIZE, MAX_REQUEST};
 use crate::open::{DetectZeroes, DiscardMode};
 
@@ -116,6 +116,39 @@ impl Inner {
     async fn block_status(&self, offset: u64, len: u64) -> Result<BlockStatus> {
         self.check_range(offset, len)?;
         self.status_aligned(offset, len).await
+    }
+
+    async fn host_range(&self, offset: u64, len: u64) -> Result<Option<HostRange>> {
+        self.check_range(offset, len)?;
+        self.driver.host_range(offset, len).await
+    }
+
+    async fn write_shared(&self, offset: u64, from: HostRange) -> Result<()> {
+        self.check_writable()?;
+        let len = from.len();
+        self.check_range(offset, len)?;
+        let behaviour = self.behaviour();
+        // What is not seen cannot be searched for zeroes.
+        if behaviour.detect_zeroes != DetectZeroes::Off {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                format!(
+                    "Node '{}' looks for zeroes in what is written",
+                    self.name.as_str()
+                ),
+            ));
+        }
+        let shared = self.share_aligned(offset, from).await;
+        // What cannot be shared is written otherwise, and counted then.
+        if !matches!(&shared, Err(error) if error.kind() == ErrorKind::Unsupported) {
+            self.counters.writes_up_to(offset + len);
+            self.counters.count(RequestKind::Write, len, shared.is_ok());
+        }
+        shared?;
+        match behaviour.cache.writethrough {
+            true => self.driver.flush().await,
+            false => Ok(()),
+        }
     }
 
     async fn counted<T>(
@@ -275,6 +308,22 @@ macro_rules! requests_by_way {
             fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
                 Box::pin(run(self.way(), move |inside| async move {
                     inside.place().block_status(offset, len).await
+                }))
+            }
+
+            fn host_range(
+                &self,
+                offset: u64,
+                len: u64,
+            ) -> BoxFuture<'_, Result<Option<HostRange>>> {
+                Box::pin(run(self.way(), move |inside| async move {
+                    inside.place().host_range(offset, len).await
+                }))
+            }
+
+            fn write_shared(&self, offset: u64, from: HostRange) -> BoxFuture<'_, Result<()>> {
+                Box::pin(run(self.way(), move |inside| async move {
+                    inside.place().write_shared(offset, from).await
                 }))
             }
 

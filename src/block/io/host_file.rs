@@ -12,6 +12,7 @@ use rustix::fs::{AtFlags, FallocateFlags, FileType, Mode, OFlags, SeekFrom, Stat
 use super::buffer::Buffer;
 use super::context::{EngineKind, IoContext};
 use super::data::{Data, Segment};
+use super::host_range::HostRange;
 use super::identity::FileIdentity;
 use super::inline::{self, InlineWrites};
 use super::operation::{Operation, Progress, Work};
@@ -198,6 +199,26 @@ impl HostFile {
         self.fallocate(FallocateFlags::empty(), offset, len).await
     }
 
+    /// These bytes, for whoever may share them.
+    pub(crate) fn range(&self, offset: u64, len: u64) -> HostRange {
+        HostRange::new(self.file.clone(), offset, len)
+    }
+
+    /// Shares from `offset` on what `from` holds, if the file system can. See [`cannot_share`].
+    pub(crate) async fn share(&self, offset: u64, from: HostRange) -> io::Result<()> {
+        if self.context.witness().is_some() {
+            // A witness is to see what is written.
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        let _changing = self.inline_writes.as_ref().map(InlineWrites::changing);
+        let file = self.file.clone();
+        let share = move || {
+            let range = (from.offset(), from.len());
+            sys::clone_range(from.file(), range, file.as_fd(), offset)
+        };
+        self.context.call(share).await
+    }
+
     /// Sets the size.
     pub(crate) async fn truncate(&self, size: u64) -> io::Result<()> {
         let (file, handle) = (self.file.clone(), Handle(self.file.clone()));
@@ -316,6 +337,16 @@ pub(crate) fn is_unsupported(error: &io::Error) -> bool {
         error.raw_os_error(),
         Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY)
     )
+}
+
+/// Whether the kernel says that these ranges of these files cannot be shared: other file systems, ones that cannot, or borders within a
+/// block.
+pub(crate) fn cannot_share(error: &io::Error) -> bool {
+    is_unsupported(error)
+        || matches!(
+            error.raw_os_error(),
+            Some(libc::EXDEV | libc::EINVAL | libc::EPERM | libc::ETXTBSY | libc::EBADF)
+        )
 }
 
 struct Facts {

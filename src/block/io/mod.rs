@@ -1,6 +1,7 @@
 //! Buffers and engines for bytes: the only module with `unsafe`.
 //!
 //! * [`Data`]: request payloads as segments of shared bytes and known zeroes
+//! * [`HostRange`]: bytes of a file that its file system may share with another
 //! * [`IoContext`]: the threads and rings that run blocking system calls, and [`HostFile`], a file on them
 //! * [`IoThreads`]: threads with a scheduler each, which may be held up by what they write
 //! * [`Names`]: names in folders, made, changed, removed and made durable
@@ -23,6 +24,7 @@ mod context;
 mod data;
 mod gate;
 mod host_file;
+mod host_range;
 mod identity;
 mod inline;
 mod names;
@@ -39,8 +41,9 @@ mod witness;
 pub use context::IoContext;
 pub use data::{Data, Segment};
 pub use gate::{Closed, Entered, Gate};
-pub(crate) use host_file::{Extent, FileKind, is_unsupported};
+pub(crate) use host_file::{Extent, FileKind, cannot_share, is_unsupported};
 pub use host_file::{HostFile, OpenMode};
+pub use host_range::HostRange;
 pub use identity::FileIdentity;
 pub use inline::{InlineThread, allow_inline_writes};
 pub use names::Names;

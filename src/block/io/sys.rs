@@ -130,6 +130,40 @@ fn flock(byte: u64, kind: LockKind) -> libc::flock {
     lock
 }
 
+/// `_IOW(0x94, 13, struct file_clone_range)` of linux/fs.h.
+const FICLONERANGE: libc::c_ulong = 0x4020_940d;
+
+/// The argument of `FICLONERANGE`.
+#[repr(C)]
+struct FileCloneRange {
+    src_fd: i64,
+    src_offset: u64,
+    src_length: u64,
+    dest_offset: u64,
+}
+
+/// Makes `to` share from `at` on what `from` has in `[offset, offset + len)`. Multiples of the file system's block, or up to the end of
+/// `from`. The kernel writes out what is dirty there, and lets nobody change either file meanwhile.
+pub(crate) fn clone_range(
+    from: BorrowedFd<'_>,
+    (offset, len): (u64, u64),
+    to: BorrowedFd<'_>,
+    at: u64,
+) -> io::Result<()> {
+    let range = FileCloneRange {
+        src_fd: i64::from(from.as_raw_fd()),
+        src_offset: offset,
+        src_length: len,
+        dest_offset: at,
+    };
+    // SAFETY: the request reads one structure of this layout from the pointer, and both files are open.
+    let result = unsafe { libc::ioctl(to.as_raw_fd(), FICLONERANGE as _, &raw const range) };
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 /// `_IO(0x12, 119)` of linux/fs.h.
 const BLKDISCARD: libc::c_ulong = 0x1277;
 /// `_IO(0x12, 127)` of linux/fs.h.

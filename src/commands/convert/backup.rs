@@ -115,8 +115,7 @@ fn options(common: types::BackupCommon, target: BackupTarget) -> BackupOptions {
 
 fn perf(wire: types::BackupPerf) -> BackupPerf {
     let types::BackupPerf {
-        // Without meaning here: see the schema.
-        use_copy_range: _,
+        use_copy_range,
         max_workers,
         max_chunk,
         min_cluster_size,
@@ -131,5 +130,6 @@ fn perf(wire: types::BackupPerf) -> BackupPerf {
             Some(types::BackupPointInTime::CopyBeforeWrite) => PointInTime::CopyBeforeWrite,
             Some(types::BackupPointInTime::InternalSnapshot) => PointInTime::InternalSnapshot,
         },
+        use_copy_range,
     }
 }

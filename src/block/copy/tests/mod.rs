@@ -23,6 +23,7 @@ mod faults;
 mod model;
 mod relief;
 mod rest;
+mod share;
 
 /// An owner that lets a copy go on, and answers errors as it is told.
 struct Owner {

@@ -2,7 +2,7 @@
 
 use super::*;
 
-const SIZE: u64 = (1 << 20) + (300 << 10) + 512;
+pub(super) const SIZE: u64 = (1 << 20) + (300 << 10) + 512;
 const SLOT: u64 = 4096;
 const GUESTS: u64 = 3;
 
@@ -67,7 +67,7 @@ fn cases() -> Vec<Case> {
     cases
 }
 
-fn noise(random: &mut fastrand::Rng, len: u64) -> Vec<u8> {
+pub(super) fn noise(random: &mut fastrand::Rng, len: u64) -> Vec<u8> {
     // Zeroes, text that can be compressed, and noise.
     match random.u8(0..3) {
         0 => vec![0; len as usize],
@@ -79,10 +79,14 @@ fn noise(random: &mut fastrand::Rng, len: u64) -> Vec<u8> {
 }
 
 /// What a guest knows of its slots: `None` where it has discarded.
-type Known = Vec<(u64, Option<Vec<u8>>)>;
+pub(super) type Known = Vec<(u64, Option<Vec<u8>>)>;
 
 /// Changes slots of its own all over the disk, so that guests meet in clusters and never in bytes.
-async fn guest(disk: Arc<CopyBeforeWrite>, number: u64, mut random: fastrand::Rng) -> Known {
+pub(super) async fn guest(
+    disk: Arc<CopyBeforeWrite>,
+    number: u64,
+    mut random: fastrand::Rng,
+) -> Known {
     let mut known = Known::new();
     for _ in 0..40 {
         let slot = random.u64(0..SIZE / SLOT / GUESTS) * GUESTS + number;
@@ -112,7 +116,7 @@ async fn guest(disk: Arc<CopyBeforeWrite>, number: u64, mut random: fastrand::Rn
 }
 
 /// Changes long ranges anywhere, with no regard to others.
-async fn rude_guest(disk: Arc<CopyBeforeWrite>, mut random: fastrand::Rng) {
+pub(super) async fn rude_guest(disk: Arc<CopyBeforeWrite>, mut random: fastrand::Rng) {
     for _ in 0..10 {
         let len = random.u64(1..SIZE / 3);
         let offset = random.u64(0..SIZE - len);
@@ -127,7 +131,7 @@ async fn rude_guest(disk: Arc<CopyBeforeWrite>, mut random: fastrand::Rng) {
     }
 }
 
-async fn fill(disk: &dyn Requests, random: &mut fastrand::Rng, times: u64) {
+pub(super) async fn fill(disk: &dyn Requests, random: &mut fastrand::Rng, times: u64) {
     for _ in 0..times {
         let len = SLOT * random.u64(1..40);
         let offset = random.u64(0..(SIZE - len) / SLOT) * SLOT;
@@ -248,7 +252,7 @@ async fn with_sync_none_target_and_source_together_show_the_point_in_time() {
 }
 
 /// How often each case is tried: `COPY_ROUNDS`, from the seed `COPY_SEED` on.
-fn rounds() -> std::ops::Range<u64> {
+pub(super) fn rounds() -> std::ops::Range<u64> {
     let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
     let first = number("COPY_SEED").unwrap_or(1);
     first..first + number("COPY_ROUNDS").unwrap_or(1)

@@ -64,6 +64,7 @@ mod reopen;
 mod requests;
 mod resize;
 mod runs;
+mod share;
 mod snapshot;
 mod space;
 mod subclusters;

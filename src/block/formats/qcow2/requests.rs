@@ -11,7 +11,7 @@ use crate::driver::{
     ReopenOptions, Reopening, RequestLimits, Requests, Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::Result;
-use crate::io::{Data, RunToEnd};
+use crate::io::{Data, HostRange, RunToEnd};
 
 impl Image {
     async fn write(self: &Arc<Self>, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
@@ -42,6 +42,16 @@ impl Image {
             self.check_range(offset, data.len())?;
             self.prepare_change().await?;
             self.write_compressed_cluster(offset, data).await?;
+        }
+        self.finish_change(false).await
+    }
+
+    async fn write_shared(self: &Arc<Self>, offset: u64, from: HostRange) -> Result<()> {
+        {
+            let _inside = self.gate.enter().await;
+            self.check_range(offset, from.len())?;
+            self.prepare_change().await?;
+            self.share_range(offset, from).await?;
         }
         self.finish_change(false).await
     }
@@ -179,6 +189,21 @@ impl Requests for Qcow2 {
             self.image.check_range(offset, len)?;
             self.image.status(offset, len).await
         })
+    }
+
+    fn host_range(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Option<HostRange>>> {
+        Box::pin(async move {
+            let _inside = self.image.gate.enter().await;
+            self.image.check_range(offset, len)?;
+            self.image.host_range(offset, len).await
+        })
+    }
+
+    fn write_shared(&self, offset: u64, from: HostRange) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move {
+            let share = || image.write_shared(offset, from.clone());
+            image.with_space(share).await
+        }))
     }
 
     fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {

@@ -58,13 +58,13 @@ enum Scope {
 }
 
 /// Part of a write within neighbouring clusters of one L2 table, of which none is ours.
-struct Target<'a> {
-    table: &'a Arc<L2Table>,
-    offset: u64,
+pub(super) struct Target<'a> {
+    pub(super) table: &'a Arc<L2Table>,
+    pub(super) offset: u64,
 }
 
 /// What a guest cluster is that gets another host cluster.
-struct Old {
+pub(super) struct Old {
     entry: L2Entry,
     mapping: Mapping,
     /// The references that go with the entry.
@@ -296,7 +296,7 @@ impl Image {
         }
     }
 
-    fn old_cluster(&self, table: &L2Table, cluster: GuestCluster) -> Result<Old> {
+    pub(super) fn old_cluster(&self, table: &L2Table, cluster: GuestCluster) -> Result<Old> {
         let entry = table.get(self.g.l2_index(cluster));
         let mapping = self.decode(entry, cluster)?;
         Ok(Old {
@@ -374,7 +374,7 @@ impl Image {
 
     /// Points the entries from `target` on to the reserved clusters, as long as they are still the `old` ones. `written`
     /// is counted from the first cluster's start. Answers how many; the rest stays reserved.
-    fn publish(
+    pub(super) fn publish(
         &self,
         target: &Target<'_>,
         old: &[Old],

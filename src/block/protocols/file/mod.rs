@@ -21,7 +21,9 @@ use crate::driver::{
     Reopening, RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Data, FileIdentity, FileKind, HostFile, IoContext, OpenMode};
+use crate::io::{
+    Data, FileIdentity, FileKind, HostFile, HostRange, IoContext, OpenMode, cannot_share,
+};
 use crate::open::{Aio, CacheMode, FileOptions};
 
 use claims::Holding;
@@ -193,6 +195,41 @@ impl File {
         Ok(())
     }
 
+    /// Shares the range of another file, as a write.
+    async fn do_write_shared(&self, offset: u64, from: HostRange) -> Result<()> {
+        self.check_writable()?;
+        let end = self.end(offset, from.len())?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // Holes are shared too.
+        let _filling = self.extents.change(Change::Filled, offset..end);
+        let _freeing = self.extents.change(Change::Freed, offset..end);
+        let open = self.present();
+        let shared = match open.host.kind() {
+            FileKind::Regular => open.host.share(offset, from).await,
+            FileKind::BlockDevice => Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+        };
+        shared.map_err(|error| match cannot_share(&error) {
+            true => Error::new(
+                ErrorKind::Unsupported,
+                format!("'{}' cannot share these bytes: {error}", self.filename()),
+            ),
+            false => self.failed("write")(error),
+        })?;
+        self.size.fetch_max(end, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The range, as far as it lies in the file.
+    fn do_host_range(&self, offset: u64, len: u64) -> Result<Option<HostRange>> {
+        self.end(offset, len)?;
+        let open = self.present();
+        let inside = self.size().saturating_sub(offset).min(len);
+        let is_plain = open.host.kind() == FileKind::Regular && inside > 0;
+        Ok(is_plain.then(|| open.host.range(offset, inside)))
+    }
+
     async fn do_flush(&self) -> Result<()> {
         let open = self.present();
         if open.no_flush {
@@ -359,6 +396,14 @@ impl Requests for File {
 
     fn block_status(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<BlockStatus>> {
         Box::pin(self.do_block_status(offset, len))
+    }
+
+    fn host_range(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<Option<HostRange>>> {
+        Box::pin(async move { self.do_host_range(offset, len) })
+    }
+
+    fn write_shared(&self, offset: u64, from: HostRange) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.do_write_shared(offset, from))
     }
 
     fn resize(&self, size: u64, preallocation: Preallocation) -> BoxFuture<'_, Result<()>> {

@@ -4,6 +4,7 @@ mod below;
 mod moment;
 mod peers;
 mod random;
+mod shared;
 
 use serde_json::{Value, json};
 

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests as _};
-use block::graph::{Graph, Node, NodeChange, User};
+use block::graph::{Busy, Graph, Node, NodeChange, User, busy};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
     NewImage, NodeOptions, NodeRef, Opener, Qcow2Options, RawOptions, open,
@@ -317,26 +317,20 @@ fn check_commit(
 
 /// Whether a disk may get an overlay.
 fn check_below(graph: &Graph, plan: &Plan, below: &Arc<Node>) -> Result<(), QmpError> {
-    let busy = |reason: String| {
-        let name = below.name();
-        Err(QmpError::generic(format!(
-            "Node '{name}' is busy: {reason}"
-        )))
-    };
-    let backed = |overlay: &Node| format!("node is used as backing hd of '{}'", overlay.name());
+    let taken = |reason| Err(from_engine(busy(below, reason)));
     if let Some(overlay) = plan.covered_by(below) {
-        return busy(backed(overlay));
+        return taken(Busy::Backing(overlay));
     }
     let mut parents = graph.parents(below);
     if let Some((parent, _)) = parents.find(|(_, link)| link.role == "backing") {
-        return busy(backed(parent));
+        return taken(Busy::Backing(parent));
     }
     let mut users = graph.users(below);
     let mut parents = graph.parents(below);
     let is_copied =
         below.driver().is_filter() || parents.any(|(parent, _)| parent.driver().is_filter());
     match is_copied || users.any(|user| matches!(user, User::Job(_))) {
-        true => busy("block device is in use by block job: backup".to_owned()),
+        true => taken(Busy::BlockJob),
         false => Ok(()),
     }
 }

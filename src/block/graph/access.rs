@@ -134,7 +134,7 @@ impl Graph {
         let is_way = node.driver().is_filter() && users.any(|user| !user.follows());
         match is_way || self.is_target(node) {
             false => Ok(()),
-            true => Err(busy(node)),
+            true => Err(busy(node, Busy::BlockJob)),
         }
     }
 
@@ -142,7 +142,7 @@ impl Graph {
     pub fn check_no_target(&self, node: &Arc<Node>) -> Result<()> {
         match self.is_target(node) {
             false => Ok(()),
-            true => Err(busy(node)),
+            true => Err(busy(node, Busy::BlockJob)),
         }
     }
 
@@ -159,7 +159,7 @@ impl Graph {
             .any(|above| self.check_no_block_job(above).is_err())
         {
             false => Ok(()),
-            true => Err(busy(node)),
+            true => Err(busy(node, Busy::BlockJob)),
         }
     }
 
@@ -285,14 +285,24 @@ pub(super) fn check(
     }
 }
 
-/// The error that a block job has the node for itself, as QEMU puts it.
-fn busy(node: &Node) -> Error {
+/// Why nobody else may have a node.
+#[derive(Debug, Clone, Copy)]
+pub enum Busy<'a> {
+    /// A block job has it for itself.
+    BlockJob,
+    /// It is the backing of this one.
+    Backing(&'a Node),
+}
+
+/// The error that a node is taken, as QEMU puts it.
+pub fn busy(node: &Node, reason: Busy<'_>) -> Error {
+    let reason = match reason {
+        Busy::BlockJob => "block device is in use by block job: backup".to_owned(),
+        Busy::Backing(overlay) => format!("node is used as backing hd of '{}'", overlay.name()),
+    };
     Error::new(
         ErrorKind::InUse,
-        format!(
-            "Node '{}' is busy: block device is in use by block job: backup",
-            node.name()
-        ),
+        format!("Node '{}' is busy: {reason}", node.name()),
     )
 }
 

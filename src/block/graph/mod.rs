@@ -39,7 +39,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::limits::MAX_NODES;
 
-pub use access::{Access, Resizer, User};
+pub use access::{Access, Busy, Resizer, User, busy};
 pub use claims::claim;
 pub use counters::{RequestCount, RequestKind};
 pub use device::{
@@ -305,10 +305,7 @@ impl Graph {
         let node = entry.node.clone();
         let backed = self.parents(&node).find(|(_, link)| link.role == "backing");
         if let Some((parent, _)) = backed {
-            let parent = parent.name();
-            return in_use(format!(
-                "Node '{name}' is busy: node is used as backing hd of '{parent}'"
-            ));
+            return Err(busy(&node, Busy::Backing(parent)));
         }
         if !entry.owned {
             return in_use(format!("Node {name} is not owned by the monitor"));

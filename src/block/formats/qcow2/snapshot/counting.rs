@@ -1,7 +1,7 @@
 //! Counting what a change of snapshots takes: behind the header's switch where no counter can become too narrow, and before it elsewhere.
 
-use super::change::Staged;
 use super::settling::{self, sum};
+use super::staged::Staged;
 use crate::error::{ErrorKind, Result};
 use crate::formats::qcow2::alloc::Run;
 use crate::formats::qcow2::geometry::Geometry;

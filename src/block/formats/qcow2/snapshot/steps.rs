@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::change::{Staged, StagedL1};
+use super::areas::without_copied;
 use super::list::check_l1;
 use super::settling::{changes, tables};
+use super::staged::{Staged, StagedL1};
 use super::table::TableEntry;
 use crate::driver::{NewSnapshot, SnapshotInfo, SnapshotSelector};
 use crate::error::{Error, ErrorKind, Result};
@@ -234,7 +235,7 @@ impl Image {
         check_l1(g, &self.file, entry.l1_offset, entry.l1_entries)?;
         let at = (HostOffset(entry.l1_offset), entry.l1_entries.into());
         let entries = read_table(&self.file, g, "Snapshot L1 table", at).await?;
-        Ok(super::change::without_copied(&entries))
+        Ok(without_copied(&entries))
     }
 }
 

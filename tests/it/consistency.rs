@@ -1,20 +1,27 @@
-//! The cut of a transaction: what three disks of one guest hold in the snapshots of one transaction existed at one time.
+//! The cut of a transaction: what it keeps of the disks of one guest existed at one time, in whatever way it keeps it: internal
+//! snapshots, layers below overlays, backups, and mixes of them.
 //!
 //! Writers put the numbers 1, 2, 3, ... round-robin over the disks, each number after the one before is answered.
 //! So whatever is a state of that guest holds a prefix of the numbers: all up to some number, and none above.
 //!
-//! `QBLOCKD_CUTS` is how many transactions are taken (100 if absent).
+//! * `draw`: what transactions do to which disks, from a seed
+//! * `round`: a daemon with new images, and some transactions under the writers
+//! * `results`: everything that they have left, opened and looked at
+//!
+//! `QBLOCKD_CUTS` is how many transactions are taken (100 if absent), `QBLOCKD_CRASH_SEED` the seed.
 
-use std::fs;
+mod draw;
+mod results;
+mod round;
+
+use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-
-use super::harness::{self, Daemon, Program, Qmp, tool};
-use super::nbd::client::Client;
+use super::durability::setting;
+use super::guest::{Guest, Request};
+use super::harness;
 
 /// The disks, with images that differ in all that snapshots depend on.
 pub(crate) const DISKS: [(&str, &str); 3] = [
@@ -27,21 +34,29 @@ pub(crate) const WRITERS: usize = 2;
 const SLOTS: u64 = 96;
 /// Bytes from one place to the next; a write has `BLOCK` of them.
 const STRIDE: u64 = 16 << 10;
-pub(crate) const BLOCK: usize = 4096;
+const BLOCK: usize = 4096;
 pub(crate) const DISK_BYTES: u64 = WRITERS as u64 * SLOTS * STRIDE;
 /// Numbers that have places of their own; the next goes where the first of them was.
 pub(crate) const NUMBERS: u64 = SLOTS * DISKS.len() as u64;
-/// How many transactions are taken under way.
-fn how_many() -> usize {
-    std::env::var("QBLOCKD_CUTS").map_or(100, |text| text.parse().expect("a number"))
-}
+/// One of so many numbers is not written: its place is zeroed.
+const ZEROED: u64 = 7;
+/// A writer flushes a disk before one of so many numbers.
+const FLUSHED: u64 = 61;
 
 /// The disk and the offset where a writer puts a number.
-pub(crate) fn place(writer: usize, number: u64) -> (usize, u64) {
+fn place(writer: usize, number: u64) -> (usize, u64) {
     let disks = DISKS.len() as u64;
     let slot = (number / disks) % SLOTS;
     let offset = (writer as u64 * SLOTS + slot) * STRIDE;
     ((number % disks) as usize, offset)
+}
+
+/// What stands where a number was put. 0 is no number.
+fn block(number: u64) -> Vec<u8> {
+    match number % ZEROED {
+        0 => vec![0; BLOCK],
+        _ => number.to_be_bytes().repeat(BLOCK / 8),
+    }
 }
 
 /// How far a writer is.
@@ -53,205 +68,142 @@ pub(crate) struct Progress {
     pub(crate) answered: AtomicU64,
 }
 
-/// Writes numbers until told to stop; gives back the longest time that one write took.
+fn numbers(progress: &[Progress], of: fn(&Progress) -> &AtomicU64) -> Vec<u64> {
+    let load = |each| of(each).load(Ordering::SeqCst);
+    progress.iter().map(load).collect()
+}
+
+/// What each writer has had answered.
+pub(crate) fn answered(progress: &[Progress]) -> Vec<u64> {
+    numbers(progress, |each| &each.answered)
+}
+
+/// What each writer has sent.
+pub(crate) fn sent(progress: &[Progress]) -> Vec<u64> {
+    numbers(progress, |each| &each.sent)
+}
+
+/// Writes numbers from `first` on until it is told to stop; answers the longest time that one took. An error is the daemon's end.
 pub(crate) fn write_numbers(
     socket: &Path,
     writer: usize,
+    first: u64,
     progress: &Progress,
     stop: &AtomicBool,
-) -> Duration {
-    let mut disks = DISKS.map(|(name, _)| {
-        let mut client = Client::connect(socket);
-        client.handshake(3);
-        client.go(name);
-        client
-    });
+) -> io::Result<Duration> {
+    let mut guests = Vec::new();
+    for (disk, _) in DISKS {
+        guests.push(Guest::connect(socket, disk)?);
+    }
     let mut longest = Duration::ZERO;
-    for number in 1.. {
+    for number in first.. {
         if stop.load(Ordering::SeqCst) {
             break;
         }
         let (disk, offset) = place(writer, number);
         let begin = Instant::now();
+        if number % FLUSHED == 0 {
+            assert_eq!(guests[disk].run(&Request::Flush)?, 0);
+        }
+        let request = match number % ZEROED {
+            0 => Request::Zero {
+                offset,
+                length: BLOCK as u32,
+            },
+            _ => Request::Write {
+                offset,
+                data: block(number),
+            },
+        };
         progress.sent.store(number, Ordering::SeqCst);
-        disks[disk].write(offset, &number.to_be_bytes().repeat(BLOCK / 8));
+        assert_eq!(guests[disk].run(&request)?, 0);
         progress.answered.store(number, Ordering::SeqCst);
         longest = longest.max(begin.elapsed());
     }
-    longest
-}
-
-/// A snapshot of all disks, and what it has to hold of each writer: at least what was answered when it was asked for, at most
-/// what was sent when it was there.
-struct Cut {
-    name: String,
-    bounds: Vec<(u64, u64)>,
-    /// How long the reply to the transaction took.
-    took: Duration,
-}
-
-pub(crate) fn numbers(progress: &[Progress], of: fn(&Progress) -> &AtomicU64) -> Vec<u64> {
-    let load = |each| of(each).load(Ordering::SeqCst);
-    progress.iter().map(load).collect()
+    Ok(longest)
 }
 
 /// Waits until every writer has gone on by this many numbers.
 pub(crate) fn advance(progress: &[Progress], count: u64) {
-    let before = numbers(progress, |each| &each.answered);
+    let before = answered(progress);
     let is_so = || {
-        let now = numbers(progress, |each| &each.answered);
-        before
-            .iter()
-            .zip(&now)
-            .all(|(before, now)| *now >= before + count)
+        let now = answered(progress);
+        let mut both = before.iter().zip(&now);
+        both.all(|(before, now)| *now >= before + count)
     };
     harness::until(is_so, "writes that go on");
 }
 
-fn snapshot_of(device: &str, name: &str) -> Value {
-    json!({"device": device, "name": name})
-}
+/// What a disk held: its number in [`DISKS`], and its bytes.
+pub(crate) type Shown<'a> = (usize, &'a [u8]);
 
-fn cut(qmp: &mut Qmp, progress: &[Progress], name: String) -> Cut {
-    let least = numbers(progress, |each| &each.answered);
-    let actions = DISKS.map(|(disk, _)| {
-        json!({"type": "blockdev-snapshot-internal-sync", "data": snapshot_of(disk, &name)})
-    });
-    let begin = Instant::now();
-    qmp.ok("transaction", json!({"actions": actions}));
-    let took = begin.elapsed();
-    let most = numbers(progress, |each| &each.sent);
-    Cut {
-        name,
-        bounds: least.into_iter().zip(most).collect(),
-        took,
-    }
-}
-
-/// What a snapshot (or, without a name, the disk itself) holds, for each disk.
-fn contents(folder: &Path, snapshot: Option<&str>) -> Vec<Vec<u8>> {
-    let of = |(disk, _): (&str, &str)| content(folder, disk, snapshot);
-    DISKS.map(of).to_vec()
-}
-
-/// The same of one disk.
-pub(crate) fn content(folder: &Path, disk: &str, snapshot: Option<&str>) -> Vec<u8> {
-    let which = snapshot.map_or(String::new(), |name| format!("-l snapshot.name={name}"));
-    let line = format!("qemu-img convert -f qcow2 -O raw {which} {disk}.qcow2 {disk}.raw");
-    tool(folder, &line);
-    fs::read(folder.join(format!("{disk}.raw"))).unwrap()
-}
-
-/// The last number that disks hold of a writer, if they hold all before it too.
-pub(crate) fn prefix(disks: &[Vec<u8>], writer: usize) -> Result<u64, String> {
-    let block = |number| {
-        let (disk, offset) = place(writer, number);
-        &disks[disk][offset as usize..][..BLOCK]
-    };
-    let first_of = |block: &[u8]| u64::from_be_bytes(block[..8].try_into().unwrap());
-    let round = NUMBERS;
-    let last = (0..round).map(|number| first_of(block(number))).max();
-    let last = last.unwrap_or(0);
-    for index in 0..round {
-        // The last number up to `last` that belongs here; 0 is no number.
-        let expected = match last.checked_sub(index) {
-            Some(above) => index + above / round * round,
-            None => 0,
-        };
-        let found = block(index);
-        if found != expected.to_be_bytes().repeat(BLOCK / 8) {
+/// Whether disks show one moment of all writers, at which each was between `least` and `most`. There may be several results of one
+/// disk, which show the same then.
+pub(crate) fn shows_one_moment(
+    disks: &[Shown<'_>],
+    least: &[u64],
+    most: &[u64],
+) -> Result<(), String> {
+    for writer in 0..WRITERS {
+        let fits = prefixes(disks, writer)?;
+        let allowed = least[writer]..=most[writer];
+        if !fits.iter().any(|last| allowed.contains(last)) {
             return Err(format!(
-                "writer {writer}: there is {last}, but {} where {expected} was before it",
-                first_of(found)
-            ));
-        }
-    }
-    Ok(last)
-}
-
-fn check(folder: &Path, cut: &Cut) -> Result<(), String> {
-    let disks = contents(folder, Some(&cut.name));
-    for (writer, (least, most)) in cut.bounds.iter().enumerate() {
-        let last = prefix(&disks, writer)?;
-        if !(*least..=*most).contains(&last) {
-            return Err(format!(
-                "writer {writer}: up to {last}, not between {least} and {most}"
+                "writer {writer} was at {fits:?}, which is not in {allowed:?}"
             ));
         }
     }
     Ok(())
 }
 
-/// What the writers and the client that takes snapshots have seen.
-struct Seen {
-    cuts: Vec<Cut>,
-    /// Snapshots that were taken of one disk after the other.
-    apart: Cut,
-    longest_write: Duration,
-    last: Vec<u64>,
+/// The numbers of a writer that may be the last that disks hold, where they hold all before it too.
+fn prefixes(disks: &[Shown<'_>], writer: usize) -> Result<Vec<u64>, String> {
+    let first_of = |block: &[u8]| u64::from_be_bytes(block[..8].try_into().unwrap());
+    let mut last = 0;
+    for (disk, bytes) in disks {
+        let places = (0..NUMBERS).map(|number| place(writer, number));
+        for (_, offset) in places.filter(|(on, _)| on == disk) {
+            last = last.max(first_of(&bytes[offset as usize..]));
+        }
+    }
+    // Those behind it may be there and not be seen: zeroes, and what was put on disks that are not looked at.
+    let mut candidates: Vec<u64> = (last..last + 2 * DISKS.len() as u64).collect();
+    let mut problems = Vec::new();
+    candidates.retain(|last| match holds_up_to(disks, writer, *last) {
+        Ok(()) => true,
+        Err(problem) => {
+            problems.push(problem);
+            false
+        }
+    });
+    match candidates.is_empty() {
+        true => Err(problems.swap_remove(0)),
+        false => Ok(candidates),
+    }
 }
 
-fn run(daemon: &mut Daemon) -> Seen {
-    let mut qmp = daemon.qmp();
-    let socket = daemon.path("nbd.sock");
-    let progress: Vec<Progress> = (0..WRITERS).map(|_| Progress::default()).collect();
-    let stop = AtomicBool::new(false);
-    // Commands wait until the command line has been followed.
-    let exports = qmp.ok("query-block-exports", json!({}));
-    assert_eq!(exports.as_array().map(Vec::len), Some(DISKS.len()));
-    let (cuts, apart, longest_write) = thread::scope(|scope| {
-        let writers: Vec<_> = progress
-            .iter()
-            .enumerate()
-            .map(|(writer, progress)| {
-                let (socket, stop) = (&socket, &stop);
-                scope.spawn(move || write_numbers(socket, writer, progress, stop))
-            })
-            .collect();
-        // A failed assertion below must not leave the writers running: the scope waits for them.
-        let _stopper = Stopper(&stop);
-        let mut cuts: Vec<Cut> = Vec::new();
-        let mut random = fastrand::Rng::with_seed(2026);
-        for at in 0..how_many() {
-            advance(&progress, random.u64(1..200));
-            cuts.push(cut(&mut qmp, &progress, format!("cut{at}")));
-            // Some go again, so that clusters are freed and used anew meanwhile.
-            if at % 3 != 0 {
-                let gone = cuts.remove(random.usize(..cuts.len()));
-                for (disk, _) in DISKS {
-                    let which = snapshot_of(disk, &gone.name);
-                    qmp.ok("blockdev-snapshot-delete-internal-sync", which);
-                }
+/// Whether disks hold all numbers up to this one, and none above.
+fn holds_up_to(disks: &[Shown<'_>], writer: usize, last: u64) -> Result<(), String> {
+    for (nth, (disk, bytes)) in disks.iter().enumerate() {
+        let on_disk = |index: &u64| place(writer, *index).0 == *disk;
+        for index in (0..NUMBERS).filter(on_disk) {
+            let (_, offset) = place(writer, index);
+            // The last number up to `last` that belongs here.
+            let expected = match last.checked_sub(index) {
+                Some(above) => index + above / NUMBERS * NUMBERS,
+                None => 0,
+            };
+            let found = &bytes[offset as usize..][..BLOCK];
+            if found != block(expected) {
+                let found = u64::from_be_bytes(found[..8].try_into().unwrap());
+                return Err(format!(
+                    "writer {writer} was at {last}, but result {nth} (of disk {}) holds {found} instead of {expected}",
+                    DISKS[*disk].0
+                ));
             }
         }
-        advance(&progress, 10);
-        for (disk, _) in DISKS {
-            qmp.ok(
-                "blockdev-snapshot-internal-sync",
-                snapshot_of(disk, "apart"),
-            );
-            advance(&progress, 10);
-        }
-        let apart = Cut {
-            name: "apart".to_owned(),
-            bounds: vec![(0, u64::MAX); WRITERS],
-            took: Duration::ZERO,
-        };
-        stop.store(true, Ordering::SeqCst);
-        let longest = writers
-            .into_iter()
-            .map(|writer| writer.join().unwrap())
-            .max();
-        (cuts, apart, longest.unwrap_or_default())
-    });
-    qmp.ok("quit", json!({}));
-    assert!(daemon.exited().success());
-    Seen {
-        cuts,
-        apart,
-        longest_write,
-        last: numbers(&progress, |each| &each.answered),
     }
+    Ok(())
 }
 
 /// Ends the writers.
@@ -264,54 +216,24 @@ impl Drop for Stopper<'_> {
 }
 
 #[test]
-fn snapshots_of_one_transaction_show_one_moment_of_a_guest_that_writes() {
+fn what_one_transaction_keeps_of_several_disks_shows_one_moment_of_a_guest_that_writes() {
     let Some(()) = harness::need(&["qemu-img"]) else {
         return;
     };
-    let folder = tempfile::tempdir().unwrap();
-    let mut arguments = ["--state-dir", "state", "--nbd-server", "unix:nbd.sock"]
-        .map(str::to_owned)
-        .to_vec();
-    for (disk, options) in DISKS {
-        let line = format!("qemu-img create -q -f qcow2 -o {options} {disk}.qcow2 {DISK_BYTES}");
-        tool(folder.path(), &line);
-        arguments.extend([
-            "--drive".to_owned(),
-            format!("id={disk},file={disk}.qcow2,format=qcow2"),
-        ]);
-    }
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let cuts = setting("QBLOCKD_CUTS", 100);
+    let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..1_000_000_000));
+    println!("QBLOCKD_CRASH_SEED={seed}");
     let begin = Instant::now();
-    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
-    let seen = run(&mut daemon);
-    let ran = begin.elapsed();
-    for (disk, _) in DISKS {
-        tool(folder.path(), &format!("qemu-img check -q {disk}.qcow2"));
-    }
-    for cut in &seen.cuts {
-        if let Err(text) = check(folder.path(), cut) {
-            panic!("{}: {text}", cut.name);
+    let mut figures = round::Figures::default();
+    for number in 0.. {
+        if figures.cuts >= cuts {
+            break;
+        }
+        let left = cuts - figures.cuts;
+        let seed = seed.wrapping_add(number);
+        if let Err(problem) = round::run(seed, left, &mut figures) {
+            panic!("QBLOCKD_CRASH_SEED={seed}: {problem}");
         }
     }
-    // The disks themselves have all that was answered.
-    let disks = contents(folder.path(), None);
-    for (writer, last) in seen.last.iter().enumerate() {
-        assert_eq!(prefix(&disks, writer), Ok(*last));
-    }
-    // And this test sees a cut that is none.
-    let apart = check(folder.path(), &seen.apart);
-    assert!(apart.is_err(), "snapshots of different times look like one");
-    eprintln!(
-        "{} transactions over {} disks under {} writes in {ran:.1?}; the longest write took {:.1?}, \
-         the longest transaction {:.1?}",
-        how_many(),
-        DISKS.len(),
-        seen.last.iter().sum::<u64>(),
-        seen.longest_write,
-        seen.cuts
-            .iter()
-            .map(|cut| cut.took)
-            .max()
-            .unwrap_or_default()
-    );
+    eprintln!("{figures:#?} in {:.1?}", begin.elapsed());
 }

@@ -341,7 +341,7 @@ fn snapshot_content(folder: &Path, name: &str) -> Vec<u8> {
     std::fs::read(folder.join("snapshot.raw")).unwrap()
 }
 
-fn setting(name: &str, default: u64) -> u64 {
+pub(crate) fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().expect(name))
 }
 

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::consistency::{
-    DISK_BYTES, DISKS, Progress, Stopper, WRITERS, advance, numbers, prefix, write_numbers,
+    DISK_BYTES, DISKS, Progress, Shown, Stopper, WRITERS, advance, answered, sent,
+    shows_one_moment, write_numbers,
 };
 use super::harness::{self, Daemon, Program, Qmp, tool};
 
@@ -38,11 +39,11 @@ fn contents(folder: &Path, number: usize) -> Vec<Vec<u8>> {
 }
 
 /// The numbers that a moment has of each writer: at least, at most.
-type Bounds = Vec<(u64, u64)>;
+type Bounds = (Vec<u64>, Vec<u64>);
 
 /// Puts an overlay on each disk, all in one transaction.
 fn cover(qmp: &mut Qmp, progress: &[Progress], number: usize) -> (Bounds, Duration) {
-    let least = numbers(progress, |each| &each.answered);
+    let least = answered(progress);
     let actions = DISKS.map(|(disk, _)| {
         let data = json!({"device": disk, "snapshot-file": layer(disk, number)});
         json!({"type": "blockdev-snapshot-sync", "data": data})
@@ -50,8 +51,7 @@ fn cover(qmp: &mut Qmp, progress: &[Progress], number: usize) -> (Bounds, Durati
     let begin = Instant::now();
     qmp.ok("transaction", json!({"actions": actions}));
     let took = begin.elapsed();
-    let most = numbers(progress, |each| &each.sent);
-    (least.into_iter().zip(most).collect(), took)
+    ((least, sent(progress)), took)
 }
 
 /// Tries what fails, which nobody may notice.
@@ -65,14 +65,12 @@ fn fail(qmp: &mut Qmp) {
     assert_eq!(error.1, "Transaction aborted using Abort action");
 }
 
-fn check(folder: &Path, number: usize, bounds: &Bounds) {
-    let disks = contents(folder, number);
-    for (writer, (least, most)) in bounds.iter().enumerate() {
-        let last = prefix(&disks, writer).unwrap();
-        assert!(
-            (*least..=*most).contains(&last),
-            "layer {number}, writer {writer}: up to {last}, not between {least} and {most}"
-        );
+fn check(folder: &Path, number: usize, (least, most): &Bounds) {
+    let contents = contents(folder, number);
+    let shown = contents.iter().map(|bytes| &bytes[..]).enumerate();
+    let shown: Vec<Shown<'_>> = shown.collect();
+    if let Err(problem) = shows_one_moment(&shown, least, most) {
+        panic!("layer {number}: {problem}");
     }
 }
 
@@ -102,7 +100,7 @@ fn run(daemon: &mut Daemon, folder: &Path, overlays: usize) -> (Vec<Bounds>, Vec
     let moments = thread::scope(|scope| {
         for (writer, progress) in progress.iter().enumerate() {
             let (socket, stop) = (&socket, &stop);
-            scope.spawn(move || write_numbers(socket, writer, progress, stop));
+            scope.spawn(move || write_numbers(socket, writer, 1, progress, stop).unwrap());
         }
         // A failed assertion below must not leave the writers running: the scope waits for them.
         let _stopper = Stopper(&stop);
@@ -129,7 +127,7 @@ fn run(daemon: &mut Daemon, folder: &Path, overlays: usize) -> (Vec<Bounds>, Vec
     });
     qmp.ok("quit", json!({}));
     assert!(daemon.exited().success());
-    (moments, numbers(&progress, |each| &each.answered), slowest)
+    (moments, answered(&progress), slowest)
 }
 
 #[test]
@@ -163,10 +161,7 @@ fn layers_that_guests_leave_behind_show_one_moment_of_all_disks() {
         }
     }
     // The active layers have all that was answered.
-    let disks = contents(folder.path(), overlays);
-    for (writer, last) in last.iter().enumerate() {
-        assert_eq!(prefix(&disks, writer), Ok(*last));
-    }
+    check(folder.path(), overlays, &(last.clone(), last.clone()));
     eprintln!(
         "{overlays} overlays on each of {} disks under {} writes; the slowest transaction took {slowest:.1?}",
         DISKS.len(),

@@ -5,16 +5,16 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use super::super::consistency::{
-    BLOCK, DISK_BYTES, DISKS, NUMBERS, WRITERS, content, place, prefix,
+    DISK_BYTES, DISKS, NUMBERS, Progress, Shown, Stopper, WRITERS, advance, answered, sent,
+    shows_one_moment, write_numbers,
 };
-use super::super::guest::{Guest, Request};
 use super::super::harness::{self, Daemon, Program, Qmp, tool};
 use super::setting;
 
@@ -30,30 +30,6 @@ struct Victim {
     outcomes: BTreeMap<String, usize>,
     /// How transactions ended that were cut off.
     happened: [usize; 2],
-}
-
-/// A writer puts numbers on the disks, in turn.
-#[derive(Default)]
-struct Progress {
-    sent: AtomicU64,
-    answered: AtomicU64,
-}
-
-/// Ends with the daemon. Whatever an earlier kill has left is written over first.
-fn write_numbers(socket: &Path, writer: usize, first: u64, progress: &Progress, stop: &AtomicBool) {
-    let connect = |(disk, _): (&str, &str)| Guest::connect(socket, disk).expect("an export");
-    let mut guests = DISKS.map(connect);
-    for number in first.. {
-        let (disk, offset) = place(writer, number);
-        let data = number.to_be_bytes().repeat(BLOCK / 8);
-        progress.sent.store(number, Ordering::SeqCst);
-        let written = guests[disk].run(&Request::Write { offset, data });
-        if written.is_err() || stop.load(Ordering::SeqCst) {
-            return;
-        }
-        assert_eq!(written.ok(), Some(0));
-        progress.answered.store(number, Ordering::SeqCst);
-    }
 }
 
 /// What a transaction does to a disk.
@@ -175,13 +151,15 @@ impl Victim {
         let (name, least) = thread::scope(|scope| {
             for (writer, progress) in progress.iter().enumerate() {
                 let (socket, stop) = (&socket, &stop);
-                scope.spawn(move || write_numbers(socket, writer, first, progress, stop));
+                // It ends with the daemon.
+                scope.spawn(move || drop(write_numbers(socket, writer, first, progress, stop)));
             }
-            let is_full = || {
-                let answered = |each: &Progress| each.answered.load(Ordering::SeqCst);
-                progress.iter().all(|each| answered(each) > first + NUMBERS)
-            };
-            harness::until(is_full, "disks that are written over");
+            // A failed assertion below must not leave the writers running: the scope waits for them.
+            let _stopper = Stopper(&stop);
+            let has_begun = || answered(&progress).iter().all(|number| *number > 0);
+            harness::until(has_begun, "writers");
+            // Whatever an earlier kill has left is written over first.
+            advance(&progress, NUMBERS);
             let before = format!("cut{}", self.taken);
             self.taken += 1;
             let begin = Instant::now();
@@ -189,10 +167,7 @@ impl Victim {
             self.usual = begin.elapsed();
             let name = format!("cut{}", self.taken);
             self.taken += 1;
-            let answered = progress
-                .iter()
-                .map(|each| each.answered.load(Ordering::SeqCst));
-            let least: Vec<u64> = answered.collect();
+            let least = answered(&progress);
             // Files take longer.
             if kind != KINDS[0] {
                 self.usual *= 6;
@@ -210,7 +185,6 @@ impl Victim {
                 }
             }
             daemon.kill();
-            stop.store(true, Ordering::SeqCst);
             (name, least)
         });
         drop(qmp);
@@ -249,20 +223,19 @@ impl Victim {
         }
         let content = |((disk, _), cut): ((&str, &str), Cut)| {
             let which = match cut {
-                Cut::Internal => Some(name),
+                Cut::Internal => format!("-l snapshot.name={name}"),
                 // What is below the new layer.
-                Cut::External | Cut::Backup => None,
+                Cut::External | Cut::Backup => String::new(),
             };
-            content(folder, disk, which)
+            let line = format!("qemu-img convert -f qcow2 -O raw {which} {disk}.qcow2 {disk}.raw");
+            tool(folder, &line);
+            std::fs::read(folder.join(format!("{disk}.raw"))).unwrap()
         };
-        let disks: Vec<Vec<u8>> = DISKS.into_iter().zip(kind).map(content).collect();
-        for (writer, least) in least.iter().enumerate() {
-            let last = prefix(&disks, writer).unwrap_or_else(|text| panic!("{kind:?}: {text}"));
-            let range = *least..=progress[writer].sent.load(Ordering::SeqCst);
-            assert!(
-                range.contains(&last),
-                "{kind:?}: {last} is not in {range:?}"
-            );
+        let contents: Vec<Vec<u8>> = DISKS.into_iter().zip(kind).map(content).collect();
+        let shown = contents.iter().map(|bytes| &bytes[..]).enumerate();
+        let shown: Vec<Shown<'_>> = shown.collect();
+        if let Err(problem) = shows_one_moment(&shown, least, &sent(progress)) {
+            panic!("{kind:?}: {problem}");
         }
     }
 }

@@ -97,6 +97,13 @@ pub struct Arguments {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError(pub String);
 
+impl ConfigError {
+    /// The error as that of a subcommand.
+    fn of(self, command: &str) -> Self {
+        ConfigError(format!("{command}: {}", self.0))
+    }
+}
+
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -129,11 +136,11 @@ pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation
                 return Err(ConfigError(format!("invalid option -- '{letter}'")));
             }
             lexopt::Arg::Value(word) if is_first && word == "check" => {
-                let command = check::parse(parser)?;
+                let command = check::parse(parser).map_err(|error| error.of("check"))?;
                 return Ok(command.map_or(Invocation::Help, Invocation::Check));
             }
             lexopt::Arg::Value(word) if is_first && word == "amend" => {
-                return amend::parse(parser);
+                return amend::parse(parser).map_err(|error| error.of("amend"));
             }
             lexopt::Arg::Value(word) => {
                 let word = word.to_string_lossy();
@@ -260,6 +267,17 @@ fn describe(error: lexopt::Error) -> ConfigError {
         }
         other => other.to_string(),
     })
+}
+
+/// An argument of a subcommand.
+fn text(value: OsString) -> Result<String, ConfigError> {
+    value
+        .into_string()
+        .map_err(|_| wrong("the arguments are not UTF-8"))
+}
+
+fn wrong(message: impl Into<String>) -> ConfigError {
+    ConfigError(message.into())
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! In reading order, each using only what comes below it:
 //! * [`config`]: the command line as plain data
-//! * [`check`] and [`amend`]: `qblockd check`, `qblockd amend`
+//! * [`offline`]: `qblockd check`, `qblockd amend`
 //! * [`daemon`]: the owner of the control state, from start to stop
 //! * [`monitor`]: QMP on sockets
 //! * [`commands`]: one file per family of commands
@@ -13,8 +13,6 @@
 //! * [`listen`]: listening sockets
 //! * [`limits`]: every limit of the process, with its reason
 
-pub mod amend;
-pub mod check;
 pub mod commands;
 pub mod config;
 pub mod daemon;
@@ -24,4 +22,5 @@ pub mod journal;
 pub mod limits;
 pub mod listen;
 pub mod monitor;
+pub mod offline;
 mod transaction;

@@ -10,9 +10,9 @@ fn main() -> ExitCode {
         Ok(Invocation::Help) => print(config::USAGE),
         Ok(Invocation::Version) => print(&format!("{}\n", config::version())),
         Ok(Invocation::Run(config)) => qblockd::daemon::run(config),
-        Ok(Invocation::Check(command)) => qblockd::check::run(&command),
+        Ok(Invocation::Check(command)) => qblockd::offline::check(&command),
         Ok(Invocation::AmendHelp) => print(config::AMEND_OPTIONS),
-        Ok(Invocation::Amend(command)) => qblockd::amend::run(&command),
+        Ok(Invocation::Amend(command)) => qblockd::offline::amend(&command),
         Err(error) => {
             // Standard error may be closed; the exit code says it too.
             let _ = writeln!(io::stderr(), "qblockd: {error}");

@@ -4,7 +4,7 @@ use block::driver::{AmendOptions, BackingFile, Compat};
 use qapi::rt::decode::{Members, boolean, size, string, uint32};
 use qapi::rt::{Object, Path, Value};
 
-use super::{ConfigError, Invocation, describe, flat};
+use super::{ConfigError, Invocation, describe, flat, text, wrong};
 
 /// An image to be changed in what it says about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -159,14 +159,4 @@ fn backing(
             format,
         })),
     }
-}
-
-fn text(value: std::ffi::OsString) -> Result<String, ConfigError> {
-    value
-        .into_string()
-        .map_err(|_| wrong("the arguments are not UTF-8"))
-}
-
-fn wrong(message: impl Into<String>) -> ConfigError {
-    ConfigError(format!("amend: {}", message.into()))
 }

@@ -2,7 +2,7 @@
 
 use block::formats::qcow2::check::Repair;
 
-use super::{ConfigError, describe};
+use super::{ConfigError, describe, text, wrong};
 
 /// An image to be checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,14 +82,4 @@ fn what(word: &str) -> Result<Repair, ConfigError> {
         "all" => Ok(Repair::All),
         _ => Err(wrong("--repair (-r) expects 'leaks' or 'all'")),
     }
-}
-
-fn text(value: std::ffi::OsString) -> Result<String, ConfigError> {
-    value
-        .into_string()
-        .map_err(|_| wrong("the arguments are not UTF-8"))
-}
-
-fn wrong(message: impl Into<String>) -> ConfigError {
-    ConfigError(format!("check: {}", message.into()))
 }

@@ -202,7 +202,10 @@ fn check_takes_the_options_of_qemu_img() {
             "check: Image format 'raw' has no checks",
         ),
         (&["--bogus", "a"], "check: unrecognized option '--bogus'"),
-        (&["--output"], "option '--output' requires an argument"),
+        (
+            &["--output"],
+            "check: option '--output' requires an argument",
+        ),
     ] {
         assert_eq!(parsed(arguments), Err(message.to_owned()));
     }

@@ -1,8 +1,7 @@
 //! `qblockd check`: looks at an image that is not in use, and puts right what is asked for.
 //!
 //! Output and exit code are those of `qemu-img check`, so that scripts can use either: 0 for an image in order, 1 where
-//! that cannot be found out, 2 for errors, 3 for leaks alone. The image is locked as QEMU's programs lock it, so one
-//! that a daemon serves is refused.
+//! that cannot be found out, 2 for errors, 3 for leaks alone.
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -19,6 +18,7 @@ use block::open::{Aio, CacheMode, FileOptions, Locking};
 use block::protocols::file::{File, FileAccess};
 use serde_json::{Map, Value, json};
 
+use super::complain;
 use crate::config::{CheckCommand, Output};
 
 /// The check could not be made.
@@ -28,31 +28,14 @@ const ERRORS: u8 = 2;
 /// Nothing but leaks was found.
 const LEAKS: u8 = 3;
 
-/// Checks the image, prints what is found, and says it in the exit code.
-pub fn run(command: &CheckCommand) -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let checked = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("cannot start", &error))
-        .and_then(|runtime| runtime.block_on(check_file(command)));
-    match checked {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            complain(&error.to_string());
-            ExitCode::from(NOT_CHECKED)
-        }
-    }
-}
-
-async fn check_file(command: &CheckCommand) -> Result<u8, Error> {
+pub(super) async fn check_file(command: &CheckCommand) -> Result<ExitCode, Error> {
     let file = Arc::new(open(command).await?);
     let child = Child::new(file.clone());
     let result = check_image(command, &child).await;
     let closed = file.close().await;
     let code = result?;
     closed?;
-    Ok(code)
+    Ok(ExitCode::from(code))
 }
 
 async fn open(command: &CheckCommand) -> Result<File, Error> {
@@ -202,8 +185,4 @@ fn print(command: &CheckCommand, text: &str) {
     if !command.quiet {
         let _ = io::stdout().write_all(text.as_bytes());
     }
-}
-
-fn complain(message: &str) {
-    let _ = writeln!(io::stderr(), "qblockd: {message}");
 }

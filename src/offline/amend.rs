@@ -1,10 +1,8 @@
 //! `qblockd amend`: changes what an image that is not in use says about itself.
 //!
 //! The engine's amendments are one switch of the header each: after an error, or a crash, the image is what it was. A new size comes
-//! behind them, so that a version that the image has only just got makes it cheaper. The image is locked as QEMU's programs
-//! lock it, so one that a daemon serves is refused.
+//! behind them, so that a version that the image has only just got makes it cheaper.
 
-use std::io::{self, Write as _};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -22,24 +20,6 @@ use crate::config::AmendCommand;
 /// The node of the image, in a graph of its own.
 const NODE: &str = "image";
 
-/// Amends the image, and says in the exit code whether that was done.
-pub fn run(command: &AmendCommand) -> ExitCode {
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let amended = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| Error::io("cannot start", &error))
-        .and_then(|runtime| runtime.block_on(amend_file(command)));
-    match amended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Who does not listen has the exit code.
-            let _ = writeln!(io::stderr(), "qblockd: {error}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
 /// What cannot be done by a switch of the header needs a program that rewrites the image.
 fn with_way_out(error: Error) -> Error {
     match error.kind() {
@@ -51,7 +31,7 @@ fn with_way_out(error: Error) -> Error {
     }
 }
 
-async fn amend_file(command: &AmendCommand) -> Result<(), Error> {
+pub(super) async fn amend_file(command: &AmendCommand) -> Result<ExitCode, Error> {
     let mut graph = Graph::new();
     let opener = Opener::new(&IoContext::new(), &graph);
     let opened = open(&opener, &node(command)).await?;
@@ -70,7 +50,8 @@ async fn amend_file(command: &AmendCommand) -> Result<(), Error> {
     drop(image);
     let closed = graph.remove(NODE)?.close().await;
     result?;
-    closed
+    closed?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn node(command: &AmendCommand) -> NodeOptions {

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import socket
 import statistics
 import subprocess
@@ -245,7 +246,8 @@ class Probe:
     """Writes 4 KiB over NBD again and again, each time to another place, and keeps the longest time it took."""
 
     def __init__(self, uri):
-        self.path, self.longest, self.stop = uri.split("socket=")[1], 0.0, threading.Event()
+        name, self.path = re.fullmatch(r"nbd\+unix:///(.*)\?socket=(.*)", uri).groups()
+        self.name, self.longest, self.stop = name.encode(), 0.0, threading.Event()
         self.thread = threading.Thread(target=self.loop)
 
     def __enter__(self):
@@ -263,7 +265,7 @@ class Probe:
             take(18)
             # Fixed newstyle without zeroes, then the plain option: no reply but size and flags.
             nbd.sendall((3).to_bytes(4, "big"))
-            nbd.sendall(b"IHAVEOPT" + (1).to_bytes(4, "big") + (4).to_bytes(4, "big") + b"disk")
+            nbd.sendall(b"IHAVEOPT" + (1).to_bytes(4, "big") + len(self.name).to_bytes(4, "big") + self.name)
             size = int.from_bytes(take(10)[:8], "big")
             head = (0x25609513).to_bytes(4, "big")
             at = 0

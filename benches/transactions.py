@@ -2,11 +2,17 @@
 """How long guests stand still for a transaction over many disks.
 
 usage: transactions.py QBLOCKD FOLDER [DISKS...]
+       transactions.py --mixes QBLOCKD FOLDER [DISKS...]
 
 For each number of disks: that many images of 1 MiB with some data are opened, and transactions take snapshots of all of them, with and
 without a state directory. The daemon logs how long guests waited, and for what; PARTS=1 shows that.
+
+With --mixes the first three disks have 1 GiB, and guests that write to them over NBD as fast as they can; one more client of each
+writes 4 KiB again and again. For each mix of actions: how long guests waited by the daemon's log, and the longest of those writes around
+the transaction. "nothing" is a time without a transaction. MIXES=a+b tries some of them. Needs fio.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -18,7 +24,11 @@ import sys
 import tempfile
 import time
 
+from compare import Probe
+
 ROUNDS = 5
+# Disks that guests write to in mixes.
+BUSY = 3
 
 
 class Qmp:
@@ -72,12 +82,161 @@ def measure(daemon, folder, disks, journaled):
     if os.environ.get("PARTS"):
         print(log.read(), file=sys.stderr)
         log.seek(0)
+    return waited(log.read()), [second * 1000 for second in took]
+
+
+def snapshot(disk, number):
+    return {"type": "blockdev-snapshot-internal-sync", "data": {"device": f"d{disk}", "name": f"s{number}"}}
+
+
+def revert(disk, number):
+    return {"type": "x-blockdev-snapshot-revert", "data": {"device": f"d{disk}", "name": "r"}}
+
+
+def overlay(disk, number):
+    file = f"{disk}-{number}.overlay.qcow2"
+    return {"type": "blockdev-snapshot-sync", "data": {"device": f"d{disk}", "snapshot-file": file}}
+
+
+def backup(disk, number):
+    data = {"device": f"d{disk}", "target": f"t{disk}", "sync": "full", "speed": 1 << 20, "job-id": f"j{disk}"}
+    return {"type": "blockdev-backup", "data": data}
+
+
+# What happens to which disk: to the first, the second, ..., and from the beginning again.
+MIXES = {
+    "nothing": [],
+    "snapshots": [[snapshot]],
+    "overlays": [[overlay]],
+    "backups": [[backup]],
+    "overlays, backups": [[overlay], [backup]],
+    "snapshots, backups": [[snapshot, backup]],
+    "snapshots, overlays": [[snapshot], [overlay]],
+    "snapshots and overlays of the same disks": [[snapshot, overlay]],
+    "all but reverts": [[snapshot], [overlay], [backup]],
+    "one revert, snapshots": [[revert]] + [[snapshot]] * 9999,
+    "one revert, overlays, backups": [[revert]] + [[overlay], [backup]] * 9999,
+    "dry run, all but reverts": [[snapshot], [overlay], [backup]],
+    "dry run, reverts": [[revert]],
+}
+
+
+def waited(log):
+    """The times in ms that the daemon says."""
     units = {"s": 1000.0, "ms": 1.0, "µs": 0.001}
-    held = [float(n) * units[u] for n, u in re.findall(r"guests waited ([0-9.]+)(s|ms|µs)", log.read())]
-    return held, [second * 1000 for second in took]
+    return [float(n) * units[u] for n, u in re.findall(r"guests waited ([0-9.]+)(s|ms|µs)", log)]
+
+
+@contextlib.contextmanager
+def writing(command):
+    """A guest that writes until it is stopped, and not less."""
+    fio = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        yield
+        if fio.poll() is not None:
+            raise RuntimeError("fio has ended")
+    finally:
+        fio.terminate()
+        fio.wait()
+
+
+@contextlib.contextmanager
+def mixed_daemon(daemon, folder, disks, log):
+    """The disks as drives, the busy ones exported and written to; yields QMP and what measures."""
+    drives = [text for disk in range(disks) for text in ("--drive", f"id=d{disk},file={disk}.qcow2,format=qcow2")]
+    process = subprocess.Popen(
+        [daemon, "--qmp", "unix:qmp.sock", "--state-dir", "state", "--nbd-server", "addr.type=unix,addr.path=nbd.sock", *drives],
+        cwd=folder, stderr=log, env={**os.environ, "RUST_LOG": "warn,qblockd::transaction=info"},
+    )
+    qmp = Qmp(os.path.join(folder, "qmp.sock"))
+    nbd = os.path.join(folder, "nbd.sock")
+    load = ["--rw=randwrite", "--bs=64k", "--iodepth=16", "--size=1g", "--time_based", "--runtime=3600", "--fsync=256"]
+    with contextlib.ExitStack() as guests:
+        probes = []
+        for disk in range(min(BUSY, disks)):
+            uri = f"nbd+unix:///d{disk}?socket={nbd}"
+            probes.append(guests.enter_context(Probe(uri)))
+            guests.enter_context(writing(["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", *load]))
+        yield qmp, probes
+    qmp.run("quit")
+    process.wait()
+
+
+def measure_mix(daemon, folder, disks, mix):
+    longest, took = [], []
+    acts = MIXES[mix]
+    with open(os.path.join(folder, "log"), "w+") as log:
+        with mixed_daemon(daemon, folder, disks, log) as (qmp, probes):
+            if any(revert in of_disk for of_disk in acts):
+                qmp.run("transaction", actions=[
+                    {"type": "blockdev-snapshot-internal-sync", "data": {"device": f"d{disk}", "name": "r"}} for disk in range(disks)
+                ])
+            time.sleep(1)
+            for number in range(ROUNDS):
+                acts_of = lambda disk: acts[disk % len(acts)] if acts else []
+                actions = [act(disk, number) for disk in range(disks) for act in acts_of(disk)]
+                copied = [disk for disk in range(disks) if backup in acts_of(disk)]
+                for disk in copied:
+                    qmp.run("blockdev-add", **{"driver": "null-co", "node-name": f"t{disk}", "size": size_of(disk), "read-zeroes": False})
+                begun = len(waited(open(log.name).read()))
+                for probe in probes:
+                    probe.longest = 0.0
+                begin = time.monotonic()
+                if actions:
+                    qmp.run("transaction", actions=actions, **({"x-dry-run": True} if "dry run" in mix else {}))
+                else:
+                    time.sleep(0.3)
+                took.append((time.monotonic() - begin) * 1000)
+                # A write that began in the transaction may end behind it.
+                time.sleep(0.1)
+                longest.append(max(probe.longest for probe in probes) * 1000)
+                for disk in copied if "dry run" not in mix else []:
+                    qmp.run("job-cancel", id=f"j{disk}")
+                while qmp.run("query-jobs"):
+                    time.sleep(0.01)
+                for disk in copied:
+                    qmp.run("blockdev-del", **{"node-name": f"t{disk}"})
+                time.sleep(0.3)
+        log.seek(0)
+        text = log.read()
+    if os.environ.get("PARTS"):
+        print(text, file=sys.stderr)
+    return waited(text)[-ROUNDS:], longest, took
+
+
+def size_of(disk):
+    return 1 << 30 if disk < BUSY else 1 << 20
+
+
+def mixes(daemon, root, counts):
+    show = lambda figures: f"{statistics.median(figures):.1f} ({max(figures):.1f})" if figures else "-"
+    print("| disks | mix | guests waited by the log, ms: median (worst) | longest write | command |")
+    print("|---|---|---|---|---|")
+    chosen = os.environ.get("MIXES")
+    for disks in counts:
+        for mix in MIXES:
+            if chosen and mix not in chosen.split("+"):
+                continue
+            folder = tempfile.mkdtemp(dir=root)
+            try:
+                for disk in range(disks):
+                    image = os.path.join(folder, f"{disk}.qcow2")
+                    if disk <= BUSY:
+                        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(size_of(disk))], check=True)
+                        subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 0 256k", image], check=True, stdout=subprocess.DEVNULL)
+                    else:
+                        shutil.copy(os.path.join(folder, f"{BUSY}.qcow2"), image)
+                held, longest, took = measure_mix(daemon, folder, disks, mix)
+                print(f"| {disks} | {mix} | {show(held)} | {show(longest)} | {show(took)} |", flush=True)
+            finally:
+                shutil.rmtree(folder)
 
 
 def main():
+    if sys.argv[1] == "--mixes":
+        counts = [int(text) for text in sys.argv[4:]] or [3, 100]
+        mixes(os.path.abspath(sys.argv[2]), sys.argv[3], counts)
+        return
     daemon, root = os.path.abspath(sys.argv[1]), sys.argv[2]
     print("| disks | journal | guests waited, median (worst) | command, median |")
     print("|---|---|---|---|")

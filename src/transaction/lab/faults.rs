@@ -1,5 +1,5 @@
 //! Whatever a command asks of the host fails once, at each index: it answers with an error and nothing has changed, or it has
-//! happened all the same.
+//! happened all the same. Guests write meanwhile, and keep what they were answered. (What fails may be a request of theirs.)
 //!
 //! `QBLOCKD_FAULTS` is how often each kind of fault is tried per index, in thousandths (few if absent: a share that is chosen at
 //! random, by the seed `QBLOCKD_CRASH_SEED`).
@@ -8,9 +8,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::crashlab::audit::Audit;
+use block::driver::{Requests as _, WriteFlags};
+use block::graph::Edge;
 use block::io::Deed;
+use futures_util::future::{join, join_all};
 use qapi::rt::{QmpError, Value};
 use serde_json::json;
 
@@ -29,6 +33,45 @@ struct Case {
     arguments: fn(&Place) -> Value,
     /// What is asked before; it must succeed.
     before: fn(&Place) -> Vec<(&'static str, Value)>,
+    /// So many of the first disks are reverted.
+    reverted: usize,
+}
+
+/// Where guests write while a command runs.
+const GUEST_PLACE: u64 = DISK_BYTES - 4096;
+const GUEST_BYTES: u64 = 512;
+
+/// What a guest has written: the byte of its last write that was answered, and of one behind it that has failed.
+#[derive(Debug, Default)]
+struct Guest {
+    written: Option<u8>,
+    failed: Option<u8>,
+}
+
+/// A guest writes when a command begins, and again as soon as that has led it elsewhere, with flushes in between.
+async fn write_on(edge: Edge, done: &AtomicBool) -> Guest {
+    let mut guest = Guest::default();
+    let before = edge.node();
+    for byte in 1..=3 {
+        while byte == 3 && Arc::ptr_eq(&edge.node(), &before) && !done.load(Ordering::SeqCst) {
+            tokio::task::yield_now().await;
+        }
+        let data = vec![byte; GUEST_BYTES as usize];
+        let written = edge.write(GUEST_PLACE, data.into(), WriteFlags::default());
+        match written.await {
+            Ok(()) => {
+                guest = Guest {
+                    written: Some(byte),
+                    failed: None,
+                }
+            }
+            Err(_) => guest.failed = Some(byte),
+        }
+        if byte != 2 {
+            let _ = edge.flush().await;
+        }
+    }
+    guest
 }
 
 /// Everything that a command that fails may not change, in words.
@@ -78,6 +121,7 @@ fn transactions() -> Vec<Case> {
                 ]})
             },
             before: nothing,
+            reverted: 0,
         },
         Case {
             command: "transaction",
@@ -91,6 +135,7 @@ fn transactions() -> Vec<Case> {
                 ]})
             },
             before: |place| node(place, "empty"),
+            reverted: 1,
         },
         Case {
             command: "transaction",
@@ -109,6 +154,7 @@ fn transactions() -> Vec<Case> {
                 before.extend(node(place, "top"));
                 before
             },
+            reverted: 0,
         },
     ]
 }
@@ -120,11 +166,13 @@ fn single_commands() -> Vec<Case> {
             command: "blockdev-snapshot-sync",
             arguments: |place| json!({"device": "d0", "snapshot-file": file(place, "empty"), "mode": "existing"}),
             before: nothing,
+            reverted: 0,
         },
         Case {
             command: "blockdev-snapshot-internal-sync",
             arguments: |_| json!({"device": "d0", "name": "new"}),
             before: nothing,
+            reverted: 0,
         },
         Case {
             command: "drive-backup",
@@ -133,6 +181,7 @@ fn single_commands() -> Vec<Case> {
                     "target": file(place, "empty"), "mode": "existing"})
             },
             before: nothing,
+            reverted: 0,
         },
         Case {
             command: "blockdev-reopen",
@@ -145,6 +194,7 @@ fn single_commands() -> Vec<Case> {
                 before.extend(node(place, "top"));
                 before
             },
+            reverted: 0,
         },
         Case {
             command: "change-backing-file",
@@ -156,6 +206,7 @@ fn single_commands() -> Vec<Case> {
                     "file": {"driver": "file", "filename": file(place, "over")}}),
                 )]
             },
+            reverted: 0,
         },
     ]
 }
@@ -195,9 +246,40 @@ impl<'p> Trial<'p> {
         Ok(trial)
     }
 
-    async fn run(&self, case: &Case) -> Result<Value, QmpError> {
+    /// Runs the command while guests write. Answers what it answers, and what guests have been answered.
+    async fn run(&self, case: &Case) -> (Result<Value, QmpError>, Vec<Guest>) {
         let arguments = (case.arguments)(self.place);
-        execute(&self.runner.cx, case.command, arguments).await
+        let done = AtomicBool::new(false);
+        let command = async {
+            let answer = execute(&self.runner.cx, case.command, arguments).await;
+            done.store(true, Ordering::SeqCst);
+            answer
+        };
+        let mut edges = Vec::new();
+        for disk in 0..DISKS {
+            edges.push(self.runner.edge(disk).await);
+        }
+        join(
+            command,
+            join_all(edges.into_iter().map(|edge| write_on(edge, &done))),
+        )
+        .await
+    }
+
+    /// Whether disks, from this one on, show what their guests were told last.
+    async fn check_guests(&self, from: usize, guests: &[Guest]) -> Result<(), String> {
+        for (disk, guest) in guests.iter().enumerate().skip(from) {
+            let edge = self.runner.edge(disk).await;
+            let read = edge.read(GUEST_PLACE, GUEST_BYTES).await;
+            let read = read.map_err(|error| error.to_string())?.to_bytes();
+            let is_one_of =
+                |written: &Option<u8>| written.is_none_or(|byte| read.iter().all(|is| *is == byte));
+            // What was written in part when it failed may show anything.
+            if !is_one_of(&guest.written) && guest.failed.is_none() {
+                return Err(format!("disk {disk} has lost a write: {guest:?}, {read:?}"));
+            }
+        }
+        Ok(())
     }
 
     /// All that a failure may not change.
@@ -222,7 +304,8 @@ impl<'p> Trial<'p> {
             state.insert(query.to_owned(), answer.to_string());
         }
         for disk in 0..DISKS {
-            let content = self.runner.read(disk).await?;
+            let mut content = self.runner.read(disk).await?;
+            content.write(GUEST_PLACE, &[0; GUEST_BYTES as usize]);
             state.insert(drive(disk), format!("{content:?}"));
             let edge = self.runner.edge(disk).await;
             let node = edge.node().below_filters();
@@ -321,7 +404,9 @@ async fn try_case(
     let mut figures = Figures::default();
     let counted = Trial::new(place, case).await?;
     counted.tape.fail(u64::MAX, Fault::Io);
-    counted.run(case).await.map_err(|error| error.desc)?;
+    let (done, guests) = counted.run(case).await;
+    done.map_err(|error| error.desc)?;
+    counted.check_guests(case.reverted, &guests).await?;
     figures.indices = counted.tape.deeds();
     counted.runner.cancel_jobs().await?;
     counted.end().await?;
@@ -338,12 +423,16 @@ async fn try_case(
             let at = |problem: String| format!("{} at {skip}, {fault:?}: {problem}", case.command);
             let before = now.state().await.map_err(at)?;
             now.tape.fail(skip, fault);
-            let done = now.run(case).await;
+            let (done, guests) = now.run(case).await;
             // A file that has failed to become durable says so from then on, since what was written is lost.
             let is_lost = matches!(now.tape.no_fault(), Some(Deed::Sync { .. }));
             match done {
                 Ok(_) => {
                     figures.happened += 1;
+                    if !is_lost {
+                        let checked = now.check_guests(case.reverted, &guests);
+                        checked.await.map_err(at)?;
+                    }
                     now.runner.cancel_jobs().await.map_err(at)?;
                     match is_lost {
                         true => drop(now.runner.end().await),
@@ -361,6 +450,7 @@ async fn try_case(
                     if let Some(difference) = difference(&before, &after) {
                         return Err(at(difference));
                     }
+                    now.check_guests(0, &guests).await.map_err(at)?;
                     trial = Some(now);
                 }
             }

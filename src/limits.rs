@@ -166,6 +166,10 @@ pub const TRANSACTION_STEP: Duration = Duration::from_secs(10);
 /// nodes. Chains that several drives stand on are shown for each.
 pub const STATS_ENTRIES: usize = 2 * block::limits::MAX_NODES;
 
+/// How long it may take to write to a disk what its guests have written to an overlay that is taken back, while they wait. They had some
+/// milliseconds for that, and as long as a step takes where a disk hangs.
+pub const TRANSACTION_WRITE_DOWN: Duration = Duration::from_secs(60);
+
 /// How long behind its commit a transaction may still be switching headers, as far as a start behind a crash believes. An image that
 /// was written to later is taken for changed by somebody else. Switches take milliseconds; the rest is for disks that are slow to
 /// take the commit.

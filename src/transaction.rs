@@ -3,19 +3,21 @@
 //! ```text
 //!   resolve, prepare 1 -> resolve, prepare 2 -> ...     guests run; may take its time
 //!     -> hold all disks, once
-//!          -> stage 1, 2, ...                           where only snapshots are taken or deleted, they are let go here
-//!          -> make durable                              all that can fail has been done
-//!          -> write the journal's commit                from here on it happens, whatever else does
-//!          -> switch the headers of images              one write for each
+//!          -> stage 1, 2, ...                           in memory
 //!          -> commit 1, 2, ...                          on the control loop; edges are led elsewhere
-//!     -> let go
-//!   finish 1, 2, ...                                    guests run
+//!     -> let go                                         but for flushes of new overlays
+//!   make durable what snapshots need                    all that can fail has been done
+//!     -> write the journal's commit                     from here on it happens, whatever else does
+//!     -> switch the headers of images                   one write for each
+//!   start 1, 2, ..., finish 1, 2, ...
 //!
-//!   an error anywhere before the commit: let go -> abort ..., 2, 1 -> the error
+//!   an error anywhere before the switch: let go -> abort ..., 2, 1 -> the error
 //! ```
 //!
-//! A header that cannot be switched takes everything back; the journal says so first. Every wait while guests are held has a limit.
-//! `docs/crash-safety.md` has what a crash leaves at each point.
+//! Where no internal snapshot changes, nothing is left to be decided when guests stand still: the journal's commit is written before.
+//! Where what guests do could not be taken back (a revert, an overlay that was there before) they are let go last, behind the switch
+//! and the commits. A header that cannot be switched takes everything back; the journal says so first. Every wait
+//! while guests are held has a limit. `docs/crash-safety.md` has what a crash leaves at each point, and why.
 //!
 //! Each action is about what those before it leave: `device` is looked up in the [`Plan`]. Commands that are actions, too,
 //! are transactions of one action: there is one way to do it.
@@ -40,10 +42,11 @@ mod snapshot;
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use block::driver::{BoxFuture, HeaderHeld, SnapshotInfo};
-use block::graph::Node;
+use block::driver::{BoxFuture, HeaderHeld, HeaderSwitch, SnapshotInfo};
+use block::graph::{FlushesHeld, Node};
 use block::io::RunToEnd;
 use futures_util::FutureExt;
 use qapi::rt::QmpError;
@@ -62,7 +65,7 @@ pub(crate) use backup::{
 pub(crate) use dry_run::{Preview, dry_run};
 pub(crate) use external::{ExternalSnapshot, Overlay, OverlayFile};
 pub(crate) use held::Held;
-pub(crate) use plan::Plan;
+pub(crate) use plan::{Plan, WayBack};
 pub(crate) use preparing::Preparing;
 pub(crate) use snapshot::{Operation, SnapshotAction};
 
@@ -101,17 +104,23 @@ pub(crate) trait Action: Send {
         let _ = (control, held);
     }
 
+    /// Starts what goes on behind the answer, when the transaction has happened. It takes no time.
+    fn start<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
+        let _ = cx;
+        Box::pin(async {})
+    }
+
     /// Does what is left when guests run again. What goes wrong here is logged: the transaction has happened.
     fn finish<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
         let _ = cx;
         Box::pin(async {})
     }
 
-    /// Takes back whatever `prepare` and `stage` did, also where they failed half-way. Guests run. What cannot be taken back is
-    /// logged with what the user must do.
-    fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
+    /// Takes back whatever `prepare`, `stage` and `commit` did, also where they failed half-way. Guests run. What cannot be taken back
+    /// is logged with what the user must do, and answered.
+    fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, Option<Stays>> {
         let _ = cx;
-        Box::pin(async {})
+        Box::pin(async { None })
     }
 
     /// What it does, or has done, as far as that is known.
@@ -133,6 +142,15 @@ pub(crate) struct Effect {
     pub(crate) job_id: Option<String>,
 }
 
+/// What could not be taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Stays {
+    /// What the client calls the disk.
+    pub(crate) device: String,
+    /// The file that has what its guests have written.
+    pub(crate) file: PathBuf,
+}
+
 /// How jobs of one transaction end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Completion {
@@ -151,10 +169,29 @@ pub(crate) struct Disk {
     pub(crate) node: Arc<Node>,
     /// Its internal snapshots are changed.
     changes: bool,
-    /// It is to be held until all is committed.
-    is_kept: bool,
+    /// How long it is to be held.
+    until: Until,
     /// Which of the images in the journal it is.
     journaled: Option<usize>,
+}
+
+/// How long guests of a disk stand still, the shortest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Until {
+    /// Until the change of its snapshots lets them go.
+    LetGo,
+    /// Until the graph leads them elsewhere.
+    Led,
+    /// As `Led`; their flushes wait until the transaction is decided.
+    Flushes,
+    /// Until the transaction is decided.
+    Decided,
+}
+
+impl Disk {
+    fn hold(&mut self, until: Until) {
+        self.until = self.until.max(until);
+    }
 }
 
 /// The `abort` action: makes every transaction that has it fail. For tests of clients.
@@ -181,12 +218,24 @@ pub(crate) async fn run(
         match running.attempt(actions).await {
             Ok(headers) => Ok(running.finish(headers).await),
             Err(error) => {
-                running.abort().await;
-                Err(error)
+                let left = running.abort().await;
+                Err(with_left(error, &left))
             }
         }
     })
     .await
+}
+
+/// An error, with the disks on which something of the transaction is left.
+fn with_left(error: QmpError, left: &[String]) -> QmpError {
+    if left.is_empty() {
+        return error;
+    }
+    QmpError::generic(format!(
+        "{}; and what was done to '{}' could not be taken back, see the daemon's log",
+        error.desc,
+        left.join("', '")
+    ))
 }
 
 /// A transaction under way.
@@ -194,8 +243,14 @@ struct Running {
     /// Those that are prepared, or were to be.
     actions: Vec<Box<dyn Action>>,
     with: Preparing,
-    /// An image could not be made what it was: its journal stays, and the next start tries again.
-    is_left: bool,
+    /// The journal has its commit, or will need none.
+    is_decided: bool,
+    /// The graph is what it will be.
+    is_committed: bool,
+    /// Guests that have gone on undecided.
+    flushes: Vec<FlushesHeld>,
+    /// Disks whose images could not be made what they were: the journal stays, and the next start tries again.
+    left: Vec<Disk>,
 }
 
 impl Running {
@@ -203,7 +258,10 @@ impl Running {
         Ok(Running {
             actions: Vec::new(),
             with: Preparing::new(cx, completion, audience).await?,
-            is_left: false,
+            is_decided: false,
+            is_committed: false,
+            flushes: Vec::new(),
+            left: Vec::new(),
         })
     }
 
@@ -216,68 +274,78 @@ impl Running {
         }
         let mut disks = std::mem::take(&mut self.with.plan.disks);
         self.with.stage(&mut disks).await?;
-        let mut held = Held::begin(disks, Guests::Wait).await?;
-        match self.stage_and_switch(&mut held).await {
-            Ok(()) => Ok(self.commit(held).await),
-            Err(error) => Err(self.roll_back(held, error).await),
+        let mut held = Held::default();
+        let done = async {
+            if !disks.iter().any(|disk| disk.changes) {
+                // Files that are made are all that there is to it. Until they are used they say nothing.
+                self.decide(Vec::new()).await?;
+            }
+            held = Held::begin(disks, Guests::Wait).await?;
+            self.stage_and_switch(&mut held).await
+        };
+        match done.await {
+            Ok(()) => Ok(held.release()),
+            Err(error) => {
+                self.roll_back(held).await;
+                Err(error)
+            }
         }
     }
 
-    /// While guests are held: does all that can fail, and then switches the headers of images.
+    /// Does all that can fail, and then switches the headers of images. Guests go on as soon as they can.
     async fn stage_and_switch(&mut self, held: &mut Held) -> Result<(), QmpError> {
         for action in &mut self.actions {
             let staged = timeout(limits::TRANSACTION_STEP, guarded(action.stage(held))).await;
             staged.unwrap_or_else(|_| Err(slow()))?;
         }
         held.mark("stage");
-        held.let_go().await?;
+        if self.is_decided || held.may_let_go().await? {
+            if held.leads() {
+                self.check(held).await?;
+                self.commit(held).await?;
+                held.mark("lead");
+            }
+            held.let_go().await?;
+        }
         held.prepare().await?;
         held.mark("write");
-        self.check().await?;
-        if let Some(entry) = &mut self.with.entry {
+        if !self.is_committed {
+            self.check(held).await?;
+        }
+        if !self.is_decided {
             let switches = held.switches().await?;
-            let written = limited(entry.commit(switches)).await;
-            written.map_err(|error| journal_error(&error))?;
+            self.decide(switches).await?;
             held.mark("journal");
         }
         held.commit().await?;
         held.mark("switch");
+        if !self.is_committed {
+            self.commit(held).await?;
+            held.mark("lead");
+        }
         Ok(())
     }
 
-    /// Asks the graph whether it would take all commits. Afterwards it is too late to say no.
-    async fn check(&mut self) -> Result<(), QmpError> {
-        let actions = std::mem::take(&mut self.actions);
-        let checked = self.with.cx.commit(move |control| {
-            let check = || actions.iter().try_for_each(|action| action.check(control));
-            let checked = catch_unwind(AssertUnwindSafe(check));
-            let checked = checked.unwrap_or_else(|_| Err(internal_error()));
-            Ok((actions, checked))
-        });
-        let (actions, checked) = checked.await?;
-        self.actions = actions;
-        checked
+    /// From here on it happens, after a crash, too.
+    async fn decide(&mut self, switches: Vec<(usize, HeaderSwitch)>) -> Result<(), QmpError> {
+        if let Some(entry) = &mut self.with.entry {
+            let written = limited(entry.commit(switches)).await;
+            written.map_err(|error| journal_error(&error))?;
+        }
+        self.is_decided = true;
+        Ok(())
     }
 
     /// Takes back what was staged, and lets guests go on. What the journal says comes first: should it be cut off here, the next
     /// start must not do what was undone.
-    async fn roll_back(&mut self, held: Held, error: QmpError) -> QmpError {
+    async fn roll_back(&mut self, mut held: Held) {
         if let Some(entry) = &mut self.with.entry
             && let Err(error) = limited(entry.revoke()).await
         {
-            let uuid = entry.uuid();
-            log::error!("the journal of transaction {uuid}, which has failed, is wrong: {error}");
+            log_wrong(entry, &error);
         }
-        let left = held.roll_back().await;
-        if left.devices.is_empty() {
-            return error;
-        }
-        self.is_left = true;
-        QmpError::generic(format!(
-            "{}; and what was done to '{}' could not be taken back, see the daemon's log",
-            error.desc,
-            left.devices.join("', '")
-        ))
+        self.flushes = held.take_flushes();
+        self.left = held.roll_back().await;
     }
 
     /// Resolves and prepares the next action.
@@ -297,29 +365,54 @@ impl Running {
         }
     }
 
-    /// All headers are switched: it has happened, and the graph is to follow. Answers what keeps the headers as they are.
-    async fn commit(&mut self, held: Held) -> Vec<HeaderHeld> {
-        let mut actions = std::mem::take(&mut self.actions);
-        let committed = self.with.cx.commit(move |control| {
-            for action in &mut actions {
-                let committed = AssertUnwindSafe(|| action.commit(control, &held));
+    /// Asks the graph whether it would take all commits. Afterwards it is too late to say no.
+    async fn check(&mut self, held: &mut Held) -> Result<(), QmpError> {
+        self.on_the_loop(held, |control, actions, _| {
+            actions.iter().try_for_each(|action| action.check(control))
+        })
+        .await
+    }
+
+    /// The graph is to follow.
+    async fn commit(&mut self, held: &mut Held) -> Result<(), QmpError> {
+        self.is_committed = true;
+        self.on_the_loop(held, |control, actions, held| {
+            for action in actions {
+                let committed = AssertUnwindSafe(|| action.commit(control, held));
                 if catch_unwind(committed).is_err() {
                     log::error!("an action of a transaction has failed where it cannot");
                 }
             }
-            Ok((actions, held))
+            Ok(())
+        })
+        .await
+    }
+
+    /// Does something to all actions on the control loop. Without an answer the daemon ends, and its graph with it.
+    async fn on_the_loop(
+        &mut self,
+        held: &mut Held,
+        what: impl FnOnce(&mut Control, &mut [Box<dyn Action>], &Held) -> Result<(), QmpError>
+        + Send
+        + 'static,
+    ) -> Result<(), QmpError> {
+        let (mut actions, disks) = (std::mem::take(&mut self.actions), std::mem::take(held));
+        let done = self.with.cx.commit(move |control| {
+            let done = AssertUnwindSafe(|| what(control, &mut actions, &disks));
+            let done = catch_unwind(done).unwrap_or_else(|_| Err(internal_error()));
+            Ok((actions, disks, done))
         });
-        // Without an answer the daemon ends, and its graph with it.
-        let Ok((actions, held)) = committed.await else {
-            return Vec::new();
-        };
-        self.actions = actions;
-        held.release()
+        let result;
+        (self.actions, *held, result) = done.await?;
+        result
     }
 
     /// Guests run. The headers of images stay what the journal says they are until it has ended: after a crash meanwhile, the next
     /// start finds them as it expects.
     async fn finish(mut self, headers: Vec<HeaderHeld>) -> Vec<Effect> {
+        for action in &mut self.actions {
+            action.start(&self.with.cx).await;
+        }
         self.with.keep_files().await;
         if let Some(entry) = self.with.entry.take() {
             end(entry).await;
@@ -331,16 +424,33 @@ impl Running {
         self.actions.iter().map(|action| action.effect()).collect()
     }
 
-    async fn abort(mut self) {
+    /// Takes back what was prepared. Answers the disks on which something is left.
+    async fn abort(mut self) -> Vec<String> {
+        let mut stay = Vec::new();
         for action in self.actions.iter_mut().rev() {
-            action.abort(&self.with.cx).await;
+            stay.extend(action.abort(&self.with.cx).await);
         }
-        self.with.remove_files().await;
+        let files: Vec<PathBuf> = stay.iter().map(|stays| stays.file.clone()).collect();
+        if let Some(entry) = &mut self.with.entry
+            && !(files.is_empty() && self.left.is_empty())
+        {
+            let images = self.left.iter().filter_map(|disk| disk.journaled);
+            let images: Vec<usize> = images.collect();
+            if let Err(error) = limited(entry.leaves(&images, &files)).await {
+                log_wrong(entry, &error);
+            }
+        }
+        // What guests have written is safe from the next start, too.
+        self.flushes.clear();
+        self.with.remove_files(&files).await;
         if let Some(entry) = self.with.entry.take()
-            && !self.is_left
+            && self.left.is_empty()
         {
             end(entry).await;
         }
+        let left = self.left.into_iter().map(|disk| disk.device);
+        left.chain(stay.into_iter().map(|stays| stays.device))
+            .collect()
     }
 }
 
@@ -351,6 +461,12 @@ async fn end(entry: Entry) {
             "the journal of transaction {uuid}, which is over, could not be ended: {error}"
         );
     }
+}
+
+/// The journal of a transaction that has failed could not be written.
+fn log_wrong(entry: &Entry, error: &io::Error) {
+    let uuid = entry.uuid();
+    log::error!("the journal of transaction {uuid}, which has failed, is wrong: {error}");
 }
 
 /// The error of an action whose disk hangs.

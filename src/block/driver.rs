@@ -604,6 +604,11 @@ pub trait SnapshotChange: Send + Sync {
     /// The size of the disk after the steps so far, in bytes.
     fn size(&self) -> u64;
 
+    /// Whether `let_go` will let requests go on; takes the space that the steps need then. No step may follow.
+    fn may_let_go(&mut self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(false) })
+    }
+
     /// Lets requests go on where the change allows it, and calls `then` when they can. Answers whether they do. What they write from
     /// then on no snapshot of this change has, whether it happens or not. As a rule nothing was read or written since `hold`. No step
     /// may follow.
@@ -615,6 +620,10 @@ pub trait SnapshotChange: Send + Sync {
     /// Makes durable all that the steps need. Space is taken and everything that can fail has been done, except for `commit`'s one
     /// write. No step may follow.
     fn prepare(&mut self) -> BoxFuture<'_, Result<()>>;
+
+    /// Finds out whether `prepare` would do it, and makes nothing durable for that. Where requests could be let go, they go on while
+    /// space is taken. Nothing may follow but that the change is dropped.
+    fn try_out(&mut self) -> BoxFuture<'_, Result<()>>;
 
     /// What `commit` will write, once all is prepared, for whoever has to do it after a crash; everything else that comes before
     /// that write is done now. `None` when it will write nothing. To be followed by `commit` or `roll_back`.

@@ -201,6 +201,21 @@ impl Entry {
         self.vanish(&error).await
     }
 
+    /// Says, durably, what is left of a transaction that has been taken back: `images`, by their places, are still to be put back, and
+    /// `files` stay, since they have what guests have written. Where it cannot be written and there are such files, the journal is
+    /// removed, which says the same of them, and leaves the images to the user.
+    pub async fn leaves(&mut self, images: &[usize], files: &[PathBuf]) -> io::Result<()> {
+        let staged = images.iter().filter_map(|place| self.staged.get(*place));
+        let leaves = Record::Leaves {
+            images: staged.map(|image| image.path.clone()).collect(),
+            files: files.to_vec(),
+        };
+        match self.append(leaves, Durable::Yes).await {
+            Err(error) if !files.is_empty() => self.vanish(&error).await,
+            written => written,
+        }
+    }
+
     /// Ends the journal: nothing is left to do. The file goes.
     pub async fn end(mut self) -> io::Result<()> {
         // Should the name come back after a crash, the record says that there is nothing to do.

@@ -107,6 +107,11 @@ pub(super) enum Record {
     Commit { switches: Vec<ImageSwitch> },
     /// From here on nothing is.
     Abort,
+    /// All has been taken back but these images. These files stay.
+    Leaves {
+        images: Vec<PathBuf>,
+        files: Vec<PathBuf>,
+    },
     /// Nothing is left to do.
     Done,
     /// A start has done what was to be done.

@@ -5,6 +5,7 @@
 //! | no commit | are as they were; space that was taken for the change is given back | are removed; what they replaced comes back |
 //! | a commit | are switched, those that are not yet | stay |
 //! | a commit and an abort | are switched back, those that are | are removed; what they replaced comes back |
+//! | what is left behind an abort | as above, those that are left | as above, but for those that guests have written to |
 //!
 //! Every step can be done again, so that a crash meanwhile does no harm. An image is only touched when it is the file that it was,
 //! nobody else has it open, and its header is either the old or the new one; it is only switched when nothing was
@@ -145,6 +146,8 @@ struct Plan {
     creations: Vec<(Creation, Option<Identity>)>,
     switches: Vec<ImageSwitch>,
     direction: Direction,
+    /// Files that stay where it goes back.
+    kept: Vec<PathBuf>,
     /// What an earlier start has done.
     earlier: Option<Report>,
 }
@@ -168,6 +171,7 @@ impl Plan {
             creations: Vec::new(),
             switches: Vec::new(),
             direction: Direction::Back,
+            kept: Vec::new(),
             earlier: None,
         };
         for record in records {
@@ -186,6 +190,12 @@ impl Plan {
                     plan.direction = Direction::Forward;
                 }
                 Record::Abort => plan.direction = Direction::Back,
+                Record::Leaves { images, files } => {
+                    plan.kept = files;
+                    plan.staged.retain(|image| images.contains(&image.path));
+                    let switches = &mut plan.switches;
+                    switches.retain(|switch| images.contains(&switch.image.path));
+                }
                 Record::Done => return Ok(None),
                 Record::Recovered { report } => plan.earlier = Some(report),
             }
@@ -200,7 +210,11 @@ impl Plan {
         }
         let mut files = Vec::new();
         for (creation, made) in self.creations.iter().rev() {
-            let (creation, made, direction) = (creation.clone(), *made, self.direction);
+            let direction = match self.kept.contains(&creation.path) {
+                true => Direction::Forward,
+                false => self.direction,
+            };
+            let (creation, made) = (creation.clone(), *made);
             let path = creation.path.clone();
             let names = io.names();
             let done = io.call(move || settle_file(&names, &creation, made, direction));
@@ -237,7 +251,8 @@ impl Plan {
     async fn switch(&self, io: &IoContext, switch: &ImageSwitch) -> RecoveredImage {
         let path = &switch.image.path;
         let goes_with_its_file = self.direction == Direction::Back
-            && self.creations.iter().any(|(made, _)| made.path == *path);
+            && self.creations.iter().any(|(made, _)| made.path == *path)
+            && !self.kept.contains(path);
         let (result, detail) = match goes_with_its_file {
             true => (ImageResult::Unchanged, None),
             false => switch_image(io, switch, self.direction).await,

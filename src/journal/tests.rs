@@ -426,3 +426,30 @@ async fn one_daemon_has_the_state_directory() {
     drop(journal);
     lab.journal();
 }
+
+#[tokio::test]
+async fn what_is_left_of_an_abort_is_put_back_and_what_guests_have_written_stays() {
+    let lab = Lab::new();
+    let staged = [lab.stage("a").await, lab.stage("b").await];
+    let mut entry = lab.commits(&staged).await;
+    for name in ["overlay", "target"] {
+        make(&mut entry, &lab.path(name), Making::Made).await;
+    }
+    entry.revoke().await.unwrap();
+    let files = [lab.path("overlay")];
+    entry.leaves(&[1], &files).await.unwrap();
+    drop(entry);
+    // The first has gone on since it was taken back.
+    let mut header = staged[0].switch.before.clone();
+    header[511] ^= 1;
+    put(&staged[0], &header);
+    put(&staged[1], &staged[1].switch.after);
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Removed);
+    assert_eq!(results(&report), [ImageResult::SwitchedBack]);
+    let files = report.files.iter().map(|file| file.result);
+    let files: Vec<FileResult> = files.collect();
+    assert_eq!(files, [FileResult::Removed, FileResult::Kept]);
+    assert!(!lab.has_snapshot("b").await);
+    assert!(lab.path("overlay").exists() && !lab.path("target").exists());
+}

@@ -5,7 +5,7 @@
 //!   prepare   make and open the target of drive-backup, make the filter and the job
 //!   stage     this is the point in time
 //!   commit    the filter goes above the source
-//!   finish    the job starts
+//!   start     the job starts
 //! ```
 
 mod target;
@@ -21,7 +21,7 @@ use block::graph::{
 };
 use qapi::rt::QmpError;
 
-use super::{Action, Effect, Held, Plan, Preparing};
+use super::{Action, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{self, from_engine};
 use crate::daemon::{Control, Cx};
 use crate::jobs::backup::{Backup, BackupEnd};
@@ -343,11 +343,11 @@ impl BackupAction {
         self.copier = Some(copier);
         let filter = self.enter(with, opened, filter).await?;
         self.claim = Claim::none();
-        with.plan.lead(&source, &filter);
+        with.plan.lead(&source, &filter, WayBack::Open);
         Ok(())
     }
 
-    /// Takes out what was put in, and closes it. Nobody uses it.
+    /// Takes out what was put in, and closes it. Who uses the filter by now goes on to the source.
     async fn take_back(&mut self, cx: &Cx) {
         self.claim = Claim::none();
         if let Some(copier) = self.copier.take()
@@ -462,7 +462,7 @@ impl Action for BackupAction {
         }
     }
 
-    fn finish<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
+    fn start<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
         Box::pin(async {
             if self.is_void {
                 // Without the filter the target would not show one moment.
@@ -497,8 +497,11 @@ impl Action for BackupAction {
         })
     }
 
-    fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
-        Box::pin(self.take_back(cx))
+    fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, Option<Stays>> {
+        Box::pin(async {
+            self.take_back(cx).await;
+            None
+        })
     }
 
     fn effect(&self) -> Effect {

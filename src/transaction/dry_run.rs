@@ -2,7 +2,8 @@
 //!
 //! Every action is tried, on what those before it leave that can be done. Space is taken and files are made, so that what is missing
 //! is found; all of it goes again, and nobody is told of it. Guests of all disks together are not held: those of a disk whose
-//! snapshots are changed wait while that is staged, as for a snapshot of it alone.
+//! snapshots are changed wait while its steps are done in memory, and go on while space is taken. Nothing is made durable for it, but
+//! where references have to be counted before a change is made (version 2, narrow refcounts).
 
 use qapi::rt::QmpError;
 
@@ -67,7 +68,7 @@ impl Running {
                     errors[*place] = guarded(action.stage(&mut held)).await.err();
                 }
             }
-            for (place, error) in held.try_prepare().await {
+            for (place, error) in held.try_out().await {
                 errors[place].get_or_insert(error);
             }
             held.roll_back().await;

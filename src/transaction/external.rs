@@ -7,21 +7,25 @@
 //! ```
 //!
 //! Guests do not wait for what was written before: an overlay passes flushes on to what is below it until that is read-only.
+//! They go on before the transaction is decided; should it fail, what they have written meanwhile is written to what is below, and
+//! they go back there.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests as _};
-use block::graph::{Busy, Graph, Node, NodeChange, User, busy};
+use block::graph::{Busy, Graph, Node, NodeChange, User, busy, write_down};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
     NewImage, NodeOptions, NodeRef, Opener, Qcow2Options, RawOptions, open,
 };
 use qapi::rt::QmpError;
+use tokio::time::timeout;
 
-use super::{Action, Effect, Held, Plan, Preparing};
+use super::{Action, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{claim, from_engine};
 use crate::daemon::{Control, Cx, internal_error};
+use crate::limits;
 
 /// Puts an overlay on a disk.
 pub(crate) struct ExternalSnapshot {
@@ -36,6 +40,10 @@ pub(crate) struct ExternalSnapshot {
     origin: Option<(Arc<Node>, usize)>,
     /// What is below is going to be read, until the graph knows of it.
     claim: Claim,
+    /// Where the file is, without links, if it was made.
+    made: Option<PathBuf>,
+    /// The graph has led users to the overlay.
+    has_led: bool,
     effect: Effect,
 }
 
@@ -72,6 +80,8 @@ impl ExternalSnapshot {
             above: None,
             origin: None,
             claim: Claim::none(),
+            made: None,
+            has_led: false,
             effect: Effect::default(),
         }
     }
@@ -97,7 +107,12 @@ impl ExternalSnapshot {
             check_commit(&control.graph, (&ends.0, &ends.1), &origin)
         });
         checked.await?;
-        with.plan.lead(&below, &above);
+        let way_back = match &self.overlay {
+            Overlay::File(file) if !file.is_there => WayBack::WrittenDown,
+            // What guests write could not be told from what is there.
+            Overlay::File(_) | Overlay::Node(_) => WayBack::Closed,
+        };
+        with.plan.lead(&below, &above, way_back);
         Ok(())
     }
 
@@ -130,7 +145,8 @@ impl ExternalSnapshot {
                 filename: filename.clone(),
                 content: content.map_err(from_engine)?,
             };
-            with.create_image(&image, Existing::Replace).await?;
+            let made = with.create_image(&image, Existing::Replace).await?;
+            self.made = Some(made.path);
         }
         let options = options(&filename, node_name, &format, below)?;
         let opener = with.cx.commit(|control| {
@@ -201,6 +217,47 @@ impl ExternalSnapshot {
                 log::error!("node '{name}', which has an overlay now: {error}");
             }
         }
+    }
+
+    /// What guests have written to the overlay goes to what is below it, and they go back there.
+    async fn lead_back(&mut self, cx: &Cx) -> Result<(), QmpError> {
+        let (Some(below), Some(above)) = (&self.below, self.above.clone()) else {
+            return Err(internal_error());
+        };
+        let held = above.quiesce().await;
+        if !below.behaviour().read_only {
+            let written = write_down(&above, &held, below).await;
+            written.map_err(from_engine)?;
+        }
+        let taken = cx.commit(move |control| {
+            let taken = control.graph.take_out_filter(&above, "backing", &held);
+            taken.map_err(from_engine)
+        });
+        // Closed with nobody waiting for it: the file goes.
+        if let Err(error) = taken.await?.close().await {
+            log::warn!("an overlay that was taken back: {error}");
+        }
+        self.above = None;
+        Ok(())
+    }
+
+    /// As `lead_back`. Where that fails guests go on with the overlay.
+    async fn try_lead_back(&mut self, cx: &Cx) -> Option<Stays> {
+        let led = timeout(limits::TRANSACTION_WRITE_DOWN, self.lead_back(cx)).await;
+        let error = match led {
+            Ok(Ok(())) => return None,
+            Ok(Err(error)) => error.desc,
+            Err(_) => "it takes too long".to_owned(),
+        };
+        let file = self.made.clone()?;
+        let device = self.device.clone().or_else(|| self.node_name.clone());
+        let device = device.unwrap_or_default();
+        log::error!(
+            "device '{device}': what guests have written to '{}' could not be written to what is below it: {error}. \
+             The transaction has failed, but the disk goes on with this overlay; it stays, and has to be opened from now on",
+            file.display()
+        );
+        Some(Stays { device, file })
     }
 
     async fn take_back(&mut self, cx: &Cx) {
@@ -284,8 +341,9 @@ impl Action for ExternalSnapshot {
             return;
         };
         // Checked before it was decided; since then users may have gone, and none has come.
-        if let Err(error) = control.graph.append(below, above, [one, other]) {
-            log::error!("the overlay of node '{}': {error}", below.name());
+        match control.graph.append(below, above, [one, other]) {
+            Ok(()) => self.has_led = true,
+            Err(error) => log::error!("the overlay of node '{}': {error}", below.name()),
         }
         self.claim = Claim::none();
     }
@@ -294,8 +352,14 @@ impl Action for ExternalSnapshot {
         Box::pin(self.settle_below(cx))
     }
 
-    fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, ()> {
-        Box::pin(self.take_back(cx))
+    fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, Option<Stays>> {
+        Box::pin(async {
+            if self.has_led {
+                return self.try_lead_back(cx).await;
+            }
+            self.take_back(cx).await;
+            None
+        })
     }
 
     fn effect(&self) -> Effect {

@@ -12,10 +12,11 @@ use futures_util::future::join_all;
 use qapi::rt::QmpError;
 use tokio::time::timeout;
 
-use super::{Disk, guarded};
+use super::{Disk, Until, guarded};
 use crate::limits;
 
 /// All disks that are held. Dropped before `commit`, nothing has happened to any.
+#[derive(Default)]
 pub(crate) struct Held {
     disks: Vec<HeldDisk>,
     /// Since when guests wait, as long as they do.
@@ -40,18 +41,13 @@ struct HeldDisk {
     /// `None` where snapshots are not changed. Why there is none is told to the first action that wants to change them.
     change: Option<Result<Box<dyn SnapshotChange>>>,
     quiesced: Option<Quiesced>,
+    /// What is still held back of those who have been let go.
+    flushes: Option<FlushesHeld>,
     disk: Disk,
     /// Which action began to change its snapshots.
     first: usize,
     /// How a message begins that the change as a whole has failed: as if its first step had.
     failure: String,
-}
-
-/// What is left when not all could be taken back.
-#[derive(Debug, Default)]
-pub(super) struct Left {
-    /// What the client calls the disks.
-    pub(super) devices: Vec<String>,
 }
 
 impl Held {
@@ -63,7 +59,7 @@ impl Held {
         disks: Vec<Disk>,
         guests: Guests,
     ) -> std::result::Result<Held, QmpError> {
-        if guests == Guests::GoOn || disks.iter().any(waits_for_flush) {
+        if disks.iter().any(|disk| waits_for_flush(disk, guests)) {
             flush_ahead(&disks).await;
         }
         let mut changes = join_all(disks.iter().map(begin_change)).await;
@@ -93,6 +89,7 @@ impl Held {
         let disks = held.map(|((disk, quiesced), change)| HeldDisk {
             change,
             quiesced,
+            flushes: None,
             disk,
             first: 0,
             failure: String::new(),
@@ -159,26 +156,56 @@ impl Held {
         }
     }
 
-    /// Lets guests go on, where nothing but changes of snapshots happens, and these allow it: what they write from here on comes behind
-    /// the transaction. Were only some of them let go, the others would wait for their writes to become durable.
-    pub(super) async fn let_go(&mut self) -> std::result::Result<(), QmpError> {
-        if self.disks.iter().any(|held| held.disk.is_kept) {
-            return Ok(());
+    /// Whether guests may go on before the transaction is decided: what they write from then on comes behind it. Were only some of them
+    /// let go, the others would wait for their writes to become durable.
+    pub(super) async fn may_let_go(&mut self) -> std::result::Result<bool, QmpError> {
+        let mut disks = self.disks.iter();
+        if disks.any(|held| held.disk.until == Until::Decided) {
+            return Ok(false);
         }
+        let disks = self.disks.iter_mut();
+        let allowed = disks.map(|held| async {
+            match held.change {
+                Some(_) => held.run(|change| change.may_let_go()).await,
+                None => Ok(true),
+            }
+        });
+        let allowed: std::result::Result<Vec<bool>, QmpError> =
+            join_all(allowed).await.into_iter().collect();
+        Ok(allowed?.into_iter().all(|allowed| allowed))
+    }
+
+    /// Whether the graph leads guests of a disk elsewhere when it is committed.
+    pub(super) fn leads(&self) -> bool {
+        let mut disks = self.disks.iter();
+        disks.any(|held| held.disk.until != Until::LetGo)
+    }
+
+    /// Lets guests go on; flushes of new overlays wait.
+    pub(super) async fn let_go(&mut self) -> std::result::Result<(), QmpError> {
         // Each goes on as soon as its own change allows it: all of them have been standing still since one moment.
         let last = Arc::new(Mutex::new(None));
         let disks = self.disks.iter_mut();
         let let_go = disks.map(|held| {
-            let place = Arc::new(Mutex::new(held.quiesced.take()));
+            let keeps_flushes = held.disk.until == Until::Flushes;
+            let place = Arc::new(Mutex::new((held.quiesced.take(), None)));
             let (guests, last) = (place.clone(), last.clone());
             let go_on = Box::new(move || {
-                drop(lock(&guests).take());
+                let (quiesced, flushes) = &mut *lock(&guests);
+                *flushes = quiesced.take().map(Quiesced::into_flushes);
+                flushes.take_if(|_| !keeps_flushes);
                 *lock(&last) = Some(Instant::now());
             });
             async move {
-                let let_go = held.run(|change| change.let_go(go_on)).await;
-                held.quiesced = lock(&place).take();
-                let_go.map(drop)
+                let let_go = match held.change {
+                    Some(_) => held.run(|change| change.let_go(go_on)).await.map(drop),
+                    None => {
+                        go_on();
+                        Ok(())
+                    }
+                };
+                (held.quiesced, held.flushes) = std::mem::take(&mut *lock(&place));
+                let_go
             }
         });
         let let_go: std::result::Result<(), QmpError> =
@@ -199,15 +226,15 @@ impl Held {
         join_all(prepared).await.into_iter().collect()
     }
 
-    /// As [`Held::prepare`], and whatever fails: (action that began the change, its error).
-    pub(super) async fn try_prepare(&mut self) -> Vec<(usize, QmpError)> {
+    /// Whether [`Held::prepare`] would do it, for all changes: (action that began the change, its error).
+    pub(super) async fn try_out(&mut self) -> Vec<(usize, QmpError)> {
         let disks = self.disks.iter_mut();
-        let prepared = disks.map(|held| async {
+        let tried = disks.map(|held| async {
             let first = held.first;
-            let prepared = held.run(|change| change.prepare()).await;
-            prepared.err().map(|error| (first, error))
+            let tried = held.run(|change| change.try_out()).await;
+            tried.err().map(|error| (first, error))
         });
-        join_all(prepared).await.into_iter().flatten().collect()
+        join_all(tried).await.into_iter().flatten().collect()
     }
 
     /// What the commit will write, as (place among the images of the journal, switch). Images that are in no journal are left out.
@@ -232,24 +259,28 @@ impl Held {
         join_all(committed).await.into_iter().collect()
     }
 
-    /// Takes back what was made, and lets requests go on.
+    /// What is still held back of guests that have been let go.
+    pub(super) fn take_flushes(&mut self) -> Vec<FlushesHeld> {
+        let disks = self.disks.iter_mut();
+        disks.filter_map(|held| held.flushes.take()).collect()
+    }
+
+    /// Takes back what was made, and lets requests go on. Answers the disks of which that has failed.
     ///
     /// A disk that hangs is left to a task of its own, which takes its change back when it is done; until then it is left.
-    pub(super) async fn roll_back(self) -> Left {
+    pub(super) async fn roll_back(self) -> Vec<Disk> {
         let disks = self.disks.into_iter().map(|mut held| async move {
             if let Ok(left) = timeout(limits::TRANSACTION_STEP, held.roll_back()).await {
-                return left.then_some(held.disk.device);
+                return left.then_some(held.disk);
             }
-            let device = held.disk.device.clone();
+            let disk = held.disk.clone();
+            let device = &disk.device;
             log::error!("device '{device}' hangs in a transaction that has failed");
             // It ends when the disk answers, or with the process.
             tokio::spawn(async move { held.roll_back().await });
-            Some(device)
+            Some(disk)
         });
-        let left = join_all(disks).await;
-        Left {
-            devices: left.into_iter().flatten().collect(),
-        }
+        join_all(disks).await.into_iter().flatten().collect()
     }
 
     /// The changes stay, and requests go on. How long they waited is logged. Answers what holds the headers of the images.
@@ -368,10 +399,11 @@ fn lock<T>(place: &Mutex<T>) -> MutexGuard<'_, T> {
     place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether guests of the disk wait until its change is durable.
-fn waits_for_flush(disk: &Disk) -> bool {
+/// Whether guests of the disk wait until its change is durable, or in a dry run, until that has been tried.
+fn waits_for_flush(disk: &Disk, guests: Guests) -> bool {
     let snapshots = disk.node.driver().snapshots();
-    disk.is_kept || snapshots.is_some_and(Snapshots::holds_requests)
+    disk.until == Until::Decided && guests == Guests::Wait
+        || snapshots.is_some_and(Snapshots::holds_requests)
 }
 
 /// Read-only disks and formats without snapshots have failed the action before.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use block::graph::{Drive, Graph, Link, Node};
 use qapi::rt::QmpError;
 
-use super::Disk;
+use super::{Disk, Until};
 use crate::daemon::lookup;
 
 /// What the actions so far will do to the graph, and which disks have to be held still for it.
@@ -14,6 +14,18 @@ pub(crate) struct Plan {
     /// (below, above): who uses `below` will use `above`.
     led: Vec<(Arc<Node>, Arc<Node>)>,
     pub(super) disks: Vec<Disk>,
+}
+
+/// What becomes of guests that a commit leads elsewhere, and that have gone on there, when the transaction fails after all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WayBack {
+    /// What they write is where it was written before: they can be led back at any time.
+    Open,
+    /// What they have written is written to where they come from, and they are led back. Nothing there is durable before it is
+    /// decided.
+    WrittenDown,
+    /// There is none: they do not go on before it is decided.
+    Closed,
 }
 
 impl Plan {
@@ -77,9 +89,13 @@ impl Plan {
     }
 
     /// Says that the commit leads those who use `below` to `above`, which is in the graph by now. Both are held still.
-    pub(crate) fn lead(&mut self, below: &Arc<Node>, above: &Arc<Node>) {
+    pub(crate) fn lead(&mut self, below: &Arc<Node>, above: &Arc<Node>, way_back: WayBack) {
+        match way_back {
+            WayBack::Open => self.hold(above),
+            WayBack::WrittenDown => self.disk(above.name(), above).hold(Until::Flushes),
+            WayBack::Closed => self.hold_until_decided(above),
+        }
         self.hold(below);
-        self.hold(above);
         self.led.push((below.clone(), above.clone()));
     }
 
@@ -92,9 +108,15 @@ impl Plan {
                 .all(|(_, link)| link.role == Link::IMAGE)
     }
 
-    /// Holds a node still while the transaction is staged and committed.
+    /// Holds a node still while the transaction is staged, and until the graph is what it will be.
     pub(crate) fn hold(&mut self, node: &Arc<Node>) {
-        self.disk(node.name(), node).is_kept = true;
+        self.disk(node.name(), node).hold(Until::Led);
+    }
+
+    /// Holds a node, and with it all others, still until it is decided whether the transaction happens: what guests see or do then
+    /// cannot be taken back.
+    pub(crate) fn hold_until_decided(&mut self, node: &Arc<Node>) {
+        self.disk(node.name(), node).hold(Until::Decided);
     }
 
     /// Holds a node still while the transaction is staged. Its internal snapshots are changed: all actions on them share one change.
@@ -112,7 +134,7 @@ impl Plan {
                     device: device.to_owned(),
                     node: node.clone(),
                     changes: false,
-                    is_kept: false,
+                    until: Until::LetGo,
                     journaled: None,
                 });
                 self.disks.len() - 1

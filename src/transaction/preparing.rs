@@ -160,11 +160,16 @@ impl Preparing {
         self.blocking(keep).await;
     }
 
-    /// The transaction has failed: files that were made go, the last one first. Nobody has them open.
-    pub(super) async fn remove_files(&mut self) {
-        let created = std::mem::take(&mut self.created);
-        let remove = move || created.into_iter().rev().for_each(drop);
-        self.blocking(remove).await;
+    /// The transaction has failed: files that were made go, the last one first. Nobody has them open but those of `but`, which stay.
+    pub(super) async fn remove_files(&mut self, but: &[PathBuf]) {
+        let created = std::mem::take(&mut self.created).into_iter().rev();
+        let (keep, remove): (Vec<Created>, Vec<Created>) =
+            created.partition(|created| but.iter().any(|path| path == created.path()));
+        self.blocking(move || {
+            keep.into_iter().for_each(Created::keep);
+            drop(remove);
+        })
+        .await;
     }
 
     /// Does what waits for a disk where waiting does no harm.

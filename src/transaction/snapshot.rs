@@ -222,7 +222,7 @@ impl Action for SnapshotAction {
         plan.change_snapshots(&self.device, &node);
         if matches!(self.operation, Operation::Revert(_)) {
             // What the guest sees must not be taken back once it has seen it.
-            plan.hold(&node);
+            plan.hold_until_decided(&node);
         }
         self.disk = Some(SnapshotDisk { node, views });
         Ok(())

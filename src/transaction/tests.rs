@@ -81,8 +81,11 @@ impl Action for Recorder {
         Box::pin(async { self.run("finish").unwrap() })
     }
 
-    fn abort<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, ()> {
-        Box::pin(async { self.run("abort").unwrap() })
+    fn abort<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, Option<Stays>> {
+        Box::pin(async {
+            self.run("abort").unwrap();
+            None
+        })
     }
 }
 
@@ -371,9 +374,10 @@ impl Action for Asks {
         })
     }
 
-    fn abort<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, ()> {
+    fn abort<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, Option<Stays>> {
         Box::pin(async {
             self.node.read(0, 1).await.unwrap();
+            None
         })
     }
 }
@@ -458,7 +462,8 @@ impl Action for Covers {
 
     fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(async {
-            with.plan.lead(self.below.as_ref().unwrap(), &self.above);
+            with.plan
+                .lead(self.below.as_ref().unwrap(), &self.above, WayBack::Open);
             Ok(())
         })
     }

@@ -191,12 +191,20 @@ impl SnapshotChange for Change {
         self.inner.size()
     }
 
+    fn may_let_go(&mut self) -> BoxFuture<'_, Result<bool>> {
+        self.inner.may_let_go()
+    }
+
     fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
         self.inner.let_go(then)
     }
 
     fn prepare(&mut self) -> BoxFuture<'_, Result<()>> {
         self.inner.prepare()
+    }
+
+    fn try_out(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.inner.try_out()
     }
 
     fn switch(&mut self) -> BoxFuture<'_, Result<Option<HeaderSwitch>>> {

@@ -31,6 +31,7 @@ mod quiesce;
 mod reopen;
 mod requests;
 mod table;
+mod write_down;
 
 use std::sync::Arc;
 
@@ -53,6 +54,7 @@ pub use names::{NameSource, NodeName, is_well_formed};
 pub use node::{Behaviour, Link, Node, Quiesced};
 pub use quiesce::{FlushesHeld, hold_flushes_within, quiesce_all, quiesce_all_within};
 pub use reopen::{NodeChange, ReadyToReopen, Reopen};
+pub use write_down::write_down;
 
 use access::{Use, link_user};
 use device::Device;

@@ -16,6 +16,7 @@ use super::access::Access;
 use super::counters::{Counters, RequestCount, RequestKind};
 use super::edge::Edge;
 use super::names::NodeName;
+use super::quiesce::FlushesHeld;
 use crate::driver::{Child, Driver, SnapshotSource, Snapshots};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Closed, Gate, RangeLock};
@@ -82,7 +83,8 @@ pub(super) struct Inner {
     pub(super) driver: Arc<dyn Driver>,
     pub(super) ranges: RangeLock,
     pub(super) gate: Arc<Gate>,
-    /// What flushes enter before the gate: they take long, and others must not wait at a closed gate for them to end.
+    /// What flushes, and writes that are durable when they are answered, enter before the gate: they take long, and others must not
+    /// wait at a closed gate for them to end.
     pub(super) flushes: Arc<Gate>,
     pub(super) counters: Counters,
     /// Held by a resize, which waits inside of the gate until it is alone there.
@@ -99,13 +101,18 @@ pub(super) struct Inner {
 #[must_use]
 pub struct Quiesced {
     closed: Closed,
-    _flushes: Closed,
+    flushes: Closed,
 }
 
 impl Quiesced {
     /// Whether it holds back the requests to this node.
     pub fn is_of(&self, node: &Node) -> bool {
         self.closed.is_of(&node.inner.gate)
+    }
+
+    /// Lets requests go on, but for flushes and writes that have to be durable when they are answered.
+    pub fn into_flushes(self) -> FlushesHeld {
+        FlushesHeld::one(self.flushes)
     }
 }
 
@@ -249,7 +256,7 @@ impl Node {
         debug_assert!(flushes.is_of(&self.inner.flushes), "of another node");
         Quiesced {
             closed: self.inner.gate.close().await,
-            _flushes: flushes,
+            flushes,
         }
     }
 

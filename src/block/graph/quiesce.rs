@@ -17,9 +17,17 @@ use super::node::{Node, Quiesced};
 use super::table::place;
 use crate::io::Closed;
 
-/// Flushes to nodes that are held back. They go on when it is dropped.
+/// Flushes to nodes that are held back, and writes that have to be durable when they are answered. They go on when it is dropped.
+#[derive(Debug)]
 #[must_use]
 pub struct FlushesHeld(Vec<Closed>);
+
+impl FlushesHeld {
+    /// Those of one node.
+    pub(super) fn one(flushes: Closed) -> Self {
+        FlushesHeld(vec![flushes])
+    }
+}
 
 /// Holds back new requests to all of the nodes, and waits until those under way have been answered. Answers in the order of
 /// `nodes`; one that occurs several times is held several times.

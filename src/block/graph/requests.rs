@@ -163,6 +163,32 @@ impl Inner {
     }
 }
 
+/// As [`run`], for a write. One that has to be durable when it is answered waits for the disk as a flush does.
+fn run_write<F>(
+    way: Way,
+    fua: bool,
+    request: impl FnOnce(Inside) -> F + Send + 'static,
+) -> RunToEnd<Result<()>>
+where
+    F: Future<Output = Result<()>> + Send + 'static,
+{
+    RunToEnd::new(async move {
+        loop {
+            let inner = way.target();
+            let is_durable = fua || inner.behaviour().cache.writethrough;
+            let _flushing = match is_durable {
+                true => Some(Gate::enter_by(inner.flushes.clone()).await),
+                false => None,
+            };
+            let inside = Gate::enter_by(inner).await;
+            if way.leads_to(inside.place()) {
+                inside.place().check_open()?;
+                return request(inside).await;
+            }
+        }
+    })
+}
+
 /// Enters by `way` and does `request` inside.
 fn run<T, F>(way: Way, request: impl FnOnce(Inside) -> F + Send + 'static) -> RunToEnd<Result<T>>
 where
@@ -229,7 +255,7 @@ macro_rules! requests_by_way {
                 data: Data,
                 flags: WriteFlags,
             ) -> RunToEnd<Result<()>> {
-                run(self.way(), move |inside| async move {
+                run_write(self.way(), flags.fua, move |inside| async move {
                     inside.place().write(offset, data, flags).await
                 })
             }
@@ -240,7 +266,7 @@ macro_rules! requests_by_way {
                 len: u64,
                 flags: ZeroFlags,
             ) -> RunToEnd<Result<()>> {
-                run(self.way(), move |inside| async move {
+                run_write(self.way(), flags.fua, move |inside| async move {
                     inside.place().write_zeroes(offset, len, flags).await
                 })
             }

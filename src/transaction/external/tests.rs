@@ -7,10 +7,12 @@ use std::process::Command;
 use block::driver::{SnapshotSelector, WriteFlags};
 use block::graph::{Edge, NewDrive};
 use block::io::Data;
+use futures_util::FutureExt as _;
 use tempfile::TempDir;
 
 use super::*;
 use crate::daemon::testing;
+use crate::transaction::tests::fake::{self, Fault, GO_ON, Log};
 use crate::transaction::tests::run;
 use crate::transaction::{Abort, Operation, SnapshotAction};
 
@@ -138,6 +140,31 @@ impl Disk {
     }
 }
 
+/// An overlay on a disk, and a snapshot on another whose change fails when it is told to. Answers when guests use the overlay.
+async fn fails_late(
+    disk: &Disk,
+    log: &Log,
+    overlay: Box<dyn Action>,
+) -> tokio::task::JoinHandle<Result<(), QmpError>> {
+    fake::disk(&disk.cx, "other", &[Fault::CommitWaits], log).await;
+    let before = disk.edge().await.node();
+    let snapshot = SnapshotAction::new(
+        "other".to_owned(),
+        Operation::Create {
+            name: "s".to_owned(),
+        },
+    );
+    let cx = disk.cx.clone();
+    let running = tokio::spawn(async move {
+        let done = run(&cx, vec![overlay, Box::new(snapshot)]).await;
+        done.map(drop)
+    });
+    while Arc::ptr_eq(&disk.edge().await.node(), &before) {
+        testing::a_moment().await;
+    }
+    running
+}
+
 type Make = fn(&Disk) -> Box<dyn Action>;
 
 fn named(name: &str) -> SnapshotSelector {
@@ -213,6 +240,101 @@ async fn nothing_is_left_of_overlays_of_a_transaction_that_fails() {
         assert_eq!(fs::read(disk.path("two")).unwrap(), former);
     }
     disk.write(2).await;
+    assert_eq!(disk.first().await, 2);
+}
+
+#[tokio::test]
+async fn what_guests_write_to_an_overlay_of_a_transaction_that_fails_is_written_to_what_is_below() {
+    let (disk, log) = (Disk::new().await, Log::default());
+    disk.write(1).await;
+    let edge = disk.edge().await;
+    let zero = WriteFlags::default();
+    edge.write(2 * 4096, Data::from(vec![1; 4096]), zero)
+        .await
+        .unwrap();
+    let before = disk.state().await;
+    let running = fails_late(&disk, &log, disk.overlay("one", false)).await;
+    // Guests go on, but nothing of it is durable: it is not decided that there is an overlay.
+    disk.write(2).await;
+    let flags = block::driver::ZeroFlags::default();
+    edge.write_zeroes(2 * 4096, 4096, flags).await.unwrap();
+    let mut flush = edge.flush();
+    assert!((&mut flush).now_or_never().is_none());
+    let mut fua = edge.write(
+        MIB - 4096,
+        Data::from(vec![3; 4096]),
+        WriteFlags { fua: true },
+    );
+    assert!((&mut fua).now_or_never().is_none());
+    log.note(GO_ON.to_owned());
+    let error = running.await.unwrap().unwrap_err();
+    assert!(error.desc.ends_with("commit: no"), "{}", error.desc);
+    flush.await.unwrap();
+    fua.await.unwrap();
+    let mut after = disk.state().await;
+    after.2 -= 1;
+    assert_eq!(after, before);
+    let read = edge.read(0, MIB).await.unwrap().to_bytes();
+    assert_eq!((read[0], read[4095], read[2 * 4096]), (2, 2, 0));
+    assert_eq!(read[MIB as usize - 1], 3);
+    edge.flush().await.unwrap();
+    disk.qemu_img(&["check", "-q", "-U", "base"]);
+}
+
+#[tokio::test]
+async fn an_overlay_stays_where_what_guests_have_written_has_no_other_place() {
+    let (disk, log) = (Disk::new().await, Log::default());
+    fake::disk(&disk.cx, "full", &[Fault::Write], &log).await;
+    disk.with(|control| {
+        let root = control.graph.node("full").unwrap().clone();
+        let drive = control.graph.drive("d").unwrap().root.clone().unwrap();
+        let held = drive.node().quiesce().now_or_never().unwrap();
+        control.graph.replace(&drive.node(), &root, &held).unwrap();
+    })
+    .await;
+    let running = fails_late(&disk, &log, disk.overlay("one", false)).await;
+    let edge = disk.edge().await;
+    let data = Data::from(vec![2; 512]);
+    edge.write(0, data, WriteFlags::default()).await.unwrap();
+    log.note(GO_ON.to_owned());
+    let error = running.await.unwrap().unwrap_err().desc;
+    assert!(
+        error.ends_with("and what was done to 'd' could not be taken back, see the daemon's log"),
+        "{error}"
+    );
+    assert_eq!(edge.node().name(), "one");
+    assert!(fs::exists(disk.path("one")).unwrap());
+    assert_eq!(disk.first().await, 2);
+    edge.flush().await.unwrap();
+}
+
+#[tokio::test]
+async fn guests_wait_for_an_overlay_that_was_there_before() {
+    let (disk, log) = (Disk::new().await, Log::default());
+    disk.qemu_img(&["create", "-q", "-f", "qcow2", "one", "1M"]);
+    disk.write(1).await;
+    let before = disk.state().await;
+    fake::disk(&disk.cx, "other", &[Fault::CommitWaits], &log).await;
+    let create = Operation::Create {
+        name: "s".to_owned(),
+    };
+    let snapshot: Box<dyn Action> = Box::new(SnapshotAction::new("other".to_owned(), create));
+    let actions = vec![disk.overlay("one", true), snapshot];
+    let cx = disk.cx.clone();
+    let running = tokio::spawn(async move { run(&cx, actions).await.map(drop) });
+    while !log.has("prepare other") {
+        testing::a_moment().await;
+    }
+    let edge = disk.edge().await;
+    let data = Data::from(vec![2; 4096]);
+    let mut write = edge.write(0, data, WriteFlags::default());
+    assert!((&mut write).now_or_never().is_none());
+    log.note(GO_ON.to_owned());
+    running.await.unwrap().unwrap_err();
+    write.await.unwrap();
+    let mut after = disk.state().await;
+    after.2 -= 1;
+    assert_eq!(after, before);
     assert_eq!(disk.first().await, 2);
 }
 

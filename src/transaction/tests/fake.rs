@@ -1,6 +1,7 @@
 //! A disk that writes down what is done to its snapshots, and fails where it is told to.
 
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use block::driver::{
     BlockStatus, BoxFuture, Child, Driver, DriverInfo, HeaderHeld, HeaderSwitch, NewSnapshot,
@@ -24,6 +25,10 @@ impl Log {
         self.0.lock().unwrap().push(what);
     }
 
+    pub(crate) fn has(&self, what: &str) -> bool {
+        self.0.lock().unwrap().iter().any(|noted| noted == what)
+    }
+
     pub(crate) fn take(&self) -> String {
         std::mem::take(&mut *self.0.lock().unwrap()).join(", ")
     }
@@ -38,8 +43,14 @@ pub(crate) enum Fault {
     Commit,
     CommitPanics,
     CommitHangs,
+    /// Requests are let go; the commit fails when the log has [`GO_ON`].
+    CommitWaits,
+    /// Writes fail when the log has [`GO_ON`].
+    Write,
     RollBack,
 }
+
+pub(crate) const GO_ON: &str = "go on";
 
 #[derive(Clone)]
 struct Fake {
@@ -140,8 +151,26 @@ impl SnapshotChange for FakeChange {
         512
     }
 
+    fn may_let_go(&mut self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(self.disk.faults.contains(&Fault::CommitWaits)) })
+    }
+
+    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async {
+            let may = self.may_let_go().await?;
+            if may {
+                then();
+            }
+            Ok(may)
+        })
+    }
+
     fn prepare(&mut self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { self.disk.run("prepare", Fault::Prepare) })
+    }
+
+    fn try_out(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.prepare()
     }
 
     fn switch(&mut self) -> BoxFuture<'_, Result<Option<HeaderSwitch>>> {
@@ -156,6 +185,12 @@ impl SnapshotChange for FakeChange {
             );
             if self.disk.faults.contains(&Fault::CommitHangs) {
                 std::future::pending::<()>().await;
+            }
+            if self.disk.faults.contains(&Fault::CommitWaits) {
+                while !self.disk.log.has(GO_ON) {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                return self.disk.run("commit", Fault::CommitWaits);
             }
             self.disk.run("commit", Fault::Commit)
         })
@@ -182,6 +217,7 @@ impl Drop for FakeChange {
 impl Driver for Fake {
     fn info(&self) -> DriverInfo {
         DriverInfo {
+            driver: "raw",
             filename: format!("{}.qcow2", self.name),
             ..DriverInfo::default()
         }
@@ -214,6 +250,11 @@ impl Requests for Fake {
     }
 
     fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
+        if self.log.has(GO_ON)
+            && let Err(error) = self.run("write", Fault::Write)
+        {
+            return Box::pin(async { Err(error) });
+        }
         self.memory.write(offset, data, flags)
     }
 

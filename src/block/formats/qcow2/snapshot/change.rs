@@ -151,12 +151,20 @@ impl SnapshotChange for Change {
         self.size.load(Ordering::Acquire)
     }
 
+    fn may_let_go(&mut self) -> BoxFuture<'_, Result<bool>> {
+        self.step(|staged| Box::pin(staged.may_let_go()))
+    }
+
     fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
         self.step(|staged| Box::pin(staged.let_go(then)))
     }
 
     fn prepare(&mut self) -> BoxFuture<'_, Result<()>> {
         self.step(|staged| Box::pin(staged.prepare()))
+    }
+
+    fn try_out(&mut self) -> BoxFuture<'_, Result<()>> {
+        self.step(|staged| Box::pin(staged.try_out()))
     }
 
     fn commit(&mut self) -> BoxFuture<'_, Result<()>> {

@@ -127,6 +127,8 @@ pub(super) struct Staged {
     pub(super) replaced: Vec<Run>,
     /// Ids of the snapshots that are deleted.
     pub(super) deleted: BTreeSet<String>,
+    /// Whether requests may go on before it is durable, once that is known. There is space for the tables then.
+    may_let_go: Option<bool>,
     /// Requests go on already.
     is_let_go: bool,
     /// Keeps the header what `switch` has answered, while requests go on.
@@ -171,6 +173,7 @@ impl Staged {
             // Whatever the steps are, the header gets a new table.
             replaced: Vec::from_iter((old_table.count > 0).then_some(old_table)),
             deleted: BTreeSet::new(),
+            may_let_go: None,
             is_let_go: false,
             header_lock: None,
             expecting: None,
@@ -198,15 +201,32 @@ impl Staged {
         self.size.load(Ordering::Acquire)
     }
 
-    /// Opens the gate, where what is taken can be owed and the guest goes on seeing the same bytes. Then the image is marked.
-    pub(super) async fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> Result<bool> {
-        self.check_phase()?;
+    /// Whether what is taken can be owed.
+    async fn may_owe(&mut self) -> bool {
         self.changes = sum(std::mem::take(&mut self.changes));
-        let image = self.image.clone();
-        if self.reverts || image.settling.has_passed_on() || !self.may_count_behind().await {
+        !self.image.settling.has_passed_on() && self.may_count_behind().await
+    }
+
+    /// Whether what is taken can be owed and the guest goes on seeing the same bytes.
+    pub(super) async fn may_let_go(&mut self) -> Result<bool> {
+        self.check_phase()?;
+        if let Some(known) = self.may_let_go {
+            return Ok(known);
+        }
+        let may = !self.reverts && self.may_owe().await;
+        if may {
+            self.ensure_space().await?;
+        }
+        self.may_let_go = Some(may);
+        Ok(may)
+    }
+
+    /// Opens the gate, where that is possible. Then the image is marked.
+    pub(super) async fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> Result<bool> {
+        if !self.may_let_go().await? {
             return Ok(false);
         }
-        self.ensure_space().await?;
+        let image = self.image.clone();
         self.counting = Counting::Behind;
         self.expecting = Some(Expecting::new(image.clone()));
         // Nobody is inside, so that nobody is writing back.
@@ -258,6 +278,17 @@ impl Staged {
         self.image.write_back().await?;
         self.phase = Phase::Prepared;
         Ok(())
+    }
+
+    /// What is owed needs space alone, which others have no part in: the gate opens. Counting is tried with the gate closed, as it is
+    /// done.
+    pub(super) async fn try_out(&mut self) -> Result<()> {
+        self.check_phase()?;
+        if !self.may_owe().await {
+            return self.prepare().await;
+        }
+        self.alone.let_in();
+        self.ensure_space().await
     }
 
     pub(super) async fn preview(&mut self) -> Result<Option<HeaderSwitch>> {

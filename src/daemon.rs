@@ -19,6 +19,7 @@
 mod background;
 pub mod control;
 mod control_loop;
+mod covered;
 pub mod cx;
 mod drives;
 pub mod exports;

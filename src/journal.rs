@@ -1,7 +1,7 @@
 //! The journal: what a transaction is about to do, on disk, so that the next start can finish it or take it back.
 //!
 //! ```text
-//!   begin, stages      guests run        which images will be changed
+//!   begin, stages      guests run        what the actions are, which images will be changed
 //!   creates, created   guests run        each file that is made, before and after
 //!   commit             guests stand still: the switch of each image's header, old and new
 //!     -> the headers are switched
@@ -32,9 +32,12 @@ use block::io::IoContext;
 use rustix::fs::{FlockOperation, flock};
 
 pub use entry::Entry;
-pub use record::{Creation, Identity, ImageSwitch, StagedImage};
+pub use record::{ActionKind, Creation, Identity, ImageSwitch, JournaledAction, StagedImage};
 pub use recovery::{Recovered, recover};
-pub use report::{FileResult, ImageResult, Outcome, RecoveredFile, RecoveredImage, Report};
+pub use report::{
+    ActionResult, FileResult, ImageResult, Outcome, RecoveredAction, RecoveredFile, RecoveredImage,
+    Report,
+};
 
 /// How the files of transactions end.
 const SUFFIX: &str = "transaction";

@@ -54,7 +54,7 @@ use tokio::time::timeout;
 
 use crate::daemon::{Control, Cx, internal_error};
 use crate::jobs::Audience;
-use crate::journal::Entry;
+use crate::journal::{Entry, JournaledAction};
 use crate::limits;
 use held::Guests;
 use preparing::journal_error;
@@ -121,6 +121,11 @@ pub(crate) trait Action: Send {
     fn abort<'a>(&'a mut self, cx: &'a Cx) -> BoxFuture<'a, Option<Stays>> {
         let _ = cx;
         Box::pin(async { None })
+    }
+
+    /// What the client wants, for the journal. Before anything else is called.
+    fn journaled(&self) -> Option<JournaledAction> {
+        None
     }
 
     /// What it does, or has done, as far as that is known.
@@ -269,6 +274,10 @@ impl Running {
         &mut self,
         actions: Vec<Box<dyn Action>>,
     ) -> Result<Vec<HeaderHeld>, QmpError> {
+        self.with.actions = actions
+            .iter()
+            .filter_map(|action| action.journaled())
+            .collect();
         for action in actions {
             self.prepare(action).await?;
         }

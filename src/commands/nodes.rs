@@ -25,9 +25,13 @@ pub(super) async fn add(cx: &Cx, args: BlockdevOptions) -> Result<(), QmpError> 
         .await
         .map_err(convert::from_engine)?;
     // Names were free and layers below there when we looked; only the commit may decide that they still are.
-    cx.commit(|control| control.graph.insert(opened).map_err(convert::from_engine))
-        .await?;
-    Ok(())
+    cx.commit(|control| {
+        let node = control.graph.insert(opened).map_err(convert::from_engine)?;
+        let user = format!("node '{}'", node.name());
+        control.covered.warn_of(&user, &node);
+        Ok(())
+    })
+    .await
 }
 
 /// Answers `blockdev-del`. The node is gone when its image is flushed and closed.

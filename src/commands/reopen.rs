@@ -30,10 +30,15 @@ async fn change(
     cx: &Cx,
     plan: impl FnOnce(&mut Control) -> Result<Vec<NodeChange>, QmpError> + Send + 'static,
 ) -> Result<(), QmpError> {
-    let reopen = cx
+    let (reopen, nodes) = cx
         .commit(|control| {
             let changes = plan(control)?;
-            control.graph.reopen(changes).map_err(convert::from_engine)
+            let nodes: Vec<Arc<Node>> = changes.iter().map(|change| change.node.clone()).collect();
+            let reopen = control
+                .graph
+                .reopen(changes)
+                .map_err(convert::from_engine)?;
+            Ok((reopen, nodes))
         })
         .await?;
     let ready = timeout(limits::REOPEN_PREPARE, reopen.prepare()).await;
@@ -44,7 +49,14 @@ async fn change(
     };
     let ready = ready.map_err(convert::from_engine)?;
     let removed = cx
-        .commit(|control| control.graph.reopened(ready).map_err(convert::from_engine))
+        .commit(move |control| {
+            let removed = control.graph.reopened(ready);
+            for node in nodes.iter().filter(|_| removed.is_ok()) {
+                let user = format!("node '{}'", node.name());
+                control.covered.warn_of(&user, node);
+            }
+            removed.map_err(convert::from_engine)
+        })
         .await?;
     if let Err(error) = removed.close().await {
         // They are out of use: what they were asked to write was flushed before.

@@ -9,6 +9,7 @@ use block::events::{Corruption, Happening, HostBytes, NodeEvent};
 use block::graph::Graph;
 use block::io::IoContext;
 
+use super::covered::Covered;
 use super::exports::Exports;
 use super::pidfile::PidFile;
 use super::sockets::DefaultSockets;
@@ -29,6 +30,8 @@ pub struct Control {
     pub io: IoContext,
     /// Where transactions are written down; `None` without a state directory.
     pub journal: Option<Arc<Journal>>,
+    /// What nobody should write to any more.
+    pub covered: Covered,
     /// The monitors; taken out when the daemon ends.
     pub(super) monitors: monitor::Server,
     /// Files to remove at the end.
@@ -69,6 +72,7 @@ impl Control {
             jobs,
             io: IoContext::new(),
             journal: None,
+            covered: Covered::default(),
             monitors,
             belongings: Belongings::default(),
             events,

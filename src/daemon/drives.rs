@@ -88,6 +88,9 @@ pub(super) async fn add(cx: &Cx, options: DriveOptions, number: usize) -> Result
             .map(|opened| control.graph.insert(opened))
             .transpose();
         let root = root.map_err(from_engine)?;
+        if let Some(root) = &root {
+            control.covered.warn_of(&format!("drive '{id}'"), root);
+        }
         let added = Added {
             has_medium: root.is_some(),
             writable: root

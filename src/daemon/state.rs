@@ -1,14 +1,18 @@
 //! The state directory at the start: transactions that a crash has cut off are recovered before anything is opened.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use qapi::events::XTransactionRecovered;
 use qapi::rt::QmpError;
 use qapi::types;
 
+use super::covered::Covered;
 use super::cx::Cx;
-use crate::journal::{self, FileResult, ImageResult, Journal, Outcome, Recovered, Report};
+use crate::journal::{
+    self, ActionKind, ActionResult, FileResult, ImageResult, Journal, JournaledAction, Outcome,
+    Recovered, RecoveredAction, Report,
+};
 
 /// Takes the directory, finishes or takes back what was cut off, and tells clients about it.
 pub(super) async fn open(cx: &Cx, folder: &Path) -> Result<(), QmpError> {
@@ -20,6 +24,7 @@ pub(super) async fn open(cx: &Cx, folder: &Path) -> Result<(), QmpError> {
     let recovered = journal::recover(&journal, &io).await.map_err(failed)?;
     cx.commit(move |control| {
         control.journal = Some(Arc::new(journal));
+        control.covered = Covered::of(recovered.iter().map(|recovered| &recovered.report));
         if !recovered.is_empty() {
             let events = recovered
                 .iter()
@@ -40,6 +45,7 @@ fn event(report: &Report) -> XTransactionRecovered {
         outcome,
         images,
         files,
+        actions,
     } = report;
     let images = images.iter().map(|image| types::RecoveredImage {
         filename: image.path.to_string_lossy().into_owned(),
@@ -75,5 +81,45 @@ fn event(report: &Report) -> XTransactionRecovered {
         },
         images: images.collect(),
         files: files.collect(),
+        actions: actions.iter().map(action).collect(),
+    }
+}
+
+/// An action as clients see it.
+fn action(recovered: &RecoveredAction) -> types::RecoveredAction {
+    let RecoveredAction { action, result } = recovered;
+    let JournaledAction {
+        kind,
+        device,
+        image,
+        image_file: _,
+        filename,
+        node_name,
+        snapshot,
+        job_id,
+    } = action;
+    let text = |path: &PathBuf| path.to_string_lossy().into_owned();
+    types::RecoveredAction {
+        action: match kind {
+            ActionKind::OverlayNode => types::TransactionActionKind::BlockdevSnapshot,
+            ActionKind::OverlayFile => types::TransactionActionKind::BlockdevSnapshotSync,
+            ActionKind::Create => types::TransactionActionKind::BlockdevSnapshotInternalSync,
+            ActionKind::Delete => types::TransactionActionKind::XBlockdevSnapshotDeleteInternalSync,
+            ActionKind::Revert => types::TransactionActionKind::XBlockdevSnapshotRevert,
+            ActionKind::BackupToFile => types::TransactionActionKind::DriveBackup,
+            ActionKind::BackupToNode => types::TransactionActionKind::BlockdevBackup,
+        },
+        result: match result {
+            ActionResult::Done => types::RecoveredActionResult::Done,
+            ActionResult::Undone => types::RecoveredActionResult::Undone,
+            ActionResult::CutOff => types::RecoveredActionResult::CutOff,
+            ActionResult::Unclear => types::RecoveredActionResult::Unclear,
+        },
+        device: device.clone(),
+        image: image.as_ref().map(text),
+        filename: filename.as_ref().map(text),
+        node_name: node_name.clone(),
+        snapshot: snapshot.clone(),
+        job_id: job_id.clone(),
     }
 }

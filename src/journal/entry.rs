@@ -8,7 +8,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use block::driver::HeaderSwitch;
 use block::io::{Data, HostFile, IoContext, OpenMode};
 
-use super::record::{Creation, Identity, ImageSwitch, Record, StagedImage, VERSION, modified};
+use super::record::{
+    Creation, Identity, ImageSwitch, JournaledAction, Record, StagedImage, VERSION, modified,
+};
 use super::{Journal, SUFFIX};
 use crate::limits;
 
@@ -34,13 +36,13 @@ pub struct Entry {
 }
 
 impl Journal {
-    /// Begins the journal of a transaction, durably.
-    pub async fn begin(&self) -> io::Result<Entry> {
+    /// Begins the journal of a transaction of these actions, durably.
+    pub async fn begin(&self, actions: Vec<JournaledAction>) -> io::Result<Entry> {
         let uuid = uuid()?;
         let path = self.folder.join(format!("{uuid}.{SUFFIX}"));
         let (io, names, name) = (self.io.clone(), self.io.names(), path.clone());
         io.call(move || names.make(&name).map(drop)).await?;
-        let begun = self.begin_at(path.clone(), uuid).await;
+        let begun = self.begin_at(path.clone(), uuid, actions).await;
         if begun.is_err() {
             // It says nothing yet; should it stay, the next start removes it.
             let names = io.names();
@@ -49,7 +51,12 @@ impl Journal {
         begun
     }
 
-    async fn begin_at(&self, path: PathBuf, uuid: String) -> io::Result<Entry> {
+    async fn begin_at(
+        &self,
+        path: PathBuf,
+        uuid: String,
+        actions: Vec<JournaledAction>,
+    ) -> io::Result<Entry> {
         let mut entry = Entry {
             file: open(&self.io, &path).await?,
             path,
@@ -64,6 +71,7 @@ impl Journal {
             version: VERSION,
             uuid,
             time: time.unwrap_or_default().as_secs(),
+            actions,
         };
         entry.append(begin, Durable::Yes).await?;
         let (folder, names) = (self.folder.clone(), self.io.names());

@@ -18,11 +18,16 @@ pub struct Identity {
     pub inode: u64,
 }
 
+impl From<FileIdentity> for Identity {
+    fn from(FileIdentity { device, inode }: FileIdentity) -> Self {
+        Identity { device, inode }
+    }
+}
+
 impl Identity {
     /// Of the file with this metadata.
     pub fn of(metadata: &Metadata) -> Self {
-        let FileIdentity { device, inode } = FileIdentity::of(metadata);
-        Identity { device, inode }
+        FileIdentity::of(metadata).into()
     }
 }
 
@@ -72,6 +77,63 @@ impl ImageSwitch {
     }
 }
 
+/// An action of a transaction, as the client has given it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournaledAction {
+    /// What it does.
+    pub kind: ActionKind,
+    /// The disk, as the client calls it.
+    pub device: String,
+    /// The image that the disk is before the action: its path, from the root.
+    pub image: Option<PathBuf>,
+    /// Which file that is, unless an action before makes it.
+    pub image_file: Option<Identity>,
+    /// The overlay or target that it makes or opens: its path, from the root.
+    pub filename: Option<PathBuf>,
+    /// The node that the client wants to have, or has given.
+    pub node_name: Option<String>,
+    /// The internal snapshot, by its name, or its id where there is no name.
+    pub snapshot: Option<String>,
+    /// The job that the client has named.
+    pub job_id: Option<String>,
+}
+
+/// What an action does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ActionKind {
+    /// Puts a node on a disk.
+    OverlayNode,
+    /// Puts an image file on a disk.
+    OverlayFile,
+    /// Takes an internal snapshot.
+    Create,
+    /// Deletes an internal snapshot.
+    Delete,
+    /// Makes a disk what an internal snapshot has.
+    Revert,
+    /// Begins a backup to a file.
+    BackupToFile,
+    /// Begins a backup to a node.
+    BackupToNode,
+}
+
+impl JournaledAction {
+    /// An action on a disk, of which nothing else is known.
+    pub fn new(kind: ActionKind, device: String) -> Self {
+        JournaledAction {
+            kind,
+            device,
+            image: None,
+            image_file: None,
+            filename: None,
+            node_name: None,
+            snapshot: None,
+            job_id: None,
+        }
+    }
+}
+
 /// A file that a transaction makes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Creation {
@@ -96,6 +158,8 @@ pub(super) enum Record {
         uuid: String,
         /// Seconds since 1970.
         time: u64,
+        /// What it consists of.
+        actions: Vec<JournaledAction>,
     },
     /// These images will be changed: what a crash leaves in them is to be looked for.
     Stages { images: Vec<StagedImage> },
@@ -217,6 +281,7 @@ mod tests {
                 version: VERSION,
                 uuid: "u".to_owned(),
                 time: 1,
+                actions: vec![JournaledAction::new(ActionKind::Create, "d".to_owned())],
             },
             Record::Commit {
                 switches: vec![ImageSwitch {

@@ -26,8 +26,13 @@ use block::protocols::file::{File, FileAccess};
 
 use super::Journal;
 use super::entry;
-use super::record::{Creation, Identity, ImageSwitch, Record, StagedImage, modified};
-use super::report::{FileResult, ImageResult, Outcome, RecoveredFile, RecoveredImage, Report};
+use super::record::{
+    ActionKind, Creation, Identity, ImageSwitch, JournaledAction, Record, StagedImage, modified,
+};
+use super::report::{
+    ActionResult, FileResult, ImageResult, Outcome, RecoveredAction, RecoveredFile, RecoveredImage,
+    Report,
+};
 
 /// A transaction that was cut off, and what has been done about it.
 #[derive(Debug)]
@@ -96,6 +101,7 @@ fn log_report(report: &Report, path: &Path) {
         outcome,
         images,
         files,
+        actions,
     } = report;
     match outcome {
         Outcome::RolledForward => {
@@ -115,12 +121,26 @@ fn log_report(report: &Report, path: &Path) {
             detail(&image.detail)
         );
     }
-    for file in files.iter().filter(|file| file.result == FileResult::Kept) {
-        let path = file.path.display();
+    let text = |path: &Option<PathBuf>| match path {
+        Some(path) => format!("'{}'", path.display()),
+        None => "the node that the client gave".to_owned(),
+    };
+    for action in report.overlays() {
+        let (device, overlay, image) = (&action.device, &action.filename, &action.image);
         log::warn!(
-            "transaction {uuid}: '{path}' stays. A layer on a disk is complete, and to be opened instead of what is below it; the \
-             target of a backup is not complete, since the backup has ended with the process"
+            "transaction {uuid}: disk '{device}' is {} from now on: open that instead of {}",
+            text(overlay),
+            text(image)
         );
+    }
+    for RecoveredAction { action, result } in actions {
+        if *result == ActionResult::CutOff {
+            log::warn!(
+                "transaction {uuid}: the backup of '{}' to {} has ended with the process and is not complete",
+                action.device,
+                text(&action.filename)
+            );
+        }
     }
     for file in files.iter().filter(|file| !file.result.is_right()) {
         let (path, result) = (file.path.display(), file.result);
@@ -142,6 +162,7 @@ enum Direction {
 #[derive(Debug)]
 struct Plan {
     uuid: String,
+    actions: Vec<JournaledAction>,
     staged: Vec<StagedImage>,
     creations: Vec<(Creation, Option<Identity>)>,
     switches: Vec<ImageSwitch>,
@@ -157,7 +178,14 @@ impl Plan {
     fn read(path: &Path) -> io::Result<Option<Plan>> {
         let (records, _) = Record::decode_all(&fs::read(path)?);
         let mut records = records.into_iter();
-        let Some(Record::Begin { version, uuid, .. }) = records.next() else {
+        let begin = records.next();
+        let Some(Record::Begin {
+            version,
+            uuid,
+            actions,
+            ..
+        }) = begin
+        else {
             // It was torn before anything was done.
             return Ok(None);
         };
@@ -167,6 +195,7 @@ impl Plan {
         }
         let mut plan = Plan {
             uuid,
+            actions,
             staged: Vec::new(),
             creations: Vec::new(),
             switches: Vec::new(),
@@ -243,9 +272,54 @@ impl Plan {
                 (true, Direction::Forward) => Outcome::RolledForward,
                 (true, Direction::Back) => Outcome::Removed,
             },
+            actions: self.results(&images, &files),
             images,
             files,
         }
+    }
+
+    /// What has become of each action, by its image and file.
+    fn results(&self, images: &[RecoveredImage], files: &[RecoveredFile]) -> Vec<RecoveredAction> {
+        let image_of = |path: &PathBuf| {
+            let mut images = images.iter();
+            let image = images.find(|image| image.path == *path);
+            image.map(|image| image.result.is_right())
+        };
+        let file_of = |path: &PathBuf| {
+            let mut files = files.iter();
+            files
+                .find(|file| file.path == *path)
+                .map(|file| file.result)
+        };
+        let result = |action: &JournaledAction| {
+            let file = action.filename.as_ref().and_then(file_of);
+            let right = match action.kind {
+                ActionKind::Create | ActionKind::Delete | ActionKind::Revert => {
+                    let image = action.image.as_ref().and_then(image_of);
+                    // Without a commit no image has been changed.
+                    image.unwrap_or(self.switches.is_empty())
+                }
+                _ => file.is_none_or(FileResult::is_right),
+            };
+            match (action.kind, self.direction) {
+                _ if !right => ActionResult::Unclear,
+                (ActionKind::BackupToFile | ActionKind::BackupToNode, Direction::Forward) => {
+                    ActionResult::CutOff
+                }
+                (_, Direction::Forward) => ActionResult::Done,
+                // It has what guests have written.
+                (ActionKind::OverlayFile, Direction::Back) if file == Some(FileResult::Kept) => {
+                    ActionResult::Done
+                }
+                (_, Direction::Back) => ActionResult::Undone,
+            }
+        };
+        let actions = self.actions.iter();
+        let actions = actions.map(|action| RecoveredAction {
+            result: result(action),
+            action: action.clone(),
+        });
+        actions.collect()
     }
 
     async fn switch(&self, io: &IoContext, switch: &ImageSwitch) -> RecoveredImage {

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::record::{ActionKind, JournaledAction};
+
 /// All of it, about one transaction.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
@@ -15,6 +17,32 @@ pub struct Report {
     pub images: Vec<RecoveredImage>,
     /// The files that it made.
     pub files: Vec<RecoveredFile>,
+    /// What it consists of, in the order in which the client has given it.
+    pub actions: Vec<RecoveredAction>,
+}
+
+/// An action of the transaction.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoveredAction {
+    /// As the client has given it.
+    #[serde(flatten)]
+    pub action: JournaledAction,
+    /// What has become of it.
+    pub result: ActionResult,
+}
+
+/// What has become of an action.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ActionResult {
+    /// It has happened.
+    Done,
+    /// It has not happened.
+    Undone,
+    /// A backup that has ended with the process.
+    CutOff,
+    /// Its image or file is not what it has to be, as these say.
+    Unclear,
 }
 
 /// What has become of a transaction.
@@ -120,7 +148,22 @@ impl FileResult {
     }
 }
 
+impl ActionKind {
+    /// Whether it puts an overlay on a disk.
+    fn is_overlay(self) -> bool {
+        matches!(self, ActionKind::OverlayNode | ActionKind::OverlayFile)
+    }
+}
+
 impl Report {
+    /// The actions that have left an overlay on a disk.
+    pub fn overlays(&self) -> impl Iterator<Item = &JournaledAction> {
+        let actions = self.actions.iter();
+        let done = actions.filter(|each| each.result == ActionResult::Done);
+        done.map(|each| &each.action)
+            .filter(|action| action.kind.is_overlay())
+    }
+
     /// Whether another start may do more.
     pub(super) fn is_worth_another_try(&self) -> bool {
         let images = self.images.iter();

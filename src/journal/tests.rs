@@ -108,7 +108,7 @@ impl Lab {
 
     /// The journal of a transaction over the images, up to its commit.
     async fn stages(&self, staged: &[Staged]) -> Entry {
-        let mut entry = self.journal().begin().await.unwrap();
+        let mut entry = self.journal().begin(Vec::new()).await.unwrap();
         let image = |staged: &Staged| StagedImage {
             path: staged.path.clone(),
             file: Identity::of(&fs::metadata(&staged.path).unwrap()),
@@ -374,7 +374,7 @@ async fn files_that_were_made_go_or_stay_and_what_they_replaced_comes_back() {
             fs::write(lab.path("full"), b"old").unwrap();
             let inode = fs::metadata(lab.path("full")).unwrap().ino();
             let aside = beside(&lab.path("full"));
-            let mut entry = lab.journal().begin().await.unwrap();
+            let mut entry = lab.journal().begin(Vec::new()).await.unwrap();
             for name in ["fresh", "empty", "full"] {
                 make(&mut entry, &lab.path(name), until).await;
             }
@@ -406,7 +406,7 @@ async fn files_that_were_made_go_or_stay_and_what_they_replaced_comes_back() {
 #[tokio::test]
 async fn a_file_of_somebody_else_stays() {
     let lab = Lab::new();
-    let mut entry = lab.journal().begin().await.unwrap();
+    let mut entry = lab.journal().begin(Vec::new()).await.unwrap();
     make(&mut entry, &lab.path("fresh"), Making::Made).await;
     drop(entry);
     fs::write(lab.path("other"), b"other").unwrap();
@@ -452,4 +452,68 @@ async fn what_is_left_of_an_abort_is_put_back_and_what_guests_have_written_stays
     assert_eq!(files, [FileResult::Removed, FileResult::Kept]);
     assert!(!lab.has_snapshot("b").await);
     assert!(lab.path("overlay").exists() && !lab.path("target").exists());
+}
+
+/// An action of the kind on a disk whose image this is.
+fn action(kind: ActionKind, image: &Path, filename: Option<PathBuf>) -> JournaledAction {
+    JournaledAction {
+        image: Some(image.to_owned()),
+        filename,
+        ..JournaledAction::new(kind, "d".to_owned())
+    }
+}
+
+#[tokio::test]
+async fn a_report_says_what_has_become_of_each_action() {
+    use ActionResult::{CutOff, Done, Unclear, Undone};
+    for (commits, fails, expected) in [
+        (true, false, [Done, Done, CutOff]),
+        (true, true, [Unclear, Done, CutOff]),
+        (false, false, [Undone, Undone, Undone]),
+    ] {
+        let lab = Lab::new();
+        let staged = lab.stage("a").await;
+        let files = ["overlay", "target"].map(|name| lab.path(name));
+        let actions = vec![
+            action(ActionKind::Create, &staged.path, None),
+            action(
+                ActionKind::OverlayFile,
+                &lab.path("b"),
+                Some(files[0].clone()),
+            ),
+            action(
+                ActionKind::BackupToFile,
+                &lab.path("b"),
+                Some(files[1].clone()),
+            ),
+        ];
+        let mut entry = lab.journal().begin(actions.clone()).await.unwrap();
+        for file in &files {
+            make(&mut entry, file, Making::Made).await;
+        }
+        let image = StagedImage {
+            path: staged.path.clone(),
+            file: Identity::of(&fs::metadata(&staged.path).unwrap()),
+            offset: 0,
+        };
+        entry.stages(vec![image]).await.unwrap();
+        if commits {
+            let switches = vec![(0, staged.switch.clone())];
+            entry.commit(switches).await.unwrap();
+        }
+        drop(entry);
+        if fails {
+            let mut header = staged.switch.before.clone();
+            header[511] ^= 1;
+            put(&staged, &header);
+        }
+        let report = lab.recover().await;
+        let results = report.actions.iter().map(|each| each.result);
+        let results: Vec<ActionResult> = results.collect();
+        assert_eq!(results, expected, "{report:?}");
+        let is: Vec<&JournaledAction> = report.actions.iter().map(|each| &each.action).collect();
+        assert_eq!(is, Vec::from_iter(&actions));
+        let overlays = report.overlays().count();
+        assert_eq!(overlays, usize::from(commits));
+    }
 }

@@ -21,11 +21,13 @@ use block::graph::{
 };
 use qapi::rt::QmpError;
 
+use super::preparing::final_path;
 use super::{Action, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{self, from_engine};
 use crate::daemon::{Control, Cx};
 use crate::jobs::backup::{Backup, BackupEnd};
 use crate::jobs::{JobKey, JobKind, JobSpec};
+use crate::journal::{ActionKind, JournaledAction};
 
 pub(crate) use target::{FileTarget, TargetMode};
 
@@ -501,6 +503,23 @@ impl Action for BackupAction {
         Box::pin(async {
             self.take_back(cx).await;
             None
+        })
+    }
+
+    fn journaled(&self) -> Option<JournaledAction> {
+        let BackupOptions { device, job_id, .. } = &self.options;
+        let (kind, filename, node_name) = match &self.options.target {
+            BackupTarget::Node(name) => (ActionKind::BackupToNode, None, Some(name.clone())),
+            BackupTarget::File(file) => {
+                let path = final_path(file.filename()).ok();
+                (ActionKind::BackupToFile, path, None)
+            }
+        };
+        Some(JournaledAction {
+            filename,
+            node_name,
+            job_id: job_id.clone(),
+            ..JournaledAction::new(kind, device.clone())
         })
     }
 

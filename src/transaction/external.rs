@@ -22,9 +22,11 @@ use block::open::{
 use qapi::rt::QmpError;
 use tokio::time::timeout;
 
+use super::preparing::final_path;
 use super::{Action, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{claim, from_engine};
 use crate::daemon::{Control, Cx, internal_error};
+use crate::journal::{ActionKind, JournaledAction};
 use crate::limits;
 
 /// Puts an overlay on a disk.
@@ -359,6 +361,22 @@ impl Action for ExternalSnapshot {
             }
             self.take_back(cx).await;
             None
+        })
+    }
+
+    fn journaled(&self) -> Option<JournaledAction> {
+        let device = self.device.clone().or_else(|| self.node_name.clone());
+        let device = device.unwrap_or_default();
+        Some(match &self.overlay {
+            Overlay::Node(name) => JournaledAction {
+                node_name: Some(name.clone()),
+                ..JournaledAction::new(ActionKind::OverlayNode, device)
+            },
+            Overlay::File(file) => JournaledAction {
+                node_name: file.node_name.clone(),
+                filename: final_path(&file.filename).ok(),
+                ..JournaledAction::new(ActionKind::OverlayFile, device)
+            },
         })
     }
 

@@ -1,20 +1,21 @@
 //! What actions prepare with: the plan, new image files, and the journal of both.
 
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::driver::Requests as _;
-use block::graph::Node;
+use block::graph::{Graph, Node};
 use block::io::IoContext;
 use block::open::{Created, Existing, NewImage, Opener, beside, create_image};
 use qapi::rt::QmpError;
 
 use super::{Completion, Disk, Plan};
-use crate::daemon::lookup::from_engine;
+use crate::daemon::lookup::{self, from_engine};
 use crate::daemon::{Control, Cx};
 use crate::jobs::{Audience, GroupKey};
-use crate::journal::{Entry, Identity, Journal, StagedImage};
+use crate::journal::{ActionKind, Entry, Identity, Journal, JournaledAction, StagedImage};
 
 /// What actions prepare with.
 pub(crate) struct Preparing {
@@ -28,6 +29,8 @@ pub(crate) struct Preparing {
     pub(crate) group: Option<GroupKey>,
     /// Who is told of the transaction's jobs.
     pub(crate) audience: Audience,
+    /// What the client wants, in order.
+    pub(super) actions: Vec<JournaledAction>,
     /// Where transactions are written down, if anywhere.
     journal: Option<Arc<Journal>>,
     /// The journal of this one, once there is something to write.
@@ -64,6 +67,7 @@ impl Preparing {
             io,
             group,
             audience,
+            actions: Vec::new(),
             journal,
             entry: None,
             created: Vec::new(),
@@ -120,7 +124,9 @@ impl Preparing {
     /// The journal of the transaction, if there is a state directory.
     async fn entry(&mut self) -> Result<Option<&mut Entry>, QmpError> {
         if let (None, Some(journal)) = (&self.entry, &self.journal) {
-            let begun = journal.begin().await;
+            let actions = std::mem::take(&mut self.actions);
+            let images = |control: &mut Control| Ok(with_images(&control.graph, actions));
+            let begun = journal.begin(self.cx.commit(images).await?).await;
             self.entry = Some(begun.map_err(|error| journal_error(&error))?);
         }
         Ok(self.entry.as_mut())
@@ -184,6 +190,35 @@ impl Preparing {
     }
 }
 
+/// Says which image each of the disks is when it is an action's turn.
+fn with_images(graph: &Graph, mut actions: Vec<JournaledAction>) -> Vec<JournaledAction> {
+    // What is on a disk so far.
+    let mut overlays: HashMap<String, Option<PathBuf>> = HashMap::new();
+    for action in &mut actions {
+        if let Some(overlay) = overlays.get(&action.device) {
+            action.image.clone_from(overlay);
+        } else if let Ok(node) = lookup::device(graph, &action.device) {
+            let mut file = node.below_filters();
+            while let Some(below) = file.link("file") {
+                file = below;
+            }
+            action.image = final_path(&file.filename()).ok();
+            action.image_file = file.driver().host_file().map(Identity::from);
+        }
+        // Only a drive becomes its overlay. A node stays what it is.
+        if graph.drive(&action.device).is_some()
+            && let ActionKind::OverlayFile | ActionKind::OverlayNode = action.kind
+        {
+            overlays.insert(action.device.clone(), action.filename.clone());
+        }
+        // The journal is text.
+        for path in [&mut action.image, &mut action.filename] {
+            path.take_if(|path| path.to_str().is_none());
+        }
+    }
+    actions
+}
+
 /// The journal could not be written: without it nothing is done that a crash could cut off.
 pub(super) fn journal_error(error: &io::Error) -> QmpError {
     QmpError::generic(format!(
@@ -192,7 +227,7 @@ pub(super) fn journal_error(error: &io::Error) -> QmpError {
 }
 
 /// Where a new file will be, links followed.
-fn final_path(filename: &str) -> io::Result<PathBuf> {
+pub(super) fn final_path(filename: &str) -> io::Result<PathBuf> {
     let path = Path::new(filename);
     match std::fs::canonicalize(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -10,6 +10,7 @@ use qapi::rt::QmpError;
 
 use super::{Action, Effect, Held, Plan};
 use crate::daemon::{Control, internal_error};
+use crate::journal::{ActionKind, JournaledAction};
 
 /// An operation on the internal snapshots of a disk.
 pub(crate) struct SnapshotAction {
@@ -230,6 +231,19 @@ impl Action for SnapshotAction {
 
     fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(self.step(held))
+    }
+
+    fn journaled(&self) -> Option<JournaledAction> {
+        let by = |which: &SnapshotSelector| which.name.clone().or_else(|| which.id.clone());
+        let (kind, snapshot) = match &self.operation {
+            Operation::Create { name } => (ActionKind::Create, Some(name.clone())),
+            Operation::Delete(which) => (ActionKind::Delete, by(which)),
+            Operation::Revert(which) => (ActionKind::Revert, by(which)),
+        };
+        Some(JournaledAction {
+            snapshot,
+            ..JournaledAction::new(kind, self.device.clone())
+        })
     }
 
     fn effect(&self) -> Effect {

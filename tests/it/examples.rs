@@ -7,14 +7,14 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use block::driver::HeaderSwitch;
 use block::io::IoContext;
 use qapi_gen::ir::ExampleLine;
 use qapi_gen::load::Disk;
 use qapi_gen::{Loaded, Options, load_hx, load_schema};
-use qblockd::journal::{Identity, Journal, StagedImage};
+use qblockd::journal::{ActionKind, Identity, Journal, JournaledAction, StagedImage};
 use serde_json::{Value, json};
 
 use super::guest::{Guest, Request};
@@ -368,7 +368,7 @@ fn damage(image: &Path, offset: u64) {
     put(0x20008, &1_u16.to_be_bytes());
 }
 
-/// Leaves the journal of a transaction over two images, of which one has been switched.
+/// Leaves the journal of a transaction that takes snapshots of two images, of which one has been switched, and puts an overlay on a third.
 fn cut_off(folder: &Path, image: &Path) {
     let images = ["a.qcow2", "b.qcow2"].map(|name| folder.join(name));
     let staged = images.each_ref().map(|path| {
@@ -388,10 +388,28 @@ fn cut_off(folder: &Path, image: &Path) {
         after: after.to_vec(),
     };
     let switches = vec![(0, switch(&other, &sector)), (1, switch(&sector, &other))];
+    let snapshot = |disk: usize, path: &PathBuf| JournaledAction {
+        image: Some(path.clone()),
+        snapshot: Some("monday".to_owned()),
+        ..JournaledAction::new(ActionKind::Create, format!("ide-hd{disk}"))
+    };
+    let mut actions = vec![snapshot(0, &images[0]), snapshot(1, &images[1])];
+    let overlay = folder.join("c2.qcow2");
+    actions.push(JournaledAction {
+        image: Some(folder.join("c.qcow2")),
+        filename: Some(overlay.clone()),
+        ..JournaledAction::new(ActionKind::OverlayFile, "ide-hd2".to_owned())
+    });
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
         let journal = Journal::open(&folder.join("state"), &IoContext::new()).unwrap();
-        let mut entry = journal.begin().await.unwrap();
+        let mut entry = journal.begin(actions).await.unwrap();
+        entry
+            .creates(overlay.clone(), folder.join("beside"))
+            .await
+            .unwrap();
+        fs::copy(image, &overlay).unwrap();
+        entry.created(overlay).await.unwrap();
         entry.stages(staged.to_vec()).await.unwrap();
         entry.commit(switches).await.unwrap();
     });

@@ -126,12 +126,37 @@ impl Victim {
             assert_eq!(event["event"], "X_TRANSACTION_RECOVERED", "{event}");
             let outcome = event["data"]["outcome"].as_str().unwrap().to_owned();
             assert_ne!(outcome, "degraded", "{event}");
+            let actions = event["data"]["actions"].as_array().unwrap();
+            assert!(!actions.is_empty(), "{event}");
+            for action in actions {
+                self.check_action(&outcome, action);
+            }
             *self.outcomes.entry(outcome).or_default() += 1;
         }
         // The events have been seen.
         let left = daemon.tool("ls state");
         assert_eq!(left, "", "journals are left");
         (daemon, qmp)
+    }
+
+    /// Whether an action of a report says what there is.
+    fn check_action(&self, outcome: &str, action: &Value) {
+        let is_backup = action["action"] == "drive-backup";
+        let expected = match outcome {
+            "removed" => "undone",
+            _ if is_backup => "cut-off",
+            _ => "done",
+        };
+        assert_eq!(action["result"], expected, "{action}");
+        let path = |member: &str| action[member].as_str().map(Path::new);
+        let disk = action["device"].as_str().unwrap();
+        let image = self.folder.path().join(format!("{disk}.qcow2"));
+        assert_eq!(path("image"), Some(&*image.canonicalize().unwrap()));
+        if let Some(file) = path("filename") {
+            assert_eq!(file.exists(), expected != "undone", "{action}");
+        }
+        let is_snapshot = action["snapshot"].is_string();
+        assert_ne!(is_snapshot, action["filename"].is_string(), "{action}");
     }
 
     /// Kills the daemon in a transaction under load, and looks at what there is after a restart.

@@ -89,6 +89,8 @@ pub(crate) struct BackupAction {
     options: BackupOptions,
     source: Option<Arc<Node>>,
     target: Option<Arc<Node>>,
+    /// What the target holds before it is written.
+    target_content: TargetContent,
     /// By the name of its drive, unless the client said otherwise.
     job_id: String,
     job: Option<JobKey>,
@@ -108,6 +110,7 @@ impl BackupAction {
             options,
             source: None,
             target: None,
+            target_content: TargetContent::Unknown,
             job_id: String::new(),
             job: None,
             filter_name: None,
@@ -204,7 +207,7 @@ impl BackupAction {
             sync: self.sync(source),
             target_cluster: target.driver().info().cluster_size,
             min_cluster_size: perf.min_cluster_size,
-            target_content: self.target_content(target),
+            target_content: self.target_content,
             compress: self.options.compress,
             max_workers: match perf.max_workers {
                 Some(workers) => u32::try_from(workers).unwrap_or(u32::MAX),
@@ -253,16 +256,6 @@ impl BackupAction {
         match self.options.sync {
             SyncMode::Top if source.link("backing").is_none() => SyncMode::Full,
             sync => sync,
-        }
-    }
-
-    /// What the target holds before it is written.
-    fn target_content(&self, target: &Node) -> TargetContent {
-        match &self.options.target {
-            BackupTarget::File(file) if file.is_empty() && target.link("backing").is_none() => {
-                TargetContent::Zero
-            }
-            _ => TargetContent::Unknown,
         }
     }
 
@@ -329,7 +322,8 @@ impl BackupAction {
             (BackupTarget::Node(_), Some(target)) => target.clone(),
             (BackupTarget::Node(_), None) => return Err(crate::daemon::internal_error()),
             (BackupTarget::File(file), _) => {
-                let nodes = file.open(with, &source, self.options.sync).await?;
+                let (nodes, content) = file.open(with, &source, self.options.sync).await?;
+                self.target_content = content;
                 let target = nodes.root().cloned();
                 opened = Some(nodes);
                 let target = target.ok_or_else(crate::daemon::internal_error)?;

@@ -3,7 +3,7 @@
 use std::path::{Path, absolute};
 use std::sync::Arc;
 
-use block::copy::SyncMode;
+use block::copy::{SyncMode, TargetContent};
 use block::driver::{BackingFile, Requests};
 use block::graph::{Node, Opened};
 use block::io::FileIdentity;
@@ -47,18 +47,13 @@ impl FileTarget {
         &self.filename
     }
 
-    /// Whether it was made for this: there is nothing in it.
-    pub(super) fn is_empty(&self) -> bool {
-        self.mode == TargetMode::AbsolutePaths
-    }
-
-    /// Makes the image if it has to, and opens it.
+    /// Makes the image if it has to, and opens it. Answers what it holds, too.
     pub(super) async fn open(
         &self,
         with: &mut Preparing,
         source: &Arc<Node>,
         sync: SyncMode,
-    ) -> Result<Opened, QmpError> {
+    ) -> Result<(Opened, TargetContent), QmpError> {
         let disk = source.below_filters();
         let backing = match sync {
             SyncMode::Full => None,
@@ -67,14 +62,20 @@ impl FileTarget {
         };
         self.check_other_file(with, &disk).await?;
         let format = self.format_like(&disk);
+        let mut content = TargetContent::Unknown;
         if self.mode == TargetMode::AbsolutePaths {
             let format = format.as_deref().unwrap_or("raw");
             let image = self.image((format, source.size()), backing.as_ref())?;
-            with.create_image(&image, Existing::Replace).await?;
+            let made = with.create_image(&image, Existing::Replace).await?;
+            // Raw bytes on a device are those that were there.
+            if made.is_new && backing.is_none() {
+                content = TargetContent::Zero;
+            }
         }
         let opener = with.opener().await?;
         let options = self.options(format.as_deref(), backing.as_ref(), sync)?;
-        open(&opener, &options).await.map_err(from_engine)
+        let opened = open(&opener, &options).await.map_err(from_engine)?;
+        Ok((opened, content))
     }
 
     /// Refuses the file that the disk itself lies in, by whatever name.

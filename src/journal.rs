@@ -15,6 +15,7 @@
 //!
 //! * `record`: the lines
 //! * `entry`: the journal of one transaction while it runs
+//! * `sparse`: what a device held where an image is made over it
 //! * `recovery`: what the next start does
 //! * `report`: what it has done
 
@@ -22,6 +23,7 @@ mod entry;
 mod record;
 mod recovery;
 mod report;
+mod sparse;
 
 use std::fs::{self, File};
 use std::io;
@@ -32,12 +34,15 @@ use block::io::IoContext;
 use rustix::fs::{FlockOperation, flock};
 
 pub use entry::Entry;
-pub use record::{ActionKind, Creation, Identity, ImageSwitch, JournaledAction, StagedImage};
+pub use record::{
+    ActionKind, Creation, Front, Identity, ImageSwitch, JournaledAction, StagedImage,
+};
 pub use recovery::{Recovered, recover};
 pub use report::{
     ActionResult, FileResult, ImageResult, Outcome, RecoveredAction, RecoveredFile, RecoveredImage,
     Report,
 };
+pub use sparse::Sparse;
 
 /// How the files of transactions end.
 const SUFFIX: &str = "transaction";

@@ -35,7 +35,7 @@ mod dry_run;
 mod external;
 mod held;
 #[cfg(test)]
-mod lab;
+pub(crate) mod lab;
 mod plan;
 mod preparing;
 mod snapshot;

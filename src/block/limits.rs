@@ -27,6 +27,10 @@ pub const MAX_WAITING_EVENTS: usize = 1024;
 /// Failed requests of a drive that wait for the owner of the graph. Clients are told of one in a second anyway.
 pub const MAX_UNTOLD_ERRORS: usize = 16;
 
+/// What a device holds where an image is made over it is kept in memory, and by transactions in their journal, up to this many bytes: all
+/// metadata of the largest image that is made without preallocation, which has an L1 table of 32 MiB.
+pub const MAX_OVERWRITTEN: u64 = 64 << 20;
+
 /// Files beside a file whose content is being replaced that killed processes may have left, before replacing it is refused.
 pub const MAX_LEFT_BESIDE: u32 = 1000;
 

@@ -1,15 +1,17 @@
 //! Making an image, `blockdev-create`: a file, or a format in a node.
 //!
-//! A file that is made is gone again if the job does not succeed. What was in a node before is lost when its formatting begins: as
-//! with QEMU, what is wrong with the options is found before that.
+//! A file that is made is gone again if the job does not succeed. So is an image on a device: what it has overwritten there is kept in
+//! memory and comes back. What was in a node that can grow is lost when its formatting begins, since that gives back all of its space: as
+//! with QEMU, what is wrong with the options is found before.
 
 use std::sync::Arc;
 
-use block::driver::{BoxFuture, Child, Claim, Need, Preallocation};
+use block::driver::{BoxFuture, Child, Claim, Need, Preallocation, WriteFlags};
 use block::error::{Error, ErrorKind, Result};
 use block::formats::qcow2::create::{CreateOptions, create, create_with_data_file};
 use block::graph::{Edge, Node, Opened, claim};
-use block::io::IoContext;
+use block::io::{Data, IoContext};
+use block::limits::MAX_OVERWRITTEN;
 use block::open::{
     Created, Existing, NewContent, NewImage, NodeOptions, Opener, create_image, open,
 };
@@ -56,6 +58,8 @@ pub struct CreateJob {
     /// Of the nodes that are opened for this only, which the graph does not know.
     claim: Claim,
     created: Option<Created>,
+    /// What the image's device held in front.
+    overwritten: Option<(Child, Data)>,
 }
 
 impl CreateJob {
@@ -75,6 +79,7 @@ impl CreateJob {
             opened: Vec::new(),
             claim: Claim::none(),
             created: None,
+            overwritten: None,
         }
     }
 
@@ -114,13 +119,26 @@ impl CreateJob {
                 let message = "data-file-raw requires data-file";
                 return Err(Error::new(ErrorKind::InvalidInput, message));
             }
+            self.keep(&file, &options).await?;
             return create(&file, &options).await;
         };
         let (data, name) = self.place(data_file).await?;
         if let Some(described) = &mut options.data_file {
             described.name = Some(name);
         }
+        self.keep(&file, &options).await?;
         create_with_data_file(&file, &data, &options).await
+    }
+
+    /// Keeps what the image will overwrite on a device. With preallocated metadata that may be more than is kept.
+    async fn keep(&mut self, file: &Child, options: &CreateOptions) -> Result<()> {
+        let len = options.overwritten_bytes()?;
+        if file.limits().growable || len > file.size().min(MAX_OVERWRITTEN) {
+            return Ok(());
+        }
+        let before = file.read(0, len).await?;
+        self.overwritten = Some((file.clone(), before));
+        Ok(())
     }
 
     /// A handle on a place, and the name of the file there.
@@ -174,7 +192,19 @@ impl JobDriver for CreateJob {
 
     fn abort(&mut self) -> BoxFuture<'_, ()> {
         self.created = None;
-        Box::pin(async {})
+        let overwritten = self.overwritten.take();
+        Box::pin(async {
+            let Some((file, before)) = overwritten else {
+                return;
+            };
+            let put_back = async {
+                file.write(0, before, WriteFlags::default()).await?;
+                file.flush().await
+            };
+            if let Err(error) = put_back.await {
+                log::error!("what was on a device before its formatting failed: {error}");
+            }
+        })
     }
 
     fn clean(&mut self) -> BoxFuture<'_, ()> {

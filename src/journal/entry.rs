@@ -7,9 +7,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::driver::HeaderSwitch;
 use block::io::{Data, HostFile, IoContext, OpenMode};
+use block::open::Overwritten;
 
 use super::record::{
-    Creation, Identity, ImageSwitch, JournaledAction, Record, StagedImage, VERSION, modified,
+    Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage, VERSION, modified,
 };
 use super::{Journal, SUFFIX};
 use crate::limits;
@@ -105,8 +106,13 @@ impl Entry {
     }
 
     /// Says that a file of this path is about to be made, durably. What is there now can be told from it afterwards; `beside` is
-    /// where it is kept until the transaction ends.
-    pub async fn creates(&mut self, path: PathBuf, beside: PathBuf) -> io::Result<()> {
+    /// where it is kept until the transaction ends. Of a device `overwritten` is kept, here.
+    pub async fn creates(
+        &mut self,
+        path: PathBuf,
+        beside: PathBuf,
+        overwritten: Option<Overwritten>,
+    ) -> io::Result<()> {
         let creation = self.io.call(move || {
             let former = match fs::metadata(&path) {
                 Ok(metadata) => Some(metadata),
@@ -117,6 +123,7 @@ impl Entry {
             Ok(Creation {
                 path,
                 beside: former.as_ref().map(|_| beside),
+                overwritten: overwritten.as_ref().map(Front::new),
                 was_empty: former.as_ref().is_some_and(is_empty),
                 former: former.as_ref().map(Identity::of),
             })

@@ -5,9 +5,11 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use block::io::FileIdentity;
+use block::open::Overwritten;
 use serde::{Deserialize, Serialize};
 
 use super::report::Report;
+use super::sparse::Sparse;
 
 /// Which file it is, whatever its name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -145,6 +147,31 @@ pub struct Creation {
     pub was_empty: bool,
     /// Where what was there is kept meanwhile, or what takes its place is made.
     pub beside: Option<PathBuf>,
+    /// Of a device, what it holds in front, and is to hold there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overwritten: Option<Front>,
+}
+
+/// The front of a device, which an image is made over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Front {
+    before: Sparse,
+    after: Sparse,
+}
+
+impl Front {
+    pub(super) fn new(overwritten: &Overwritten) -> Self {
+        Front {
+            before: Sparse::new(&overwritten.before),
+            after: Sparse::new(&overwritten.after),
+        }
+    }
+
+    /// `None` where the parts do not fit together.
+    pub(super) fn overwritten(&self) -> Option<Overwritten> {
+        let (before, after) = (self.before.bytes()?, self.after.bytes()?);
+        (before.len() == after.len()).then_some(Overwritten { before, after })
+    }
 }
 
 /// A line.
@@ -240,11 +267,14 @@ const CRC_OF_BYTE: [u32; 256] = {
 };
 
 /// Bytes as text.
-mod hex {
+pub(super) mod hex {
     use serde::de::Error as _;
     use serde::{Deserialize as _, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::journal) fn serialize<S: Serializer>(
+        bytes: &[u8],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
         let digit = |value: u8| char::from(b"0123456789abcdef"[usize::from(value & 15)]);
         let digits = bytes
             .iter()
@@ -252,7 +282,7 @@ mod hex {
         serializer.serialize_str(&digits.collect::<String>())
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+    pub(in crate::journal) fn deserialize<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Vec<u8>, D::Error> {
         let text = String::deserialize(deserializer)?;

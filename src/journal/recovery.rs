@@ -21,13 +21,14 @@ use block::error::{Error, ErrorKind};
 use block::formats::qcow2::check::{CheckOptions, Repair, repair};
 use block::formats::qcow2::is_marked_dirty;
 use block::io::{IoContext, Names};
-use block::open::{Aio, CacheMode, FileOptions, Locking};
+use block::open::{Aio, CacheMode, FileOptions, Locking, PutBack};
 use block::protocols::file::{File, FileAccess};
 
 use super::Journal;
 use super::entry;
 use super::record::{
-    ActionKind, Creation, Identity, ImageSwitch, JournaledAction, Record, StagedImage, modified,
+    ActionKind, Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage,
+    modified,
 };
 use super::report::{
     ActionResult, FileResult, ImageResult, Outcome, RecoveredAction, RecoveredFile, RecoveredImage,
@@ -243,11 +244,16 @@ impl Plan {
                 true => Direction::Forward,
                 false => self.direction,
             };
-            let (creation, made) = (creation.clone(), *made);
             let path = creation.path.clone();
-            let names = io.names();
-            let done = io.call(move || settle_file(&names, &creation, made, direction));
-            let done = done.await;
+            let done = match (&creation.overwritten, direction) {
+                (Some(front), Direction::Back) => put_back(io, creation, front).await,
+                _ => {
+                    let (creation, made) = (creation.clone(), *made);
+                    let names = io.names();
+                    io.call(move || settle_file(&names, &creation, made, direction))
+                        .await
+                }
+            };
             let (result, detail) = match done {
                 Ok(result) => (result, None),
                 Err(error) => (FileResult::Failed, Some(error.to_string())),
@@ -260,7 +266,10 @@ impl Plan {
         }
         if self.direction == Direction::Back {
             for image in &self.staged {
-                reclaim(io, image).await;
+                // On a device that is what had been there before.
+                if !self.makes(&image.path) {
+                    reclaim(io, image).await;
+                }
             }
         }
         let right = images.iter().all(|image| image.result.is_right())
@@ -322,11 +331,15 @@ impl Plan {
         actions.collect()
     }
 
+    /// Whether the file of this path was made by the transaction, and goes where that is taken back.
+    fn makes(&self, path: &Path) -> bool {
+        let mut creations = self.creations.iter();
+        creations.any(|(made, _)| made.path == *path) && !self.kept.contains(&path.to_owned())
+    }
+
     async fn switch(&self, io: &IoContext, switch: &ImageSwitch) -> RecoveredImage {
         let path = &switch.image.path;
-        let goes_with_its_file = self.direction == Direction::Back
-            && self.creations.iter().any(|(made, _)| made.path == *path)
-            && !self.kept.contains(path);
+        let goes_with_its_file = self.direction == Direction::Back && self.makes(path);
         let (result, detail) = match goes_with_its_file {
             true => (ImageResult::Unchanged, None),
             false => switch_image(io, switch, self.direction).await,
@@ -355,8 +368,14 @@ async fn open_image(
     if Identity::of(&metadata) != image.file {
         return Err((ImageResult::Replaced, None));
     }
+    let opened = open_locked(io, &image.path).await;
+    opened.map_err(|error| failed(error.to_string()))
+}
+
+/// A file that is there, for writing.
+async fn open_locked(io: &IoContext, path: &Path) -> Result<File, Error> {
     let options = FileOptions {
-        filename: image.path.to_string_lossy().into_owned(),
+        filename: path.to_string_lossy().into_owned(),
         aio: Aio::Threads,
         locking: Locking::Auto,
     };
@@ -365,8 +384,7 @@ async fn open_image(
         auto_read_only: false,
         cache: CacheMode::default(),
     };
-    let opened = File::open(io, &options, access).await;
-    opened.map_err(|error| failed(error.to_string()))
+    File::open(io, &options, access).await
 }
 
 /// Makes an image what it has to be.
@@ -471,6 +489,29 @@ async fn reclaim(io: &IoContext, image: &StagedImage) {
     let _ = file.close().await;
 }
 
+/// Puts back what a device held in front, if an image was begun there.
+async fn put_back(io: &IoContext, creation: &Creation, front: &Front) -> io::Result<FileResult> {
+    let (Some(former), Some(overwritten)) = (creation.former, front.overwritten()) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    let path = creation.path.clone();
+    if identity(&path)? != Some(former) {
+        return Ok(FileResult::Replaced);
+    }
+    // Locked meanwhile.
+    let file = open_locked(io, &path).await.map_err(io::Error::other)?;
+    let names = io.names();
+    let done = io.call(move || overwritten.put_back_after_crash(&names, &path));
+    let done = done.await;
+    // What was put there is durable, or there is an error.
+    let _ = file.close().await;
+    Ok(match done? {
+        PutBack::Done => FileResult::Restored,
+        PutBack::WasThere => FileResult::Unchanged,
+        PutBack::Changed => FileResult::Replaced,
+    })
+}
+
 /// Makes a file what it has to be, and its name durable.
 fn settle_file(
     names: &Names,
@@ -483,6 +524,7 @@ fn settle_file(
         former,
         was_empty,
         beside,
+        overwritten: _,
     } = creation;
     let there = identity(path)?;
     let aside = match beside {
@@ -523,7 +565,7 @@ fn settle_file(
                 names.empty(path)?;
                 FileResult::Restored
             }
-            // A device that was formatted in place, or nothing was made yet.
+            // A device of which nothing is overwritten, or nothing was made yet.
             None if there == Some(*former) => FileResult::Unchanged,
             None => FileResult::Replaced,
         },

@@ -111,7 +111,7 @@ pub enum FileResult {
     Restored,
     /// It was not there, or had not replaced anything yet.
     Unchanged,
-    /// There is another file in its place.
+    /// There is another file in its place, or something else on its device.
     Replaced,
     /// It cannot be removed.
     Failed,

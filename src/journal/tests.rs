@@ -339,7 +339,8 @@ enum Making {
 async fn make(entry: &mut Entry, path: &Path, until: Making) {
     let was = fs::read(path).ok();
     let aside = beside(path);
-    entry.creates(path.to_owned(), aside.clone()).await.unwrap();
+    let creates = entry.creates(path.to_owned(), aside.clone(), None);
+    creates.await.unwrap();
     if until == Making::Announced {
         return;
     }

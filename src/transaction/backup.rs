@@ -91,6 +91,8 @@ pub(crate) struct BackupAction {
     target: Option<Arc<Node>>,
     /// What the target holds before it is written.
     target_content: TargetContent,
+    /// Its image was made for this.
+    is_target_new: bool,
     /// By the name of its drive, unless the client said otherwise.
     job_id: String,
     job: Option<JobKey>,
@@ -111,6 +113,7 @@ impl BackupAction {
             source: None,
             target: None,
             target_content: TargetContent::Unknown,
+            is_target_new: false,
             job_id: String::new(),
             job: None,
             filter_name: None,
@@ -322,8 +325,9 @@ impl BackupAction {
             (BackupTarget::Node(_), Some(target)) => target.clone(),
             (BackupTarget::Node(_), None) => return Err(crate::daemon::internal_error()),
             (BackupTarget::File(file), _) => {
-                let (nodes, content) = file.open(with, &source, self.options.sync).await?;
-                self.target_content = content;
+                let file = file.open(with, &source, self.options.sync).await?;
+                let nodes = file.nodes;
+                (self.target_content, self.is_target_new) = (file.content, file.is_new);
                 let target = nodes.root().cloned();
                 opened = Some(nodes);
                 let target = target.ok_or_else(crate::daemon::internal_error)?;
@@ -339,8 +343,19 @@ impl BackupAction {
         self.copier = Some(copier);
         let filter = self.enter(with, opened, filter).await?;
         self.claim = Claim::none();
-        with.plan.lead(&source, &filter, WayBack::Open);
+        with.plan
+            .lead(&source, &filter, self.way_back(with, &target));
         Ok(())
+    }
+
+    /// Whether guests of the source may go on before it is decided that there is a backup. Where what they overwrite goes to the target
+    /// at once, that is changed by them: it must be one that goes, should there be none.
+    fn way_back(&self, with: &Preparing, target: &Arc<Node>) -> WayBack {
+        let goes = self.is_target_new && !with.is_on_new_device(target);
+        match self.options.sync {
+            SyncMode::None if !goes => WayBack::Closed,
+            SyncMode::None | SyncMode::Full | SyncMode::Top => WayBack::Open,
+        }
     }
 
     /// Takes out what was put in, and closes it. Who uses the filter by now goes on to the source.

@@ -40,6 +40,8 @@ pub(crate) struct ExternalSnapshot {
     above: Option<Arc<Node>>,
     /// Whose users will use the overlay, and how many overlays of this transaction are below it, once it is prepared.
     origin: Option<(Arc<Node>, usize)>,
+    /// It was made over what a device held.
+    is_on_new_device: bool,
     /// What is below is going to be read, until the graph knows of it.
     claim: Claim,
     /// Where the file is, without links, if it was made.
@@ -81,6 +83,7 @@ impl ExternalSnapshot {
             below: None,
             above: None,
             origin: None,
+            is_on_new_device: false,
             claim: Claim::none(),
             made: None,
             has_led: false,
@@ -110,7 +113,8 @@ impl ExternalSnapshot {
         });
         checked.await?;
         let way_back = match &self.overlay {
-            Overlay::File(file) if !file.is_there => WayBack::WrittenDown,
+            // What guests write to a device would be more than its creation overwrites, which is all that can be put back.
+            Overlay::File(file) if !file.is_there && !self.is_on_new_device => WayBack::WrittenDown,
             // What guests write could not be told from what is there.
             Overlay::File(_) | Overlay::Node(_) => WayBack::Closed,
         };
@@ -162,6 +166,7 @@ impl ExternalSnapshot {
         });
         let above = inserted.await?;
         self.effect.node_name = Some(above.name().to_owned());
+        self.is_on_new_device = with.is_on_new_device(&above);
         self.above = Some(above);
         Ok(())
     }
@@ -174,6 +179,12 @@ impl ExternalSnapshot {
         let size = held.size(below);
         if !is_made || above.size() == size {
             return Ok(());
+        }
+        if self.is_on_new_device {
+            return Err(QmpError::generic(format!(
+                "Node '{}' changes its size, so that its overlay cannot be made on a device in the same transaction",
+                below.name()
+            )));
         }
         if held.changes(above) {
             return Err(QmpError::generic(format!(

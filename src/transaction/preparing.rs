@@ -6,9 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::driver::Requests as _;
+use block::error::Result as EngineResult;
 use block::graph::{Graph, Node};
-use block::io::IoContext;
-use block::open::{Created, Existing, NewImage, Opener, beside, create_image};
+use block::io::{FileIdentity, IoContext};
+use block::open::{Created, Existing, NewImage, Opener, OverDevice, beside, create_image};
 use qapi::rt::QmpError;
 
 use super::{Completion, Disk, Plan};
@@ -36,6 +37,8 @@ pub(crate) struct Preparing {
     /// The journal of this one, once there is something to write.
     pub(super) entry: Option<Entry>,
     created: Vec<Created>,
+    /// Devices that images were made on. What they held in front is kept, and nothing of what is behind that.
+    devices: Vec<FileIdentity>,
 }
 
 /// An image file that a transaction has.
@@ -71,6 +74,7 @@ impl Preparing {
             journal,
             entry: None,
             created: Vec::new(),
+            devices: Vec::new(),
         })
     }
 
@@ -85,22 +89,31 @@ impl Preparing {
             let checked = self.opener().await?.check_unopened(&image.filename).await;
             checked.map_err(from_engine)?;
         }
+        let over = match existing {
+            Existing::Keep => None,
+            Existing::Replace => {
+                let over = OverDevice::find(&self.io, image).await;
+                self.with_owner(over, image).await?
+            }
+        };
         let path = final_path(&image.filename);
         if let Some(entry) = self.entry().await? {
             // Where there can be no file, its creation says why.
             if let Ok(path) = &path {
-                let written = entry.creates(path.clone(), beside(path)).await;
+                let overwritten = over.as_ref().map(OverDevice::overwritten);
+                let written = entry.creates(path.clone(), beside(path), overwritten.cloned());
+                let written = written.await;
                 written.map_err(|error| journal_error(&error))?;
             }
         }
-        let created = match create_image(&self.io, image, existing).await {
-            Ok(created) => created,
-            Err(error) => {
-                let opener = self.opener().await?;
-                let error = opener.with_owner(error, &image.filename).await;
-                return Err(from_engine(error));
+        let created = match over {
+            Some(over) => {
+                self.devices.push(over.device());
+                over.make(&self.io, image).await
             }
+            None => create_image(&self.io, image, existing).await,
         };
+        let created = self.with_owner(created, image).await?;
         let made = Made {
             path: created.path().to_owned(),
             is_new: created.is_new(),
@@ -113,6 +126,18 @@ impl Preparing {
             written.map_err(|error| journal_error(&error))?;
         }
         Ok(made)
+    }
+
+    /// The error of making an image, with the name of the node that is in its way.
+    async fn with_owner<T>(&self, made: EngineResult<T>, image: &NewImage) -> Result<T, QmpError> {
+        match made {
+            Ok(made) => Ok(made),
+            Err(error) => {
+                let opener = self.opener().await?;
+                let error = opener.with_owner(error, &image.filename).await;
+                Err(from_engine(error))
+            }
+        }
     }
 
     /// What opens nodes, with the graph as it is now.
@@ -136,6 +161,15 @@ impl Preparing {
     pub(super) async fn stage(&mut self, disks: &mut [Disk]) -> Result<(), QmpError> {
         let changed = disks.iter_mut().filter(|disk| disk.changes);
         let changed: Vec<&mut Disk> = changed.collect();
+        if let Some(disk) = changed
+            .iter()
+            .find(|disk| self.is_on_new_device(&disk.node))
+        {
+            return Err(QmpError::generic(format!(
+                "The image of '{}' is made on a device by the same transaction, so that no snapshot of it can be taken there",
+                disk.device
+            )));
+        }
         if self.journal.is_none() || (changed.len() < 2 && self.created.is_empty()) {
             return Ok(());
         }
@@ -157,6 +191,19 @@ impl Preparing {
             written.map_err(|error| journal_error(&error))?;
         }
         Ok(())
+    }
+
+    /// Whether this image, or one that it lies in, was made on a device: more than its creation writes could not be taken back.
+    pub(super) fn is_on_new_device(&self, node: &Arc<Node>) -> bool {
+        let mut layer = Some(node.below_filters());
+        while let Some(node) = layer {
+            let file = node.driver().host_file();
+            if file.is_some_and(|file| self.devices.contains(&file)) {
+                return true;
+            }
+            layer = node.link("file");
+        }
+        false
     }
 
     /// The transaction has happened: files that were made stay.

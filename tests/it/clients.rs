@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 
-use super::harness::{self, Daemon, Program, Qmp, run_to_end, tool};
+use super::harness::{self, Daemon, Loop, Program, Qmp, run_to_end, tool};
 use super::nbd::client::{self as nbd, Client};
 use super::session;
 
@@ -546,27 +546,6 @@ fn write_through(qmp: &mut Qmp, daemon: &Daemon) {
     qmp.ok("nbd-server-stop", json!({}));
 }
 
-/// A block device on a file; detached on drop.
-struct Loop(String);
-
-impl Loop {
-    fn attach(file: &Path) -> Option<Loop> {
-        let output = Command::new("losetup")
-            .args(["-f", "--show"])
-            .arg(file)
-            .output()
-            .ok()?;
-        let device = text(&output.stdout).trim().to_owned();
-        (output.status.success() && !device.is_empty()).then_some(Loop(device))
-    }
-}
-
-impl Drop for Loop {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").args(["-d", &self.0]).output();
-    }
-}
-
 /// Volumes of a volume manager are opened as `host_device`, with an image or raw bytes in them.
 #[test]
 fn devices_are_opened_by_their_own_driver() {
@@ -576,7 +555,6 @@ fn devices_are_opened_by_their_own_driver() {
     let folder = tempfile::tempdir().unwrap();
     tool(folder.path(), "truncate -s 32M volume");
     let Some(device) = Loop::attach(&folder.path().join("volume")) else {
-        eprintln!("no loop device can be attached here: nothing is tested");
         return;
     };
     tool(

@@ -405,7 +405,7 @@ fn cut_off(folder: &Path, image: &Path) {
         let journal = Journal::open(&folder.join("state"), &IoContext::new()).unwrap();
         let mut entry = journal.begin(actions).await.unwrap();
         entry
-            .creates(overlay.clone(), folder.join("beside"))
+            .creates(overlay.clone(), folder.join("beside"), None)
             .await
             .unwrap();
         fs::copy(image, &overlay).unwrap();

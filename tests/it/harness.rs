@@ -95,6 +95,31 @@ pub(crate) fn tool(folder: &Path, line: &str) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+/// A block device on a file; detached on drop.
+pub(crate) struct Loop(pub(crate) String);
+
+impl Loop {
+    /// Where there are no such devices the test says so and passes.
+    pub(crate) fn attach(file: &Path) -> Option<Loop> {
+        let mut losetup = Command::new("losetup");
+        let output = losetup.args(["-f", "--show"]).arg(file).output();
+        if let Ok(output) = output
+            && output.status.success()
+        {
+            let device = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+            return Some(Loop(device));
+        }
+        eprintln!("no loop device can be attached here: nothing is tested");
+        None
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["-d", &self.0]).output();
+    }
+}
+
 /// Runs a daemon that is expected to end by itself.
 pub(crate) fn run_to_end(program: Program, folder: &Path, arguments: &[&str]) -> Output {
     let mut command = program.command();

@@ -10,6 +10,7 @@ mod clients;
 mod consistency;
 mod create;
 mod daemon;
+mod devices;
 mod differential;
 mod durability;
 mod examples;

@@ -1,9 +1,12 @@
 //! What all files of a process share: the ring and the pool, started when first needed, and memory for reads.
 
+use std::fs::Metadata;
 use std::io;
+use std::os::unix::fs::FileTypeExt as _;
 use std::sync::{Arc, OnceLock};
 
 use super::buffer::Buffer;
+use super::identity::FileIdentity;
 use super::names::Names;
 use super::operation::Operation;
 use super::pool::Pool;
@@ -62,6 +65,13 @@ impl IoContext {
     /// The names of files.
     pub fn names(&self) -> Names {
         Names::new(self.clone())
+    }
+
+    /// Whether this is the metadata of a block device.
+    pub fn is_device(&self, metadata: &Metadata) -> bool {
+        let stands_for_one =
+            |witness: &Arc<dyn Witness>| witness.is_device(FileIdentity::of(metadata));
+        metadata.file_type().is_block_device() || self.witness().is_some_and(stands_for_one)
     }
 
     pub(super) fn witness(&self) -> Option<&Arc<dyn Witness>> {

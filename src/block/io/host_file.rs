@@ -77,6 +77,8 @@ impl HostFile {
         let (file, facts) = context.call(move || open_file(&path, mode)).await?;
         // A witness is to see everything, in the order of the engine.
         let inline = !mode.direct && context.witness().is_none();
+        let witness = context.witness();
+        let stands_for_device = witness.is_some_and(|witness| witness.is_device(facts.identity));
         Ok(HostFile {
             file: Arc::new(file),
             context: context.clone(),
@@ -85,7 +87,10 @@ impl HostFile {
             } else {
                 EngineKind::Threads
             },
-            kind: facts.kind,
+            kind: match stands_for_device {
+                true => FileKind::BlockDevice,
+                false => facts.kind,
+            },
             identity: facts.identity,
             alignment: facts.alignment,
             memory_alignment: facts.memory_alignment,

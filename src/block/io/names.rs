@@ -5,6 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -76,6 +77,25 @@ impl Names {
             file: Handle(file.clone()),
         };
         self.act(resize, || Ok(rustix::fs::ftruncate(&*file, 0)?))?;
+        let sync = || Deed::Sync {
+            file: Handle(file.clone()),
+        };
+        self.act(sync, || Ok(rustix::fs::fsync(&*file)?))
+    }
+
+    /// Puts bytes into a file or device that is there, from its beginning, durably.
+    pub fn put(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        // A witness reads what has been put there.
+        let file = OpenOptions::new().read(true).write(true).open(path)?;
+        let file = Arc::new(OwnedFd::from(file));
+        let change = || Deed::Change {
+            file: Handle(file.clone()),
+            offset: 0,
+            len: bytes.len() as u64,
+        };
+        self.act(change, || {
+            File::from(file.try_clone()?).write_all_at(bytes, 0)
+        })?;
         let sync = || Deed::Sync {
             file: Handle(file.clone()),
         };

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::buffer::Buffer;
+use super::identity::FileIdentity;
 use super::operation::{Operation, Work};
 
 /// Something that is done to files of the host.
@@ -102,6 +103,12 @@ pub trait Witness: fmt::Debug + Send + Sync {
 
     /// For how many turns of other tasks the next deed waits: so that what goes on at the same time ends in any order.
     fn pause(&self) -> u32;
+
+    /// Whether a file is to be treated as a block device, which not every machine has for tests: it does not grow.
+    fn is_device(&self, file: FileIdentity) -> bool {
+        let _ = file;
+        false
+    }
 }
 
 /// An open file that a deed is about.

@@ -4,11 +4,13 @@
 //!   nothing there        create the file, format it               undo: remove it
 //!   an empty file        format it                                undo: empty it
 //!   a file with content  format a new file beside it, then swap   undo: swap back, remove the new one
-//!   a device             format it                                cannot be undone
+//!   a device             format it                                undo: put back what was overwritten
 //! ```
 //!
 //! The content that a new image replaces stays on the disk until it is certain that the image is wanted: a command that
 //! fails behind the creation has changed nothing.
+
+mod device;
 
 use std::fs;
 use std::io;
@@ -22,6 +24,8 @@ use crate::formats::qcow2::create::{CreateOptions, create};
 use crate::io::{FileIdentity, IoContext, Names};
 use crate::limits::MAX_LEFT_BESIDE;
 use crate::protocols::file::{File, FileAccess};
+
+pub use device::{OverDevice, Overwritten, PutBack};
 
 /// An image to make.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,6 +104,8 @@ enum Undo {
     Empty(FileIdentity),
     /// The file that was there has this name now.
     SwapBack { former: PathBuf, made: FileIdentity },
+    /// There was a device that held these bytes in front.
+    PutBack { bytes: Vec<u8>, made: FileIdentity },
 }
 
 impl Created {
@@ -135,7 +141,10 @@ impl Created {
     }
 
     fn undo(&self, undo: Undo) -> io::Result<()> {
-        let (Undo::Remove(made) | Undo::Empty(made) | Undo::SwapBack { made, .. }) = &undo;
+        let (Undo::Remove(made)
+        | Undo::Empty(made)
+        | Undo::SwapBack { made, .. }
+        | Undo::PutBack { made, .. }) = &undo;
         if FileIdentity::of(&fs::metadata(&self.path)?) != *made {
             return Err(io::Error::other("somebody has put another file there"));
         }
@@ -143,6 +152,8 @@ impl Created {
             Undo::Remove(_) => self.names.remove(&self.path)?,
             Undo::Empty(_) => self.names.empty(&self.path)?,
             Undo::SwapBack { former, .. } => self.names.rename(&former, &self.path)?,
+            // A device keeps its name.
+            Undo::PutBack { bytes, .. } => return self.names.put(&self.path, &bytes),
         }
         self.sync_folder()
     }
@@ -167,7 +178,7 @@ impl Drop for Created {
     }
 }
 
-/// Makes an image, durably. After an error there is what was there before; only of a device nothing is left.
+/// Makes an image, durably. After an error there is what was there before.
 ///
 /// Fails with QEMU's texts when an option is wrong, before anything is touched, and when another program or node has an existing
 /// file open. Cancellation: as an error.
@@ -175,6 +186,11 @@ pub async fn create_image(io: &IoContext, image: &NewImage, existing: Existing) 
     let failed = |error: io::Error| creation_error(&image.filename, &error);
     if let NewContent::Qcow2(options) = &image.content {
         options.check()?;
+    }
+    if existing == Existing::Replace
+        && let Some(over) = OverDevice::find(io, image).await?
+    {
+        return over.make(io, image).await;
     }
     let (path, names) = (PathBuf::from(&image.filename), io.names());
     let place = io
@@ -224,7 +240,7 @@ enum Place {
     Taken(PathBuf),
     /// A file that was made for this.
     New(Created),
-    /// An empty file or a device: formatted where it is.
+    /// An empty file, or a device of which nothing is overwritten: filled where it is.
     Formattable(PathBuf, Option<Undo>),
     /// A file with content.
     Occupied(PathBuf),

@@ -36,7 +36,9 @@ use crate::protocols::file::{File, FileAccess};
 use crate::protocols::null::Null;
 
 pub use backing::backing_path;
-pub use create::{Created, Existing, NewContent, NewImage, beside, create_image};
+pub use create::{
+    Created, Existing, NewContent, NewImage, OverDevice, Overwritten, PutBack, beside, create_image,
+};
 pub use options::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,
     NodeOptions, NodeRef, NullOptions, Qcow2Cache, Qcow2Options, RawOptions, UnnamedFormat,

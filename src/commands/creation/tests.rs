@@ -11,6 +11,7 @@ use serde_json::json;
 use super::*;
 use crate::daemon::testing;
 use crate::jobs::Status;
+use crate::transaction::lab::tape::{Fault, Tape};
 
 const SIZE: u64 = 1 << 20;
 
@@ -174,6 +175,39 @@ async fn what_is_wrong_is_the_jobs_error_and_leaves_nothing() {
         error.await.unwrap_err().desc,
         "Driver does not support blockdev-create"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_is_as_it_was_where_its_formatting_fails() {
+    let (cx, folder) = (testing::running(), tempfile::tempdir().unwrap());
+    let folder = std::fs::canonicalize(folder.path()).unwrap();
+    let path = folder.join("device");
+    let content = b"somebody's".repeat(100_000);
+    std::fs::write(&path, &content).unwrap();
+    let tape = Tape::new(&folder, &folder, 0);
+    let io = block::io::IoContext::witnessed(tape.clone());
+    let witnessed = cx.commit(move |control| {
+        control.io = io;
+        Ok(())
+    });
+    witnessed.await.unwrap();
+    // Opened for the job: a file that could not be made durable says so for as long as it is open.
+    let file = json!({"driver": "file", "filename": path.to_str().unwrap()});
+    let image = json!({"driver": "qcow2", "file": file, "size": SIZE});
+    let mut failed = 0;
+    tape.fail(failed, Fault::Short);
+    while let Some(error) = create(&cx, image.clone()).await {
+        assert!(
+            std::fs::read(&path).unwrap() == content,
+            "{failed}: {error}"
+        );
+        failed += 1;
+        assert!(failed < 100, "{error}");
+        tape.fail(failed, Fault::Short);
+    }
+    tape.no_fault();
+    assert!(failed > 3, "{failed}");
+    assert!(std::fs::read(&path).unwrap().starts_with(b"QFI\xfb"));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -25,6 +25,15 @@ pub(crate) enum TargetMode {
     Existing,
 }
 
+/// A target that was opened.
+pub(super) struct OpenedTarget {
+    pub(super) nodes: Opened,
+    /// What it holds before it is written.
+    pub(super) content: TargetContent,
+    /// Its image was made for this.
+    pub(super) is_new: bool,
+}
+
 /// A file to copy to.
 #[derive(Debug, Clone)]
 pub(crate) struct FileTarget {
@@ -53,7 +62,7 @@ impl FileTarget {
         with: &mut Preparing,
         source: &Arc<Node>,
         sync: SyncMode,
-    ) -> Result<(Opened, TargetContent), QmpError> {
+    ) -> Result<OpenedTarget, QmpError> {
         let disk = source.below_filters();
         let backing = match sync {
             SyncMode::Full => None,
@@ -62,20 +71,24 @@ impl FileTarget {
         };
         self.check_other_file(with, &disk).await?;
         let format = self.format_like(&disk);
-        let mut content = TargetContent::Unknown;
+        let (mut content, mut is_new) = (TargetContent::Unknown, false);
         if self.mode == TargetMode::AbsolutePaths {
             let format = format.as_deref().unwrap_or("raw");
             let image = self.image((format, source.size()), backing.as_ref())?;
             let made = with.create_image(&image, Existing::Replace).await?;
+            is_new = made.is_new;
             // Raw bytes on a device are those that were there.
-            if made.is_new && backing.is_none() {
+            if is_new && backing.is_none() {
                 content = TargetContent::Zero;
             }
         }
         let opener = with.opener().await?;
         let options = self.options(format.as_deref(), backing.as_ref(), sync)?;
-        let opened = open(&opener, &options).await.map_err(from_engine)?;
-        Ok((opened, content))
+        Ok(OpenedTarget {
+            nodes: open(&opener, &options).await.map_err(from_engine)?,
+            content,
+            is_new,
+        })
     }
 
     /// Refuses the file that the disk itself lies in, by whatever name.

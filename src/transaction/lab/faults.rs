@@ -20,7 +20,7 @@ use serde_json::json;
 
 use super::oracle::recover;
 use super::run::{Place, Runner, drive};
-use super::script::{DISK_BYTES, DISKS, Op, Script};
+use super::script::{DISK_BYTES, DISKS, Op, Script, There};
 use super::state::clear;
 use super::tape::{Fault, Tape};
 use super::tests::setting;
@@ -80,6 +80,13 @@ type State = BTreeMap<String, String>;
 /// A snapshot of the disk that all have from the start.
 const OLD: [&str; DISKS] = ["old", "old", "old"];
 
+/// Files that a command may replace, or write over.
+const OTHERS: [(&str, There); 3] = [
+    ("there", There::Bytes),
+    ("device0", There::Device),
+    ("device1", There::Device),
+];
+
 fn file(place: &Place, name: &str) -> String {
     place.filename(name)
 }
@@ -129,7 +136,7 @@ fn transactions() -> Vec<Case> {
                 json!({"actions": [
                     action("x-blockdev-snapshot-revert", json!({"device": "d0", "name": OLD[0]})),
                     action("drive-backup", json!({"device": "d1", "sync": "full", "job-id": "j1",
-                        "target": file(place, "there")})),
+                        "target": file(place, "device0")})),
                     action("blockdev-backup", json!({"device": "d2", "sync": "full", "job-id": "j2",
                         "target": "empty"})),
                 ]})
@@ -147,6 +154,8 @@ fn transactions() -> Vec<Case> {
                     action("blockdev-snapshot-internal-sync", json!({"device": "d2", "name": "new"})),
                     action("drive-backup", json!({"device": "d2", "sync": "none", "job-id": "j2",
                         "target": file(place, "new2")})),
+                    action("blockdev-snapshot-sync",
+                        json!({"device": "d1", "snapshot-file": file(place, "device1")})),
                 ]})
             },
             before: |place| {
@@ -229,7 +238,9 @@ impl<'p> Trial<'p> {
         script.ops.clear();
         script.has_overlay = [true, false, false];
         let runner = Runner::create(place, &tape, &script).await?;
-        fs::write(place.images.join("there"), b"of somebody else".repeat(100)).unwrap();
+        for (name, there) in OTHERS {
+            fs::write(place.images.join(name), there.bytes().unwrap()).unwrap();
+        }
         for (name, backing) in [("empty", None), ("top", None), ("over", Some("empty"))] {
             let backing = backing.map(|name| place.filename(name));
             runner.make_image(name, backing).await?;
@@ -292,8 +303,11 @@ impl<'p> Trial<'p> {
         for entry in fs::read_dir(&self.place.state).unwrap() {
             state.insert(format!("{:?}", entry.unwrap().path()), String::new());
         }
-        let there = fs::read(self.place.images.join("there")).unwrap();
-        state.insert("there".to_owned(), format!("{there:?}"));
+        for (name, there) in OTHERS {
+            let bytes = fs::read(self.place.images.join(name)).unwrap();
+            let is_same = Some(bytes) == there.bytes();
+            state.insert(name.to_owned(), format!("the same: {is_same}"));
+        }
         for query in [
             "x-debug-query-block-graph",
             "query-jobs",

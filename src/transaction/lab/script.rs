@@ -7,10 +7,14 @@ use block::copy::SyncMode;
 use block::crashlab::content::Content;
 use block::formats::qcow2::create::{Compat, CreateOptions};
 
+use super::tape::DEVICE;
+
 /// The disks.
 pub(super) const DISKS: usize = 3;
 /// Bytes of each.
 pub(super) const DISK_BYTES: u64 = 96 << 10;
+/// Bytes of a block device: clusters for an image, and for what is written to it.
+pub(super) const DEVICE_BYTES: usize = 2 << 20;
 /// The longest guest write.
 pub(super) const LONGEST_WRITE: u64 = 6 << 10;
 
@@ -20,6 +24,8 @@ pub(super) enum There {
     Nothing,
     Empty,
     Bytes,
+    /// A block device with something in front.
+    Device,
 }
 
 /// A file that a transaction makes.
@@ -120,14 +126,29 @@ fn write(random: &mut fastrand::Rng) -> Op {
 
 /// The actions of the transaction that is the operation `nth`.
 fn acts(random: &mut fastrand::Rng, nth: usize) -> Vec<Act> {
-    let file = |random: &mut fastrand::Rng, act: usize| NewFile {
-        name: format!("new{nth}-{act}"),
-        there: [There::Nothing, There::Nothing, There::Empty, There::Bytes][random.usize(..4)],
+    let file = |random: &mut fastrand::Rng, act: usize| {
+        let there = match random.u8(..5) {
+            0 | 1 => There::Nothing,
+            2 => There::Empty,
+            3 => There::Bytes,
+            _ => There::Device,
+        };
+        let prefix = match there {
+            There::Device => DEVICE,
+            _ => "new",
+        };
+        let name = format!("{prefix}{nth}-{act}");
+        NewFile { name, there }
     };
     let mut acts = Vec::new();
     let mut backed_up = [false; DISKS];
+    let mut on_device = [false; DISKS];
     for act in 0..random.usize(2..=5) {
         let disk = random.usize(..DISKS);
+        if on_device[disk] {
+            // An image that was just made on a device takes no snapshots.
+            continue;
+        }
         if backed_up[disk] {
             // A disk that is copied takes snapshots, and nothing else.
             acts.push(Act::Create(disk));
@@ -137,7 +158,11 @@ fn acts(random: &mut fastrand::Rng, nth: usize) -> Vec<Act> {
             0..4 => Act::Create(disk),
             4 | 5 => Act::Delete(disk, random.usize(..4)),
             6 | 7 => Act::Revert(disk, random.usize(..4)),
-            8..10 => Act::External(disk, file(random, act)),
+            8..10 => {
+                let file = file(random, act);
+                on_device[disk] = file.there == There::Device;
+                Act::External(disk, file)
+            }
             _ => {
                 backed_up[disk] = true;
                 let sync = [SyncMode::Full, SyncMode::Top, SyncMode::None][random.usize(..3)];
@@ -209,6 +234,11 @@ impl There {
             There::Nothing => None,
             There::Empty => Some(Vec::new()),
             There::Bytes => Some(b"of somebody else".repeat(100)),
+            There::Device => {
+                let mut bytes = b"on a device, too".repeat(17 << 10);
+                bytes.resize(DEVICE_BYTES, 0);
+                Some(bytes)
+            }
         }
     }
 }

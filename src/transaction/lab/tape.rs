@@ -1,18 +1,21 @@
-//! Writes down what is done to the files of a folder, and makes parts of it fail.
+//! Writes down what is done to the files of a folder, and makes parts of it fail. Some of the files stand for block devices.
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::crashlab::content::SECTOR;
-use block::io::{Data, Deed, Handle, Verdict, Witness};
+use block::io::{Data, Deed, FileIdentity, Handle, Verdict, Witness};
 use block::protocols::memory::{Change, Memory, Record};
 
 /// The first disks of a log are the names in folders; the files follow.
 pub(super) const FOLDERS: usize = 2;
+
+/// Files whose names begin with this stand for block devices.
+pub(super) const DEVICE: &str = "device";
 
 /// What is done to the names in one folder.
 #[derive(Debug, Clone)]
@@ -325,6 +328,15 @@ impl Witness for Tape {
                 }
             }
         }
+    }
+
+    fn is_device(&self, file: FileIdentity) -> bool {
+        let images = self.state().folders[0].clone();
+        let mut entries = fs::read_dir(images).unwrap().map(Result::unwrap);
+        entries.any(|entry| {
+            let name = entry.file_name();
+            name.to_string_lossy().starts_with(DEVICE) && entry.ino() == file.inode
+        })
     }
 
     fn pause(&self) -> u32 {

@@ -91,6 +91,11 @@ impl CreateOptions {
         header(&layout, self).map(drop)
     }
 
+    /// How many bytes from the beginning of a device [`create`] writes to. Errors as of [`CreateOptions::check`].
+    pub fn overwritten_bytes(&self) -> Result<u64> {
+        Ok(Layout::new(self.validate()?, self)?.metadata_bytes())
+    }
+
     /// Holds the options against the format's limits, with QEMU's texts.
     fn validate(&self) -> Result<Geometry> {
         let cluster_bits = self.cluster_size.trailing_zeros();

@@ -1,6 +1,9 @@
 //! New images over nothing, over empty files and over others' content, kept and not kept.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::*;
+use crate::io::{Deed, Verdict, Witness};
 
 const SIZE: u64 = 1 << 20;
 
@@ -190,4 +193,122 @@ async fn what_a_killed_process_has_left_beside_is_in_nobodys_way() {
         assert_eq!(fs::read(left).unwrap(), b"left");
         assert_ne!(beside(&path), path);
     }
+}
+
+/// Treats all files as block devices, and fails the change that comes behind `passing` others.
+#[derive(Debug)]
+struct Devices {
+    passing: AtomicU64,
+}
+
+impl Devices {
+    fn io(passing: u64) -> IoContext {
+        let passing = AtomicU64::new(passing);
+        IoContext::witnessed(Arc::new(Devices { passing }))
+    }
+}
+
+impl Witness for Devices {
+    fn begins(&self, deed: &Deed) -> (u64, Verdict) {
+        if !matches!(deed, Deed::Change { .. }) {
+            return (0, Verdict::Do);
+        }
+        let verdict = match self.passing.fetch_sub(1, Ordering::Relaxed) {
+            0 => Verdict::Fail(io::Error::other("broken")),
+            _ => Verdict::Do,
+        };
+        (0, verdict)
+    }
+
+    fn ends(&self, _: u64, _: &Deed) {}
+
+    fn pause(&self) -> u32 {
+        0
+    }
+
+    fn is_device(&self, _: FileIdentity) -> bool {
+        true
+    }
+}
+
+/// A disk with something of somebody's in front, and somewhere behind it.
+fn device(folder: &Path) -> (PathBuf, Vec<u8>) {
+    let path = folder.canonicalize().unwrap().join("device");
+    let mut content = b"somebody's".repeat(50_000);
+    content.resize(2 << 20, 7);
+    fs::write(&path, &content).unwrap();
+    (path, content)
+}
+
+#[tokio::test]
+async fn what_a_device_held_comes_back_unless_the_image_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, content) = device(folder.path());
+    let wanted = image(&path, qcow2());
+    let mut passing = 0;
+    while let Err(error) = create_image(&Devices::io(passing), &wanted, Existing::Replace).await {
+        assert!(error.message().contains("broken"), "{error}");
+        assert!(fs::read(&path).unwrap() == content, "{passing}");
+        passing += 1;
+    }
+    assert!(passing > 3, "clearing it, two tables, the header");
+    fs::write(&path, &content).unwrap();
+    let made = create_image(&Devices::io(u64::MAX), &wanted, Existing::Replace).await;
+    let made = made.unwrap();
+    assert!(made.is_new());
+    assert_eq!(fs::read(&path).unwrap()[..4], *b"QFI\xfb");
+    drop(made);
+    assert!(fs::read(&path).unwrap() == content);
+    let over = OverDevice::find(&Devices::io(u64::MAX), &wanted).await;
+    let over = over.unwrap().unwrap();
+    let overwritten = over.overwritten().clone();
+    let len = overwritten.before.len();
+    assert!(overwritten.before == content[..len]);
+    over.make(&Devices::io(u64::MAX), &wanted)
+        .await
+        .unwrap()
+        .keep();
+    let made = fs::read(&path).unwrap();
+    assert!(made[..len] == overwritten.after, "as it was said");
+    assert!(made[len..] == content[len..], "what is behind it stays");
+}
+
+#[tokio::test]
+async fn behind_a_crash_only_what_the_creation_left_is_put_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, content) = device(folder.path());
+    let io = Devices::io(u64::MAX);
+    let over = OverDevice::find(&io, &image(&path, qcow2())).await;
+    let over = over.unwrap().unwrap();
+    let overwritten = over.overwritten().clone();
+    drop(over);
+    let put_back = |is: &[u8]| {
+        fs::write(&path, is).unwrap();
+        let done = overwritten.put_back_after_crash(&io.names(), &path);
+        (done.unwrap(), fs::read(&path).unwrap() == content)
+    };
+    assert_eq!(put_back(&content), (PutBack::WasThere, true));
+    let mut half = content.clone();
+    half[512..1024].fill(0);
+    half[65536..65536 + 512].copy_from_slice(&overwritten.after[65536..65536 + 512]);
+    assert_eq!(put_back(&half), (PutBack::Done, true));
+    half[2000] ^= 1;
+    assert_eq!(put_back(&half), (PutBack::Changed, false));
+}
+
+#[tokio::test]
+async fn a_device_that_is_used_or_too_small_is_not_touched() {
+    let folder = tempfile::tempdir().unwrap();
+    let (path, content) = device(folder.path());
+    let io = Devices::io(u64::MAX);
+    let user = open_file(&io, &path).await.unwrap();
+    let made = create_image(&io, &image(&path, qcow2()), Existing::Replace).await;
+    assert_eq!(made.unwrap_err().kind(), ErrorKind::InUse);
+    user.close().await.unwrap();
+    fs::write(&path, &content[..8192]).unwrap();
+    let made = create_image(&io, &image(&path, qcow2()), Existing::Replace).await;
+    assert_eq!(made.unwrap_err().kind(), ErrorKind::NoSpace);
+    let raw = create_image(&io, &image(&path, raw()), Existing::Replace).await;
+    assert_eq!(raw.unwrap_err().kind(), ErrorKind::NoSpace);
+    assert_eq!(fs::read(&path).unwrap(), content[..8192]);
 }

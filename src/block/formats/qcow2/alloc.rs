@@ -7,9 +7,8 @@
 //! A run handed out has refcount 1 in memory. Until `Reserved::publish` it belongs to the request; dropped before, it is
 //! given back. Giving back needs no order on disk, because nothing on disk ever pointed to the run.
 //!
-//! Refcount blocks are written back by `write_back` before any table that points to new clusters. A new block is
-//! written and made durable before the entry of the refcount table that points to it, and a grown refcount table before the
-//! header that points to it.
+//! Refcount blocks are written back by `write_back` before any table that points to new clusters, which also leads the refcount table
+//! to new blocks (`new_blocks`). A grown refcount table is durable before the header that points to it.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
@@ -33,6 +32,7 @@ mod block;
 mod blocks;
 mod greatest;
 mod grow;
+mod new_blocks;
 mod tables;
 
 /// Refcount blocks that one allocation searches before it takes clusters at the end of the image.
@@ -142,8 +142,8 @@ pub(crate) struct Allocator {
     /// Where the refcount table lies, and its entries.
     table_offset: HostOffset,
     table: Vec<u64>,
-    /// Entries of the table whose write has failed: they are written again before anything relies on them.
-    unwritten_entries: BTreeSet<usize>,
+    /// Blocks that the table in the file does not lead to yet.
+    unlinked: BTreeSet<usize>,
     blocks: HashMap<usize, Block>,
     /// Blocks in memory, oldest first, for eviction.
     order: VecDeque<usize>,
@@ -186,7 +186,7 @@ impl Allocator {
             fresh_from: growable.then_some(end),
             table_offset,
             table,
-            unwritten_entries: BTreeSet::new(),
+            unlinked: BTreeSet::new(),
             blocks: HashMap::new(),
             order: VecDeque::new(),
             dirty: BTreeSet::new(),

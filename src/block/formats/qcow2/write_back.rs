@@ -4,6 +4,9 @@
 //! copy L1 and L2 changes -> write refcounts -> fdatasync -> write the L2 and L1 copies -> fdatasync
 //! ```
 //!
+//! New refcount blocks, which there are every 2 GiB or so, take one flush more: they are durable before the refcount table leads to them,
+//! and that is durable before anything points to clusters that they count.
+//!
 //! The copies are taken first. Whatever they point to was written before (guest data, new L2 tables) or is in the refcounts
 //! that are written next, so the first fdatasync makes all of it durable before anything on disk points to it; it is one of
 //! both files where guest data lie in an external one. That holds for a
@@ -163,15 +166,16 @@ impl Image {
     }
 
     async fn write_taken(&self, taken: &Taken<'_>) -> Result<()> {
-        let blocks = {
+        let (blocks, new) = {
             let mut alloc = self.alloc.lock().await;
             alloc.reclaim().await?;
-            alloc.begin_write_back().await?
+            (alloc.dirty_blocks(), alloc.unlinked())
         };
         for piece in blocks.chunks(BLOCKS) {
             // Requests that allocate go on in between. What they count is made durable by the next write-back, as what they point to.
             self.alloc.lock().await.write_blocks(piece).await?;
         }
+        self.link_blocks(&new).await?;
         if taken.tables.is_empty() && taken.l1.is_empty() {
             return self.flush_files().await;
         }
@@ -186,6 +190,19 @@ impl Image {
         }
         run_all(writes).await?;
         self.file.flush().await
+    }
+
+    /// Leads the refcount table to new blocks that have been written. Each is durable before its entry is, and so is the entry of the block
+    /// that counts its cluster; mostly all of them are linked behind the first flush. Requests that allocate go on.
+    async fn link_blocks(&self, new: &[usize]) -> Result<()> {
+        loop {
+            let next = self.alloc.lock().await.linkable(new);
+            if next.is_empty() {
+                return Ok(());
+            }
+            self.file.flush().await?;
+            self.alloc.lock().await.link(&next).await?;
+        }
     }
 
     /// Makes durable what was written: to the image's file, and to an external data file.

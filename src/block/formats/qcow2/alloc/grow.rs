@@ -132,7 +132,7 @@ impl Allocator {
         let first = self.table.len();
         self.table = table;
         self.table_offset = offset;
-        self.unwritten_entries.clear();
+        self.unlinked.clear();
         for (index, counters) in blocks.into_iter().enumerate() {
             let host = self.g.host_offset(area.start + index as u64);
             self.insert_block(first + index, host, counters);

@@ -21,6 +21,7 @@ mod hostile;
 mod model;
 mod no_op;
 mod operations;
+mod refcount_blocks;
 mod sharing;
 mod snapshots;
 mod space;

@@ -1,0 +1,153 @@
+//! New refcount blocks: nobody who allocates waits for them, and the refcount table is led to them in an order that a crash may end
+//! anywhere.
+
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use super::*;
+use crate::driver::Preallocation;
+use crate::formats::qcow2::check::check;
+use crate::protocols::memory::{Change, Fault, OpKind};
+
+const SIZE: u64 = 1 << 20;
+/// What a block counts: 64 clusters.
+const BLOCK: u64 = 32 << 10;
+
+fn options() -> CreateOptions {
+    let mut options = CreateOptions::new(SIZE);
+    (options.cluster_size, options.refcount_bits) = (512, 64);
+    options
+}
+
+async fn assert_clean(disk: &Arc<Memory>) {
+    let report = check(&disk.child()).await.unwrap();
+    assert!(report.is_clean(), "{report:?}");
+}
+
+#[tokio::test]
+async fn who_allocates_does_not_wait_for_a_flush() {
+    const SOON: Duration = Duration::from_secs(20);
+    let disk = new_image(&options()).await;
+    let image = open(&disk).await;
+    let blocks = async || image.image.alloc.lock().await.unlinked().len();
+    let flushes = disk.count(OpKind::Flush);
+    disk.hold(OpKind::Flush);
+    let written = write(&image, 0, vec![1; 4 * BLOCK as usize]);
+    timeout(SOON, written).await.unwrap().unwrap();
+    assert_eq!(disk.count(OpKind::Flush), flushes);
+    assert!(blocks().await >= 4);
+    // Nor while somebody else waits for one.
+    let flushing = tokio::spawn({
+        let image = image.clone();
+        async move { image.flush().await }
+    });
+    disk.wait_held(1).await;
+    let written = write(&image, 4 * BLOCK, vec![2; 4 * BLOCK as usize]);
+    timeout(SOON, written).await.unwrap().unwrap();
+    disk.release_all();
+    flushing.await.unwrap().unwrap();
+    // Those that were made meanwhile are left to the next flush.
+    assert!(blocks().await >= 4);
+    image.flush().await.unwrap();
+    assert_eq!(blocks().await, 0);
+    let mut expected = vec![1; SIZE as usize];
+    expected[4 * BLOCK as usize..].fill(2);
+    expected[8 * BLOCK as usize..].fill(0);
+    verify(&disk, image, &expected).await;
+}
+
+/// Each request is lost alone, and each is kept alone, between any two flushes: also entries of the table in one sector, which a page
+/// cache would keep together.
+#[tokio::test]
+async fn a_lost_entry_of_the_table_leaves_no_block_without_a_count() {
+    let disk = new_image(&options()).await;
+    let crashed = disk.fork();
+    disk.start_log();
+    let image = open(&disk).await;
+    for nth in 0..3 {
+        let at = nth * 5 * BLOCK;
+        write(&image, at, vec![1; 5 * BLOCK as usize])
+            .await
+            .unwrap();
+        image.flush().await.unwrap();
+    }
+    let log = disk.log();
+    let is_flush = |at: &usize| matches!(log[*at].change, Change::Flush);
+    let mut start = 0;
+    for end in (0..log.len()).filter(is_flush) {
+        for chosen in start..end {
+            for keep in [true, false] {
+                let state = crashed.fork();
+                for at in (start..end).filter(|at| (*at == chosen) == keep) {
+                    state.apply(&log[at].change).unwrap();
+                }
+                let report = check(&state.child()).await.unwrap();
+                assert_eq!(
+                    report.corruptions, 0,
+                    "{start}..{end}, {chosen}: {report:?}"
+                );
+            }
+        }
+        for record in &log[start..end] {
+            crashed.apply(&record.change).unwrap();
+        }
+        start = end + 1;
+    }
+    // Chains of blocks that count each other are linked one flush after another.
+    assert!(
+        log.iter()
+            .filter(|r| matches!(r.change, Change::Flush))
+            .count()
+            > 9
+    );
+    image.close().await.unwrap();
+    assert_clean(&disk).await;
+}
+
+#[tokio::test]
+async fn a_flush_needs_no_space_for_a_block() {
+    let disk = new_image(&CreateOptions::new(1 << 30)).await;
+    let image = open(&disk).await;
+    write(&image, 0, vec![1; 4096]).await.unwrap();
+    image.close().await.unwrap();
+    // The next entry of the table lies in a part of it that was never written.
+    disk.resize(1 << 40, Preallocation::Off).await.unwrap();
+    let image = open(&disk).await;
+    let before = disk.allocated();
+    // Another L2 table goes to the end of the file.
+    write(&image, 512 << 20, vec![1; 4096]).await.unwrap();
+    let written = disk.allocated();
+    assert!(written > before);
+    assert_eq!(image.image.alloc.lock().await.unlinked(), [512]);
+    disk.set_space_limit(Some(written));
+    image.flush().await.unwrap();
+    assert!(image.image.alloc.lock().await.unlinked().is_empty());
+    assert_eq!(disk.allocated(), written);
+}
+
+#[tokio::test]
+async fn what_could_not_be_linked_is_linked_by_the_next_flush() {
+    // How many writes, and how many flushes, succeed behind the first that is to come.
+    let cases = (0..12).map(|nth| (OpKind::Write, nth));
+    let cases = cases.chain((0..4).map(|nth| (OpKind::Flush, nth)));
+    for (kind, nth) in cases {
+        let disk = new_image(&options()).await;
+        let image = open(&disk).await;
+        write(&image, 0, vec![1; 5 * BLOCK as usize]).await.unwrap();
+        disk.fail_once(kind, nth, Fault::Io);
+        let failed = image.flush().await.is_err();
+        disk.clear_faults();
+        // Writes go on as before.
+        write(&image, 5 * BLOCK, vec![1; 5 * BLOCK as usize])
+            .await
+            .unwrap();
+        image.flush().await.unwrap();
+        assert!(failed || nth > 2, "{kind:?} {nth}");
+        let mut expected = vec![1; SIZE as usize];
+        expected[10 * BLOCK as usize..].fill(0);
+        assert_same(&read(&image, 0, SIZE).await, &expected);
+        image.close().await.unwrap();
+        assert_clean(&disk).await;
+    }
+}

@@ -13,7 +13,7 @@ use super::oracle::{Known, Recording, observe_state};
 use super::qemu::daemon::Daemon;
 use super::qemu::{Qemu, qemu_io, run, write_log};
 use super::run::{Kind, Moment, Problem, Runner, Snapshot, World};
-use super::script::{Case, DataPlace, End, Op, Step};
+use super::script::{Case, DataPlace, End, Op, Step, Storage};
 use super::states::{Effort, State, epochs, whole_sectors};
 use crate::formats::qcow2::create::Compat;
 use crate::protocols::memory::Memory;
@@ -152,12 +152,14 @@ impl Comparison {
                 middle - window / 2..middle + window / 2,
                 spans * l2_span - window..spans * l2_span,
             ],
+            long_writes: false,
             file_size: 0,
             small_caches: false,
             discard: true,
             extended_l2: false,
             bitmaps: false,
             data: DataPlace::Own,
+            storage: Storage::Sectors,
         };
         let image = self.qemu.path("base.qcow2");
         let file = image.to_string_lossy().into_owned();

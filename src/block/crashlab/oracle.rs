@@ -7,7 +7,7 @@ use super::audit::{Audit, Bitmap, Verdict, bitmaps_differ};
 use super::content::{Content, SECTOR, Versions};
 use super::qemu::Qemu;
 use super::run::{Kind, Moment, Problem, Runner, Snapshot, World, open, snapshots_differ};
-use super::script::{Case, Script};
+use super::script::{Case, Script, Storage};
 use super::states::{Effort, State, epochs, whole_sectors};
 use crate::driver::BoxFuture;
 use crate::formats::qcow2::check::{CheckReport, check};
@@ -26,6 +26,16 @@ pub struct Recording {
     pub moments: Vec<Moment>,
     /// Stamps from here on are new.
     pub next_stamp: u32,
+}
+
+impl Recording {
+    /// The log as its storage may lose parts of it.
+    fn volatile_log(&self) -> Result<Vec<Record>, Problem> {
+        match self.case.storage {
+            Storage::Sectors => whole_sectors(&self.base, &self.log).map_err(text),
+            Storage::Requests => Ok(self.log.clone()),
+        }
+    }
 }
 
 /// Figures of what was tried.
@@ -150,7 +160,7 @@ impl Oracle {
         effort: Effort,
     ) -> Result<(), Problem> {
         let mut known = Known::of(recording)?;
-        let log = whole_sectors(&recording.base, &recording.log).map_err(text)?;
+        let log = recording.volatile_log()?;
         for epoch in epochs(&recording.base, &log).map_err(text)? {
             for choice in epoch.choices(effort, &mut self.random) {
                 let state = epoch.state(&choice).map_err(text)?;
@@ -286,7 +296,7 @@ impl Oracle {
                 ..Effort::default()
             };
             let mut states = Vec::new();
-            let log = whole_sectors(&recording.base, &recording.log).map_err(text)?;
+            let log = recording.volatile_log()?;
             for epoch in epochs(&recording.base, &log).map_err(text)? {
                 for choice in epoch.choices(effort, &mut self.random) {
                     states.push(epoch.state(&choice).map_err(text)?);

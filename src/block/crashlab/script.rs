@@ -21,6 +21,8 @@ pub struct Case {
     pub size: u64,
     /// Where guests write. The rest of the disk stays empty, so that large disks cost no time.
     pub windows: Vec<Range<u64>>,
+    /// Guests write much of the first window at once now and then: more than a refcount block counts.
+    pub long_writes: bool,
     /// The file is made this long before the first write, so that the refcount table must grow soon.
     pub file_size: u64,
     /// Tables are evicted all the time.
@@ -33,6 +35,17 @@ pub struct Case {
     pub bitmaps: bool,
     /// Where the guest's data lie.
     pub data: DataPlace,
+    /// What a power cut leaves of requests.
+    pub storage: Storage,
+}
+
+/// What storage keeps of requests that no flush has covered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Storage {
+    /// Sectors, each with all that it held at that time: a page cache, or a disk's own.
+    Sectors,
+    /// Any of the requests, also where they share a sector: all that a server promises. Guests write whole sectors to such a disk.
+    Requests,
 }
 
 /// Where guest data lie.
@@ -45,6 +58,9 @@ pub enum DataPlace {
     /// In one that can be read as a raw image.
     Raw,
 }
+
+/// The longest write, in bytes: what a state costs grows with it.
+const MAX_LONG: u64 = 256 << 10;
 
 /// How images name their data file.
 pub const DATA_FILE: &str = "data.raw";
@@ -118,14 +134,22 @@ impl Case {
         let tail = 512 * random.u64(1..=window / 512);
         let size = spans * l2_span + tail;
         let border = random.u64(1..=spans) * l2_span;
+        let half = (window / 2) & !511;
         case.size = size;
         case.windows = vec![
             0..window.min(size),
-            border.saturating_sub(window / 2)..(border + window / 2).min(size),
+            border.saturating_sub(half)..(border + half).min(size),
             size.saturating_sub(window)..size,
         ];
+        // What a refcount block counts. Where that is little, one write-back may have several new ones, which count each other's clusters.
+        let block = cluster * (cluster * 8 / u64::from(case.refcount_bits));
+        if block <= MAX_LONG / 2 && !case.has_data_file() && random.u8(..3) == 0 {
+            case.long_writes = true;
+            case.windows[0] = 0..random.u64(block / 512..=(4 * block).min(MAX_LONG) / 512) * 512;
+            case.size = size.max(case.windows[0].end);
+        }
         // What the first cluster of the refcount table can count.
-        let counted = (cluster / 8) * (cluster * 8 / u64::from(case.refcount_bits)) * cluster;
+        let counted = (cluster / 8) * block;
         if counted <= 2 << 20 && random.u8(..5) == 0 {
             case.file_size = counted - cluster * random.u64(1..60);
         }
@@ -165,12 +189,17 @@ impl Case {
             compat: if v2 { Compat::V0_10 } else { Compat::V1_1 },
             size: 0,
             windows: Vec::new(),
+            long_writes: false,
             file_size: 0,
             small_caches: false,
             discard: false,
             extended_l2,
             bitmaps,
             data,
+            storage: *pick(
+                random,
+                &[Storage::Sectors, Storage::Sectors, Storage::Requests],
+            ),
         }
     }
 }
@@ -346,12 +375,16 @@ fn pick<'a, T>(random: &mut fastrand::Rng, from: &'a [T]) -> &'a T {
 
 /// A write of much of one window.
 fn fill(random: &mut fastrand::Rng, case: &Case) -> Op {
-    let window = pick(random, &case.windows);
+    let window = pick(random, &case.windows).clone();
+    fill_window(random, &window)
+}
+
+fn fill_window(random: &mut fastrand::Rng, window: &Range<u64>) -> Op {
     let len = window.end - window.start;
     let skip = random.u64(..len / 2) & !511;
     Op::Write {
         at: window.start + skip,
-        len: random.u64(len / 4..=len - skip).max(1),
+        len: random.u64(len / 4..=len - skip).next_multiple_of(512),
         fua: false,
     }
 }
@@ -380,6 +413,10 @@ fn range(random: &mut fastrand::Rng, case: &Case) -> (u64, u64) {
             at &= !(cluster - 1);
             len = len.next_multiple_of(cluster);
         }
+    }
+    if case.storage == Storage::Requests {
+        at &= !511;
+        len = len.next_multiple_of(512);
     }
     at = at.max(window.start);
     (at, len.min(window.end - at))
@@ -430,6 +467,7 @@ fn guest_op(random: &mut fastrand::Rng, case: &Case) -> Op {
     // streams.
     let compresses = case.cluster_bits < 16 && !case.has_data_file();
     match random.u8(..20) {
+        0..=2 if case.long_writes => fill_window(random, &case.windows[0]),
         9..=10 if compresses => Op::Compress {
             at: at & !(case.cluster_size() - 1),
         },

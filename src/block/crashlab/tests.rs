@@ -140,7 +140,7 @@ fn what_a_crash_leaves_of_an_image_and_its_data_file_is_sound() {
 fn an_engine_that_does_not_flush_the_data_file_is_found_out() {
     let plan = Plan {
         images: Images::DataFile,
-        ..plan(7001, 30)
+        ..plan(7001, 40)
     };
     let found = found_out(&plan, |recording| {
         for record in &mut recording.log {

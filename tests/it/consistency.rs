@@ -66,6 +66,8 @@ pub(crate) struct Progress {
     pub(crate) sent: AtomicU64,
     /// The last number that was answered.
     pub(crate) answered: AtomicU64,
+    /// Of each disk, the last number that a flush has covered.
+    flushed: [AtomicU64; DISKS.len()],
 }
 
 fn numbers(progress: &[Progress], of: fn(&Progress) -> &AtomicU64) -> Vec<u64> {
@@ -104,6 +106,7 @@ pub(crate) fn write_numbers(
         let begin = Instant::now();
         if number % FLUSHED == 0 {
             assert_eq!(guests[disk].run(&Request::Flush)?, 0);
+            progress.flushed[disk].store(number - 1, Ordering::SeqCst);
         }
         let request = match number % ZEROED {
             0 => Request::Zero {
@@ -199,6 +202,32 @@ fn holds_up_to(disks: &[Shown<'_>], writer: usize, last: u64) -> Result<(), Stri
                 return Err(format!(
                     "writer {writer} was at {last}, but result {nth} (of disk {}) holds {found} instead of {expected}",
                     DISKS[*disk].0
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether a disk, in its bytes, has all that flushes have covered: in each place the number that had to be there, or a later one.
+pub(crate) fn has_flushed(
+    (disk, bytes): Shown<'_>,
+    first: u64,
+    progress: &[Progress],
+) -> Result<(), String> {
+    for (writer, progress) in progress.iter().enumerate() {
+        let flushed = progress.flushed[disk].load(Ordering::SeqCst);
+        let sent = progress.sent.load(Ordering::SeqCst);
+        for oldest in (flushed.saturating_sub(NUMBERS).max(first)..flushed).map(|number| number + 1)
+        {
+            let (on, offset) = place(writer, oldest);
+            let found = &bytes[offset as usize..][..BLOCK];
+            let mut since = (oldest..=sent).step_by(NUMBERS as usize);
+            if on == disk && !since.any(|number| found == block(number)) {
+                let found = u64::from_be_bytes(found[..8].try_into().unwrap());
+                return Err(format!(
+                    "writer {writer} had flushed {oldest}, and sent {sent}; disk {} has {found}",
+                    DISKS[disk].0
                 ));
             }
         }

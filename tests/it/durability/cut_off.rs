@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::super::consistency::{
-    DISK_BYTES, DISKS, NUMBERS, Progress, Shown, Stopper, WRITERS, advance, answered, sent,
-    shows_one_moment, write_numbers,
+    DISK_BYTES, DISKS, NUMBERS, Progress, Shown, Stopper, WRITERS, advance, answered, has_flushed,
+    sent, shows_one_moment, write_numbers,
 };
 use super::super::harness::{self, Daemon, Program, Qmp, tool};
 use super::setting;
@@ -35,15 +35,19 @@ struct Victim {
 /// What a transaction does to a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cut {
+    /// Without a revert, which makes guests wait until all is decided.
+    Snapshot,
     Internal,
     External,
     Backup,
 }
 
 /// What transactions do to the three disks.
-const KINDS: [[Cut; 3]; 4] = [
+const KINDS: [[Cut; 3]; 6] = [
     [Cut::Internal, Cut::Internal, Cut::Internal],
+    [Cut::Snapshot, Cut::External, Cut::External],
     [Cut::External, Cut::External, Cut::External],
+    [Cut::Snapshot, Cut::Backup, Cut::External],
     [Cut::External, Cut::Internal, Cut::External],
     [Cut::Backup, Cut::Internal, Cut::External],
 ];
@@ -66,6 +70,9 @@ fn transaction(kind: [Cut; 3], name: &str, old: Option<&str>) -> Value {
     }
     for ((disk, _), cut) in DISKS.into_iter().zip(kind) {
         match cut {
+            Cut::Snapshot => {
+                actions.push(action("blockdev-snapshot-internal-sync", disk, name));
+            }
             Cut::Internal => {
                 actions.push(action("blockdev-snapshot-internal-sync", disk, name));
                 // What the guest sees stays the same.
@@ -162,9 +169,15 @@ impl Victim {
     /// Kills the daemon in a transaction under load, and looks at what there is after a restart.
     fn round(&mut self, kind: [Cut; 3]) {
         tool(self.folder.path(), "rm -f *.qcow2");
+        // Guests of an image of version 2 wait until all is decided, and those of all others with them.
+        let version = match kind.contains(&Cut::Snapshot) {
+            true => ",compat=1.1",
+            false => "",
+        };
         for (disk, options) in DISKS {
-            let line =
-                format!("qemu-img create -q -f qcow2 -o {options} {disk}.qcow2 {DISK_BYTES}");
+            let line = format!(
+                "qemu-img create -q -f qcow2 -o {options}{version} {disk}.qcow2 {DISK_BYTES}"
+            );
             tool(self.folder.path(), &line);
         }
         let (mut daemon, mut qmp) = self.restart();
@@ -195,7 +208,7 @@ impl Victim {
             let least = answered(&progress);
             // Files take longer.
             if kind != KINDS[0] {
-                self.usual *= 6;
+                self.usual *= 4;
             }
             let arguments = transaction(kind, &name, Some(&before));
             let line = json!({"execute": "transaction", "arguments": arguments});
@@ -220,16 +233,22 @@ impl Victim {
         for (disk, _) in DISKS {
             daemon.tool(&format!("qemu-img check -q -r all -f qcow2 {disk}.qcow2"));
         }
-        self.check(kind, &name, &least, &progress);
+        self.check(kind, (&name, first), &least, &progress);
     }
 
-    fn check(&mut self, kind: [Cut; 3], name: &str, least: &[u64], progress: &[Progress]) {
+    fn check(
+        &mut self,
+        kind: [Cut; 3],
+        (name, first): (&str, u64),
+        least: &[u64],
+        progress: &[Progress],
+    ) {
         let folder = self.folder.path();
         // Of each disk: whether the older snapshot is gone, and the cut is there.
         let parts = DISKS.into_iter().zip(kind).flat_map(|((disk, _), cut)| {
             let mut names = names(folder, disk);
             let is_there = match cut {
-                Cut::Internal => names.iter().any(|other| other == name),
+                Cut::Snapshot | Cut::Internal => names.iter().any(|other| other == name),
                 Cut::External | Cut::Backup => folder.join(file(disk, name)).exists(),
             };
             names.retain(|other| other != name);
@@ -242,13 +261,25 @@ impl Victim {
             "half a transaction: {kind:?} {parts:?}"
         );
         self.happened[usize::from(happened)] += 1;
+        for (number, ((disk, _), cut)) in DISKS.into_iter().zip(kind).enumerate() {
+            let top = match happened && cut == Cut::External {
+                true => file(disk, name),
+                false => format!("{disk}.qcow2"),
+            };
+            let line = format!("qemu-img convert -f qcow2 -O raw {top} {disk}.raw");
+            tool(folder, &line);
+            let bytes = std::fs::read(folder.join(format!("{disk}.raw"))).unwrap();
+            if let Err(problem) = has_flushed((number, &bytes), first, progress) {
+                panic!("{kind:?}, happened {happened}: {problem}");
+            }
+        }
         // A backup that was cut off is not done.
         if !happened || kind.contains(&Cut::Backup) {
             return;
         }
         let content = |((disk, _), cut): ((&str, &str), Cut)| {
             let which = match cut {
-                Cut::Internal => format!("-l snapshot.name={name}"),
+                Cut::Snapshot | Cut::Internal => format!("-l snapshot.name={name}"),
                 // What is below the new layer.
                 Cut::External | Cut::Backup => String::new(),
             };

@@ -8,16 +8,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::crashlab::audit::Audit;
-use block::driver::{Requests as _, WriteFlags};
-use block::graph::Edge;
 use block::io::Deed;
-use futures_util::future::{join, join_all};
 use qapi::rt::{QmpError, Value};
 use serde_json::json;
 
+use super::guests::{self, Written};
 use super::oracle::recover;
 use super::run::{Place, Runner, drive};
 use super::script::{DISK_BYTES, DISKS, Op, Script, There};
@@ -35,43 +32,6 @@ struct Case {
     before: fn(&Place) -> Vec<(&'static str, Value)>,
     /// So many of the first disks are reverted.
     reverted: usize,
-}
-
-/// Where guests write while a command runs.
-const GUEST_PLACE: u64 = DISK_BYTES - 4096;
-const GUEST_BYTES: u64 = 512;
-
-/// What a guest has written: the byte of its last write that was answered, and of one behind it that has failed.
-#[derive(Debug, Default)]
-struct Guest {
-    written: Option<u8>,
-    failed: Option<u8>,
-}
-
-/// A guest writes when a command begins, and again as soon as that has led it elsewhere, with flushes in between.
-async fn write_on(edge: Edge, done: &AtomicBool) -> Guest {
-    let mut guest = Guest::default();
-    let before = edge.node();
-    for byte in 1..=3 {
-        while byte == 3 && Arc::ptr_eq(&edge.node(), &before) && !done.load(Ordering::SeqCst) {
-            tokio::task::yield_now().await;
-        }
-        let data = vec![byte; GUEST_BYTES as usize];
-        let written = edge.write(GUEST_PLACE, data.into(), WriteFlags::default());
-        match written.await {
-            Ok(()) => {
-                guest = Guest {
-                    written: Some(byte),
-                    failed: None,
-                }
-            }
-            Err(_) => guest.failed = Some(byte),
-        }
-        if byte != 2 {
-            let _ = edge.flush().await;
-        }
-    }
-    guest
 }
 
 /// Everything that a command that fails may not change, in words.
@@ -257,37 +217,22 @@ impl<'p> Trial<'p> {
         Ok(trial)
     }
 
-    /// Runs the command while guests write. Answers what it answers, and what guests have been answered.
-    async fn run(&self, case: &Case) -> (Result<Value, QmpError>, Vec<Guest>) {
+    /// Runs the command while guests write. Answers what it answers, and what they have written.
+    async fn run(&self, case: &Case) -> (Result<Value, QmpError>, Vec<Vec<Written>>) {
         let arguments = (case.arguments)(self.place);
-        let done = AtomicBool::new(false);
-        let command = async {
-            let answer = execute(&self.runner.cx, case.command, arguments).await;
-            done.store(true, Ordering::SeqCst);
-            answer
-        };
-        let mut edges = Vec::new();
-        for disk in 0..DISKS {
-            edges.push(self.runner.edge(disk).await);
-        }
-        join(
-            command,
-            join_all(edges.into_iter().map(|edge| write_on(edge, &done))),
-        )
-        .await
+        let command = execute(&self.runner.cx, case.command, arguments);
+        let edges = self.runner.edges().await;
+        guests::beside(command, edges, &self.tape, 1).await
     }
 
-    /// Whether disks, from this one on, show what their guests were told last.
-    async fn check_guests(&self, from: usize, guests: &[Guest]) -> Result<(), String> {
+    /// Whether disks, from this one on, show what their guests have written last. What has failed may be there in part.
+    async fn check_guests(&self, from: usize, guests: &[Vec<Written>]) -> Result<(), String> {
         for (disk, guest) in guests.iter().enumerate().skip(from) {
-            let edge = self.runner.edge(disk).await;
-            let read = edge.read(GUEST_PLACE, GUEST_BYTES).await;
-            let read = read.map_err(|error| error.to_string())?.to_bytes();
-            let is_one_of =
-                |written: &Option<u8>| written.is_none_or(|byte| read.iter().all(|is| *is == byte));
-            // What was written in part when it failed may show anything.
-            if !is_one_of(&guest.written) && guest.failed.is_none() {
-                return Err(format!("disk {disk} has lost a write: {guest:?}, {read:?}"));
+            let content = self.runner.read(disk).await?;
+            if let Some(last) = guest.last().filter(|last| last.is_done)
+                && guests::split(content)?.0 != last.byte
+            {
+                return Err(format!("disk {disk} has lost a write: {guest:?}"));
             }
         }
         Ok(())
@@ -318,8 +263,7 @@ impl<'p> Trial<'p> {
             state.insert(query.to_owned(), answer.to_string());
         }
         for disk in 0..DISKS {
-            let mut content = self.runner.read(disk).await?;
-            content.write(GUEST_PLACE, &[0; GUEST_BYTES as usize]);
+            let content = guests::split(self.runner.read(disk).await?)?.1;
             state.insert(drive(disk), format!("{content:?}"));
             let edge = self.runner.edge(disk).await;
             let node = edge.node().below_filters();

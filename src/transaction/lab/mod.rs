@@ -11,6 +11,7 @@
 //!
 //! * `tape`: writes down what is done to files, and makes parts of it fail
 //! * `script`: three disks, some with chains, and random transactions on them
+//! * `guests`: writes that go on while a transaction runs
 //! * `run`: does it, and notes what had been answered when
 //! * `state`: puts a state into the folder again: the same files, by number and name, with what reached the disk
 //! * `oracle`: what must hold in each state
@@ -20,6 +21,7 @@
 //! the disk in their order, and are durable when the folder was synced.
 
 mod faults;
+mod guests;
 mod oracle;
 mod run;
 mod script;

@@ -6,12 +6,13 @@ use std::process::Command;
 use std::sync::Arc;
 
 use block::crashlab::audit::Audit;
-use block::crashlab::content::{Content, Versions};
+use block::crashlab::content::Versions;
 use block::crashlab::states::{Effort, State, epochs, whole_sectors};
 use block::io::IoContext;
 use block::protocols::memory::{Memory, Record};
 
 use super::Problem;
+use super::guests::{self, Written};
 use super::run::{Moment, Place, Runner};
 use super::script::{Act, DISK_BYTES, DISKS, Disk, Image, Op, Other, Script, Snapshot, World};
 use super::state::{Forgotten, Recording, clear, restore};
@@ -85,8 +86,10 @@ impl Oracle<'_> {
             runner.step(op).await?;
         }
         let (moments, next) = (std::mem::take(&mut runner.moments), runner.next());
+        let guests = std::mem::take(&mut runner.guests);
         runner.end().await?;
         let mut recording = Recording::of(&tape, moments, next);
+        recording.guests = guests;
         if let Some(forgotten) = self.forgotten {
             recording.forget(forgotten);
         }
@@ -132,7 +135,7 @@ impl Oracle<'_> {
                 Outcome::Degraded => return Err("the recovery says 'degraded'".to_owned()),
             }
         }
-        let (world, what) = observe(self.place, &recording.moments, state)?;
+        let (world, what) = observe(self.place, recording, state)?;
         if is_one_of(&mut self.random, self.samples.qemu) {
             self.ask_qemu(&world)?;
         }
@@ -170,7 +173,7 @@ impl Oracle<'_> {
             restore(self.place, second, &again.disk);
             let tape = Tape::new(&self.place.images, &self.place.state, 0);
             let tried = match recover(self.place, &tape).await {
-                Ok(_) => observe(self.place, &recording.moments, state).map(drop),
+                Ok(_) => observe(self.place, recording, state).map(drop),
                 Err(problem) => Err(problem),
             };
             let at = |problem| format!("a second crash, {}: {problem}", again.what);
@@ -208,7 +211,7 @@ impl Oracle<'_> {
         let tape = Tape::new(&self.place.images, &self.place.state, seed);
         let mut runner = Runner::resume(self.place, &tape, world, next).await?;
         for disk in 0..DISKS {
-            let is = runner.read(disk).await?;
+            let (_, is) = guests::split(runner.read(disk).await?)?;
             let wanted = &runner.world.disks[disk].top().content;
             if let Some(difference) = wanted.difference(&is) {
                 return Err(format!("disk {disk} reads otherwise: {difference}"));
@@ -277,13 +280,24 @@ fn between(moments: &[Moment], state: &State) -> (usize, usize) {
 }
 
 /// What the folders hold, if it is something that they may hold.
-fn observe(place: &Place, moments: &[Moment], state: &State) -> Result<(World, String), Problem> {
+fn observe(
+    place: &Place,
+    recording: &Recording,
+    state: &State,
+) -> Result<(World, String), Problem> {
+    let moments = &recording.moments;
     let (last, begun) = between(moments, state);
     let mut problems = Vec::new();
     for nth in last..=begun {
         let what = format!("behind {}", moments[nth].what);
         match observe_as(place, &moments[..=nth], last) {
-            Ok(world) => return Ok((world, what)),
+            Ok((world, shown)) => {
+                for (disk, (written, shown)) in recording.guests.iter().zip(shown).enumerate() {
+                    check_guest(written, shown, state)
+                        .map_err(|problem| format!("{what}: disk {disk}: {problem}"))?;
+                }
+                return Ok((world, what));
+            }
             Err(problem) => problems.push(format!("{what}: {problem}")),
         }
     }
@@ -291,7 +305,14 @@ fn observe(place: &Place, moments: &[Moment], state: &State) -> Result<(World, S
 }
 
 /// What the folders hold, if that is what the last of the moments leaves. Up to `answered` they had been answered.
-fn observe_as(place: &Place, moments: &[Moment], answered: usize) -> Result<World, Problem> {
+///
+/// Answers with it the byte of each disk's guest.
+fn observe_as(
+    place: &Place,
+    moments: &[Moment],
+    answered: usize,
+) -> Result<(World, Vec<u8>), Problem> {
+    let mut guests = Vec::new();
     let Some(last) = moments.last() else {
         return Err("no moment".to_owned());
     };
@@ -322,7 +343,9 @@ fn observe_as(place: &Place, moments: &[Moment], answered: usize) -> Result<Worl
             });
             Versions::new(contents)
         };
-        *disk = look_at(place, number, disk, &versions)?;
+        let shown;
+        (*disk, shown) = look_at(place, number, disk, &versions)?;
+        guests.push(shown);
     }
     for (name, other) in &wanted.others {
         let bytes = fs::read(place.images.join(name)).unwrap();
@@ -334,6 +357,7 @@ fn observe_as(place: &Place, moments: &[Moment], answered: usize) -> Result<Worl
                 content: Some(content),
             } => {
                 let is = Audit::new(&bytes).and_then(|audit| audit.active());
+                let is = is.and_then(|is| Ok(guests::split(is)?.1));
                 let is = is.map_err(|problem| format!("{name}: {problem}"))?;
                 if let Some(difference) = content.difference(&is) {
                     return Err(format!("the backup {name}: {difference}"));
@@ -342,29 +366,46 @@ fn observe_as(place: &Place, moments: &[Moment], answered: usize) -> Result<Worl
             Other::Bytes(_) | Other::Target { content: None } => {}
         }
     }
-    Ok(wanted)
+    Ok((wanted, guests))
 }
 
-/// Looks at all images of a disk: they are sound, and hold what they must. Answers what exactly they hold. `versions` says what an
-/// image of the chain may show.
+/// Whether a disk shows what its guest may find: all that a flush had covered.
+fn check_guest(written: &[Written], shown: u8, state: &State) -> Result<(), Problem> {
+    let is_flushed = |write: &&Written| write.flushed.is_some_and(|at| at <= state.completed);
+    let flushed = written.iter().rfind(is_flushed);
+    let flushed = flushed.map_or(0, |write| write.byte);
+    let sent = written.iter().rfind(|write| write.begun < state.reached);
+    let sent = sent.map_or(0, |write| write.byte);
+    match (flushed..=sent).contains(&shown) {
+        true => Ok(()),
+        false => Err(format!(
+            "its guest finds {shown}, had {flushed} durable, and had sent {sent}"
+        )),
+    }
+}
+
+/// Looks at all images of a disk: they are sound, and hold what they must. Answers what exactly they hold, and the byte of the disk's
+/// guest. `versions` says what an image of the chain may show.
 fn look_at(
     place: &Place,
     number: usize,
     disk: &Disk,
     versions: &dyn Fn(usize) -> Versions,
-) -> Result<Disk, Problem> {
+) -> Result<(Disk, u8), Problem> {
     let mut chain: Vec<Image> = Vec::new();
+    let (mut below, mut guest) = (None, 0);
     for (level, image) in disk.chain.iter().enumerate() {
         let at = |problem: Problem| format!("disk {number}, {}: {problem}", image.file);
         let bytes = fs::read(place.images.join(&image.file)).unwrap();
-        let below = chain.last().map(|below| below.content.clone());
-        let audit = Audit::new(&bytes).map_err(at)?.over(below.as_deref());
+        let audit = Audit::new(&bytes).map_err(at)?.over(below.as_ref());
         let verdict = audit.verdict().map_err(at)?;
         if !verdict.dangers.is_empty() {
             return Err(at(verdict.dangers.join("\n  ")));
         }
         let snapshots = snapshots(&audit, &image.snapshots).map_err(at)?;
-        let content = audit.active().map_err(at)?;
+        let whole = audit.active().map_err(at)?;
+        let content;
+        (guest, content) = guests::split(whole.clone()).map_err(at)?;
         if let Some(violation) = versions(level).violation(&content) {
             return Err(at(violation));
         }
@@ -373,8 +414,9 @@ fn look_at(
             snapshots,
             content: Arc::new(content),
         });
+        below = Some(whole);
     }
-    Ok(Disk { chain })
+    Ok((Disk { chain }, guest))
 }
 
 /// Whether an image has the snapshots that it must have, in their order.
@@ -382,7 +424,7 @@ fn snapshots(audit: &Audit<'_>, wanted: &[Snapshot]) -> Result<Vec<Snapshot>, Pr
     let mut found = Vec::new();
     for snapshot in audit.snapshots() {
         if !snapshot.name.starts_with(TEMPORARY) {
-            let content: Content = audit.content(snapshot)?;
+            let (_, content) = guests::split(audit.content(snapshot)?)?;
             found.push(Snapshot {
                 name: snapshot.name.clone(),
                 content: Arc::new(content),

@@ -19,6 +19,7 @@ use block::open::{
 use tempfile::TempDir;
 
 use super::Problem;
+use super::guests::{self, Written};
 use super::script::{
     Act, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, World,
 };
@@ -97,6 +98,10 @@ pub(super) struct Runner<'p> {
     /// Stamps and names from here on are new.
     next: u32,
     jobs: Vec<Job>,
+    /// Guests write while transactions run.
+    has_guests: bool,
+    /// What they have written to each disk.
+    pub(super) guests: [Vec<Written>; DISKS],
 }
 
 /// A backup that has begun.
@@ -172,6 +177,7 @@ impl<'p> Runner<'p> {
             }
         }
         let mut runner = Runner::resume(place, tape, World { disks, others }, 1).await?;
+        runner.has_guests = script.has_guests;
         for disk in 0..DISKS {
             runner.fill(disk, script.seed).await?;
         }
@@ -225,6 +231,8 @@ impl<'p> Runner<'p> {
             moments: Vec::new(),
             next,
             jobs: Vec::new(),
+            has_guests: false,
+            guests: Default::default(),
         };
         for disk in 0..DISKS {
             let top = runner.world.disks[disk].top().file.clone();
@@ -293,6 +301,14 @@ impl<'p> Runner<'p> {
         edge.await.unwrap()
     }
 
+    pub(super) async fn edges(&self) -> Vec<Edge> {
+        let mut edges = Vec::new();
+        for disk in 0..DISKS {
+            edges.push(self.edge(disk).await);
+        }
+        edges
+    }
+
     async fn write(&mut self, disk: usize, at: u64, len: u64) -> Result<(), Problem> {
         self.next += 1;
         let bytes = stamp(at, len, self.next);
@@ -356,7 +372,20 @@ impl<'p> Runner<'p> {
         }
         let fails = acts.contains(&Act::Abort);
         let actions = std::mem::take(&mut planned.actions);
-        let done = crate::transaction::run(&self.cx, actions, Completion::Individual).await;
+        let cx = self.cx.clone();
+        let command = crate::transaction::run(&cx, actions, Completion::Individual);
+        let done = match self.has_guests {
+            false => command.await,
+            true => {
+                let first = 1 + self.guests[0].len() as u8;
+                let edges = self.edges().await;
+                let (done, written) = guests::beside(command, edges, &self.tape, first).await;
+                for (all, written) in self.guests.iter_mut().zip(written) {
+                    all.extend(written);
+                }
+                done
+            }
+        };
         match done {
             Ok(_) if fails => return Err("it has not been aborted".to_owned()),
             Ok(_) => {}

@@ -71,6 +71,8 @@ pub(super) struct Script {
     pub(super) images: [CreateOptions; DISKS],
     /// Whether a disk begins as an overlay.
     pub(super) has_overlay: [bool; DISKS],
+    /// Guests write while transactions run. None of these reverts then: that would take away what they have written.
+    pub(super) has_guests: bool,
     pub(super) ops: Vec<Op>,
 }
 
@@ -90,6 +92,7 @@ impl Script {
             };
             options
         });
+        let has_guests = random.bool();
         let mut ops = Vec::new();
         for _ in 0..random.usize(1..=2) {
             for _ in 0..random.usize(2..5) {
@@ -98,7 +101,12 @@ impl Script {
             if random.u8(..3) == 0 {
                 ops.push(Op::Flush(random.usize(..DISKS)));
             }
-            let acts = acts(random, ops.len());
+            let mut acts = acts(random, ops.len());
+            for act in acts.iter_mut().filter(|_| has_guests) {
+                if let Act::Revert(disk, _) = *act {
+                    *act = Act::Create(disk);
+                }
+            }
             ops.push(Op::Transaction(acts));
         }
         ops.push(write(random));
@@ -110,6 +118,7 @@ impl Script {
             seed,
             images,
             has_overlay: [(); DISKS].map(|()| random.u8(..4) == 0),
+            has_guests,
             ops,
         }
     }
@@ -119,7 +128,8 @@ fn write(random: &mut fastrand::Rng) -> Op {
     let len = 512 * random.u64(1..=LONGEST_WRITE / 512);
     Op::Write {
         disk: random.usize(..DISKS),
-        at: 512 * random.u64(..=(DISK_BYTES - len) / 512),
+        // The last sector is that of guests beside.
+        at: 512 * random.u64(..(DISK_BYTES - len) / 512),
         len,
     }
 }

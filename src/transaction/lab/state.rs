@@ -10,7 +10,9 @@ use block::crashlab::content::SECTOR;
 use block::driver::Requests as _;
 use block::protocols::memory::{Change, Memory, Record};
 
+use super::guests::Written;
 use super::run::{Moment, Place};
+use super::script::DISKS;
 use super::tape::{FOLDERS, Folder, Recorded, Renaming, Tape};
 
 /// A run whose crash states are tried.
@@ -26,6 +28,8 @@ pub(super) struct Recording {
     pub(super) moments: Vec<Moment>,
     /// Stamps and names from here on are new.
     pub(super) next: u32,
+    /// What guests have written beside, to each disk.
+    pub(super) guests: [Vec<Written>; DISKS],
 }
 
 /// Flushes that a daemon could have forgotten: whether the laboratory finds that.
@@ -70,6 +74,7 @@ impl Recording {
             folders,
             moments,
             next,
+            guests: Default::default(),
         }
     }
 }

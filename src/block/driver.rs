@@ -397,6 +397,11 @@ pub struct NewFile {
 /// What only some drivers have, and can have changed while they are open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DriverSettings {
+    /// That of a file of the host.
+    File {
+        /// Open for writing only while somebody writes.
+        auto_read_only: bool,
+    },
     /// raw's window, in bytes of the file.
     Raw {
         /// Where it begins.

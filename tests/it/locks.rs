@@ -131,6 +131,38 @@ fn a_raw_file_is_held_for_what_is_done_to_the_node_on_it() {
 }
 
 #[test]
+fn a_reopened_file_follows_its_users_as_it_is_told_then() {
+    let mut host = Host::new("truncate -s 1M d");
+    host.file("d", false);
+    let reopen = |auto: bool| {
+        let file = json!({"driver": "file", "node-name": "d-file", "filename": "d", "auto-read-only": auto});
+        json!({"options": [file]})
+    };
+    host.expect("d", "rw", "");
+    host.qmp.ok("blockdev-reopen", reopen(true));
+    host.expect("d", "r", "");
+    host.export("d-file", true);
+    host.expect("d", "rw", WRITES);
+    // With a user that writes it changes nothing at once.
+    host.qmp.ok("blockdev-reopen", reopen(false));
+    host.expect("d", "rw", WRITES);
+    host.unexport("d-file", true);
+    host.expect("d", "rw", "");
+    host.export("d-file", true);
+    host.qmp.ok("blockdev-reopen", reopen(true));
+    host.expect("d", "rw", WRITES);
+    let mut guest = Guest::connect(&host.folder.path().join("nbd.sock"), "d-file-true").unwrap();
+    let write = Request::Write {
+        offset: 0,
+        data: vec![7; 512],
+    };
+    assert_eq!(guest.run(&write).unwrap(), 0);
+    drop(guest);
+    host.unexport("d-file", true);
+    host.expect("d", "r", "");
+}
+
+#[test]
 fn a_file_that_another_has_taken_the_place_of_is_not_written() {
     let Some(()) = need(&["qemu-img"]) else {
         return;

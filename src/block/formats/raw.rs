@@ -279,7 +279,9 @@ impl Driver for Raw {
             let old = self.window.load_full();
             let (offset, size) = match options.settings {
                 Some(DriverSettings::Raw { offset, size }) => (offset, size),
-                Some(DriverSettings::Qcow2 { .. }) | None => (old.offset, old.len),
+                Some(DriverSettings::File { .. } | DriverSettings::Qcow2 { .. }) | None => {
+                    (old.offset, old.len)
+                }
             };
             let window = match options.file {
                 Some(NewFile { child, filename }) => Window::of(&child, filename, offset, size),

@@ -89,7 +89,12 @@ impl Plan<'_> {
             (
                 DriverOptions::File(old) | DriverOptions::HostDevice(old),
                 DriverOptions::File(new) | DriverOptions::HostDevice(new),
-            ) => check_file(old, new)?,
+            ) => {
+                check_file(old, new)?;
+                change.settings = Some(DriverSettings::File {
+                    auto_read_only: effective.auto_read_only,
+                });
+            }
             (DriverOptions::Null(old), DriverOptions::Null(new)) => check_null(old, new)?,
             (_, DriverOptions::Raw(raw)) => self.raw(raw, &old, &effective, &mut change)?,
             (_, DriverOptions::Qcow2(qcow2)) => self.qcow2(qcow2, &old, &effective, &mut change)?,

@@ -9,7 +9,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::claims::Holding;
 use super::{File, Open, locks, open_error};
-use crate::driver::{Need, ReopenOptions, Reopening};
+use crate::driver::{DriverSettings, Need, ReopenOptions, Reopening};
 use crate::error::Result;
 use crate::io::OpenMode;
 use crate::open::Aio;
@@ -36,17 +36,21 @@ impl File {
             read_only,
             direct,
             no_flush,
-            settings: _,
+            settings,
             file: _,
         } = options;
         let alone = self.holding.changing.clone().lock_owned().await;
         let old = self.present();
+        let auto = match settings {
+            Some(DriverSettings::File { auto_read_only }) => auto_read_only,
+            _ => old.auto,
+        };
         if read_only && !old.read_only {
             // What has been written by this handle is not lost with an error that only this handle is told.
             self.do_flush().await?;
         }
         let mode = OpenMode {
-            writable: !read_only && !old.auto,
+            writable: !read_only && !auto,
             direct,
             ring: self.holding.options.aio == Aio::IoUring,
         };
@@ -56,7 +60,7 @@ impl File {
             host: opened?,
             reading: None,
             read_only,
-            auto: old.auto,
+            auto,
             no_flush,
             direct,
         };

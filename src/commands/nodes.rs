@@ -1,8 +1,11 @@
 //! Nodes: `blockdev-add`, `blockdev-del`, `block_resize`.
 
+use std::sync::Arc;
+
+use block::copy::clear_away_left;
 use block::driver::{Need, Preallocation, Requests};
-use block::graph::Resizer;
-use block::open::{Opener, open};
+use block::graph::{Node, Resizer};
+use block::open::{DriverOptions, Locking, Opener, open};
 use qapi::commands::{BlockResize, BlockdevDel};
 use qapi::rt::QmpError;
 use qapi::types::BlockdevOptions;
@@ -25,13 +28,33 @@ pub(super) async fn add(cx: &Cx, args: BlockdevOptions) -> Result<(), QmpError> 
         .await
         .map_err(convert::from_engine)?;
     // Names were free and layers below there when we looked; only the commit may decide that they still are.
-    cx.commit(|control| {
+    let inserted = cx.commit(|control| {
         let node = control.graph.insert(opened).map_err(convert::from_engine)?;
         let user = format!("node '{}'", node.name());
         control.covered.warn_of(&user, &node);
-        Ok(())
-    })
-    .await
+        Ok(node)
+    });
+    let root = inserted.await?;
+    if !root.behaviour().read_only && is_locked(&root) {
+        // No job of this process has the image yet: whoever took them is gone.
+        clear_away_left(root.driver()).await;
+    }
+    Ok(())
+}
+
+/// Whether the files below a node are locked, so that no other process has them.
+fn is_locked(node: &Arc<Node>) -> bool {
+    let mut layer = Some(node.clone());
+    while let Some(node) = layer {
+        if let Some(DriverOptions::File(file) | DriverOptions::HostDevice(file)) =
+            node.options().as_deref().map(|options| &options.driver)
+            && file.locking == Locking::Off
+        {
+            return false;
+        }
+        layer = node.link("file");
+    }
+    true
 }
 
 /// Answers `blockdev-del`. The node is gone when its image is flushed and closed.

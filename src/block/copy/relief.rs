@@ -181,8 +181,9 @@ impl Shared {
     }
 }
 
-/// Deletes the temporary snapshots that killed processes have left in an image which is open for writing; those of copies that run
-/// are being viewed, and stay. Each takes one write of the header. Where all requests would wait meanwhile, the next copy does it.
+/// Deletes the temporary snapshots that killed processes have left in an image which is open for writing, and locked, so that no other
+/// process copies it; those of copies that run here are being viewed, and stay. Each takes one write of the header. Where all requests
+/// would wait meanwhile, the next copy does it.
 pub async fn clear_away_left(driver: &dyn Driver) {
     if let Some(snapshots) = driver.snapshots()
         && snapshots.check().is_ok()

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::super::harness::{self, Daemon, Program, tool};
+use super::super::harness::{self, Daemon, Program, Qmp, tool};
 
 fn snapshots(folder: &Path) -> Vec<String> {
     let text = tool(folder, "qemu-img info -U -f qcow2 --output=json disk.qcow2");
@@ -50,6 +50,26 @@ fn the_temporary_snapshot_of_a_killed_backup_goes_when_a_drive_opens_the_image_f
     drop(daemon.qmp());
     assert!(daemon.terminated().success());
     assert_eq!(snapshots(folder.path()), left);
+    // Of a node as of a drive, where the lock says that nobody else has it.
+    tool(folder.path(), "cp disk.qcow2 other.qcow2");
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &[]);
+    let mut qmp = daemon.qmp();
+    let names = |qmp: &mut Qmp, locking: &str| {
+        let file = json!({"driver": "file", "filename": "other.qcow2", "locking": locking});
+        let node = json!({"driver": "qcow2", "node-name": "other", "file": file});
+        qmp.ok("blockdev-add", node);
+        let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+        let nodes = nodes.as_array().unwrap().iter();
+        let counts: Vec<usize> = nodes
+            .filter_map(|node| node["image"]["snapshots"].as_array().map(Vec::len))
+            .collect();
+        qmp.ok("blockdev-del", json!({"node-name": "other"}));
+        counts
+    };
+    assert_eq!(names(&mut qmp, "off"), [2]);
+    assert_eq!(names(&mut qmp, "auto"), [1]);
+    drop(qmp);
+    assert!(daemon.terminated().success());
     let mut daemon = start(folder.path(), "");
     drop(daemon.qmp());
     harness::until(|| snapshots(folder.path()) == ["mine"], "its deletion");

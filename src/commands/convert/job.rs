@@ -180,3 +180,99 @@ fn job_status(status: Status) -> types::JobStatus {
         Status::Null => types::JobStatus::Null,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use qapi::rt::Value;
+    use serde_json::json;
+
+    use super::*;
+
+    /// The wire form of what a job of this type tells, without its time.
+    fn wire(kind: JobKind, notice: Notice) -> Option<Value> {
+        let event = job_event(JobEvent {
+            id: "job0".to_owned(),
+            kind,
+            notice,
+            progress: Progress {
+                offset: 512,
+                len: 1024,
+                speed: 4096,
+            },
+        })?;
+        Some(json!({"event": event.name(), "data": event.into_data()}))
+    }
+
+    #[test]
+    fn every_event_of_a_block_job_has_all_of_its_fields() {
+        let progress =
+            json!({"type": "backup", "device": "job0", "len": 1024, "offset": 512, "speed": 4096});
+        let mut failed = progress.clone();
+        failed["error"] = json!("No space left on device");
+        let error =
+            |operation, action| json!({"device": "job0", "operation": operation, "action": action});
+        let cases = [
+            (Notice::Ready, "BLOCK_JOB_READY", progress.clone()),
+            (
+                Notice::Completed(None),
+                "BLOCK_JOB_COMPLETED",
+                progress.clone(),
+            ),
+            (
+                Notice::Completed(Some("No space left on device".to_owned())),
+                "BLOCK_JOB_COMPLETED",
+                failed,
+            ),
+            (Notice::Cancelled, "BLOCK_JOB_CANCELLED", progress),
+            (
+                Notice::Pending,
+                "BLOCK_JOB_PENDING",
+                json!({"type": "backup", "id": "job0"}),
+            ),
+            (
+                Notice::Error(Operation::Read, ErrorAction::Report),
+                "BLOCK_JOB_ERROR",
+                error("read", "report"),
+            ),
+            (
+                Notice::Error(Operation::Write, ErrorAction::Ignore),
+                "BLOCK_JOB_ERROR",
+                error("write", "ignore"),
+            ),
+            (
+                Notice::Error(Operation::Write, ErrorAction::Stop),
+                "BLOCK_JOB_ERROR",
+                error("write", "stop"),
+            ),
+        ];
+        for (notice, event, data) in cases {
+            let expected = json!({"event": event, "data": data});
+            assert_eq!(wire(JobKind::Backup, notice.clone()), Some(expected));
+            // Of other jobs nothing but the state is told.
+            assert_eq!(wire(JobKind::Create, notice), None);
+        }
+    }
+
+    #[test]
+    fn every_state_of_a_job_is_told() {
+        let states = [
+            (Status::Created, "created"),
+            (Status::Running, "running"),
+            (Status::Paused, "paused"),
+            (Status::Ready, "ready"),
+            (Status::Standby, "standby"),
+            (Status::Waiting, "waiting"),
+            (Status::Pending, "pending"),
+            (Status::Aborting, "aborting"),
+            (Status::Concluded, "concluded"),
+            (Status::Null, "null"),
+        ];
+        for kind in [JobKind::Backup, JobKind::Create] {
+            for (status, name) in states {
+                let expected =
+                    json!({"event": "JOB_STATUS_CHANGE", "data": {"id": "job0", "status": name}});
+                assert_eq!(wire(kind, Notice::Status(status)), Some(expected));
+            }
+        }
+    }
+}

@@ -99,6 +99,11 @@ impl Guest {
         }
     }
 
+    /// Asks for a part of the disk, whose content follows the reply, and does not wait for it.
+    pub(crate) fn submit_read(&mut self, offset: u64, length: u32) -> io::Result<()> {
+        self.send(READ, 0, offset, length)
+    }
+
     /// The next reply: its cookie and its error, 0 for none.
     pub(crate) fn reply(&mut self) -> io::Result<(u64, u32)> {
         let reply: [u8; 16] = self.take()?;

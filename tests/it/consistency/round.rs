@@ -290,7 +290,6 @@ impl Round<'_> {
         self.qmp.ok("transaction", arguments);
         let took = begin.elapsed();
         self.figures.longest_transaction = self.figures.longest_transaction.max(took);
-        self.figures.cuts += 1;
         for kind in asked.kinds {
             *self.figures.results.entry(kind).or_default() += 1;
         }
@@ -315,6 +314,11 @@ impl Round<'_> {
                 self.disks[disk].passing.push(name);
             }
         }
+        // There may be nothing but what nobody looks at.
+        if asked.kept.is_empty() {
+            return;
+        }
+        self.figures.cuts += 1;
         self.cuts.push(Cut {
             what: format!("{plan:?}"),
             kept: asked.kept,

@@ -145,10 +145,11 @@ impl Image {
         if start >= whole_end {
             return Ok(());
         }
-        // What was discarded must not show older content of a backing file, where the image can say so.
-        let how = match self.has_zero_flag() && self.may_have_backing() {
-            true => Unmap::Zero,
-            false => Unmap::Forget,
+        // What was discarded must not show older content of a backing file. Version 2 cannot say so: there it stays.
+        let how = match (self.may_have_backing(), self.has_zero_flag()) {
+            (true, true) => Unmap::Zero,
+            (true, false) => return Ok(()),
+            (false, _) => Unmap::Forget,
         };
         // Parts of compressed clusters stay: it is a hint.
         self.unmap(start, whole_end, how).await.map(|_left| ())

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::*;
-use crate::driver::Preallocation;
+use crate::driver::{Compat, Preallocation};
 use crate::error::ErrorKind;
 use crate::formats::qcow2::CompressionType;
 
@@ -105,6 +105,20 @@ async fn a_backing_shows_until_it_is_written_over() {
     let path = scratch.save("image.qcow2", &disk);
     assert_qemu_clean(&path);
     assert_same(&qemu_content(&scratch, &path), &model);
+}
+
+/// It has no zero flag, and what lies below is older than what was discarded.
+#[tokio::test]
+async fn a_discard_in_version_2_does_not_uncover_the_backing() {
+    let base_disk = Memory::with_content(&vec![5; 1 << 20]);
+    let mut options = CreateOptions::new(MIB);
+    options.compat = Compat::V0_10;
+    options.backing.name = Some("base.raw".into());
+    let disk = new_image(&options).await;
+    let image = open_over(&disk, Some(base_disk.child())).await;
+    write(&image, 0, vec![9; 256 << 10]).await.unwrap();
+    image.discard(64 << 10, 64 << 10).await.unwrap();
+    assert_same(&read(&image, 0, 256 << 10).await, &vec![9; 256 << 10]);
 }
 
 #[tokio::test]

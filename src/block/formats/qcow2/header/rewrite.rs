@@ -59,16 +59,15 @@ impl Rewrite {
             // Where the name can be in both stages; else where it can be in the first.
             let place = |from| free_place(from, name.len(), size, &old);
             let with_names = place(whole.len().max(SECTOR)).filter(|_| compact != *new);
-            let Some(outside) = with_names.or_else(|| place(SECTOR)) else {
-                return Err(no_room());
-            };
             if front > SECTOR {
                 return Err(no_room());
             }
-            let inside = front + name.len() <= SECTOR;
-            let at = if inside { front } else { outside };
-            stages.push(Layout::new(&compact, &name, at));
-            if with_names.is_some() {
+            let at = match front + name.len() <= SECTOR {
+                true => Some(front),
+                false => with_names.or_else(|| place(SECTOR)),
+            };
+            stages.push(Layout::new(&compact, &name, at.ok_or_else(no_room)?));
+            if let Some(outside) = with_names {
                 stages.push(Layout::new(new, &name, outside));
             }
         }

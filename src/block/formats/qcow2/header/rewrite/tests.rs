@@ -124,6 +124,31 @@ fn a_torn_rewrite_leaves_the_old_or_the_new_header() {
     );
 }
 
+/// A cluster of one sector has no place behind it, and needs none for what fits in without the feature names.
+#[test]
+fn a_header_of_one_sector_is_rewritten_with_its_backing_name() {
+    let mut random = fastrand::Rng::with_seed(2);
+    let mut old = random_header(&mut random, 9);
+    old.version = Version::V2;
+    old.trailing.clear();
+    old.extensions.clear();
+    old.backing_name = Some("/images/of/a/guest/base.qcow2".to_owned());
+    let mut cluster = old.to_bytes().unwrap();
+    cluster.resize(SECTOR, 0);
+    let mut new = old;
+    new.version = Version::V3;
+    new.extensions = vec![Extension {
+        kind: EXT_FEATURE_NAMES,
+        data: features::name_table(),
+    }];
+    let plan = Rewrite::plan(&cluster, &new).unwrap();
+    let [stage] = &plan.stages[..] else {
+        panic!("{plan:?}")
+    };
+    assert!(stage.ahead.is_empty());
+    assert_eq!(Header::parse(&stage.sector).unwrap(), without_names(&new));
+}
+
 #[test]
 fn nothing_of_the_old_name_is_left() {
     let mut random = fastrand::Rng::with_seed(1);

@@ -160,6 +160,7 @@ impl Comparison {
             bitmaps: false,
             data: DataPlace::Own,
             storage: Storage::Sectors,
+            base: None,
         };
         let image = self.qemu.path("base.qcow2");
         let file = image.to_string_lossy().into_owned();

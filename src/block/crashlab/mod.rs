@@ -6,6 +6,7 @@
 //!                                                       +------- crash while recovering +
 //! ```
 //!
+//! * `base`: a backing file below an image
 //! * `script`: a random image and a few random operations on it
 //! * `run`: executes them, and notes what had been answered when
 //! * `states`: the enumerator: which writes reach the disk, and how much of each
@@ -19,6 +20,7 @@
 //! others any subset may reach the disk, each torn at sectors of 512 bytes. docs/crash-safety.md has the whole.
 
 pub mod audit;
+pub mod base;
 pub mod compare;
 pub mod content;
 pub mod lab;

@@ -106,7 +106,7 @@ pub(super) struct Known {
 impl Known {
     fn of(recording: &Recording) -> Result<Known, Problem> {
         let bytes = recording.base.content();
-        let audit = Audit::of(&bytes, recording.base.second())?;
+        let audit = recording.case.audit(&bytes, recording.base.second())?;
         Ok(Known {
             base: (audit.bitmaps().to_vec(), audit.active()?),
             ..Known::default()
@@ -135,8 +135,8 @@ pub(super) fn observe_state(
     state: &State,
 ) -> Result<World, Problem> {
     observe(
-        bytes,
-        state.disk.second(),
+        &recording.case,
+        (bytes, state.disk.second()),
         known.candidates(recording, state),
     )
     .map(|(world, _)| world)
@@ -186,8 +186,8 @@ impl Oracle {
         let bytes = state.disk.content();
         self.figures.states += 1;
         self.figures.second += u64::from(depth < 2);
-        let second = state.disk.second();
-        let result = match observe(&bytes, second, known.candidates(recording, state)) {
+        let (case, second) = (&recording.case, state.disk.second());
+        let result = match observe(case, (&bytes, second), known.candidates(recording, state)) {
             Ok((_, observed)) if !observed.verdict.dangers.is_empty() => {
                 Err(observed.verdict.dangers.join("\n  "))
             }
@@ -242,7 +242,7 @@ impl Oracle {
         }
         let stamp = recording.next_stamp;
         let mut runner = Runner::resume(&disk, case, world.clone(), stamp).await?;
-        let verdict = recovered(&state.disk, &disk, &world, &observed).await?;
+        let verdict = recovered(case, &state.disk, &disk, &world, &observed).await?;
         if self.random.u8(..8) == 0 {
             is_idempotent(&disk, case).await?;
         }
@@ -261,15 +261,20 @@ impl Oracle {
             runner.step(&op).await?;
         }
         runner.close().await?;
-        settled(&disk, &runner.world, verdict.leaks + verdict.leaks_beyond)
-            .await
-            .and_then(|()| {
-                let (before, after) = (Audit::new(bytes)?, disk.content());
-                let bitmaps = before.bitmaps();
-                let after = Audit::new(&after)?;
-                bitmaps_differ(bitmaps, &world.active, &after, &runner.world.active)
-            })
-            .map_err(|problem| format!("after the recovery and {}: {problem}", ops(&runner)))?;
+        settled(
+            case,
+            &disk,
+            &runner.world,
+            verdict.leaks + verdict.leaks_beyond,
+        )
+        .await
+        .and_then(|()| {
+            let (before, after) = (Audit::new(bytes)?, disk.content());
+            let bitmaps = before.bitmaps();
+            let after = Audit::new(&after)?;
+            bitmaps_differ(bitmaps, &world.active, &after, &runner.world.active)
+        })
+        .map_err(|problem| format!("after the recovery and {}: {problem}", ops(&runner)))?;
         if second {
             let recording = Recording {
                 case: case.clone(),
@@ -428,11 +433,11 @@ fn worlds(change: &Moment) -> Vec<(&World, bool)> {
 
 /// Finds which candidate a state is, and what exactly it holds.
 fn observe(
-    bytes: &[u8],
-    data: Option<&Arc<Memory>>,
+    case: &Case,
+    (bytes, data): (&[u8], Option<&Arc<Memory>>),
     candidates: &[Candidate],
 ) -> Result<(World, Observed), Problem> {
-    let audit = Audit::of(bytes, data)?;
+    let audit = case.audit(bytes, data)?;
     let verdict = audit.verdict()?;
     let world = World::of(&audit)?;
     audit.check_raw(&world.active)?;
@@ -453,6 +458,7 @@ fn observe(
 
 /// Behind the open: an image that was dirty is as if newly made, any other has not been touched.
 async fn recovered(
+    case: &Case,
     before: &Memory,
     disk: &Arc<Memory>,
     world: &World,
@@ -465,7 +471,7 @@ async fn recovered(
         };
     }
     let bytes = disk.content();
-    let audit = Audit::of(&bytes, disk.second())?;
+    let audit = case.audit(&bytes, disk.second())?;
     let verdict = audit.verdict()?;
     if audit.is_dirty() || verdict != Verdict::default() {
         return Err(format!("repaired, dirty {}: {verdict:?}", audit.is_dirty()));
@@ -505,9 +511,14 @@ fn agree(report: &CheckReport, verdict: &Verdict) -> Result<(), Problem> {
 }
 
 /// A closed image: exactly what it must hold, nothing dangerous, and no leaks but those from before.
-async fn settled(disk: &Arc<Memory>, world: &World, leaks: u64) -> Result<(), Problem> {
+async fn settled(
+    case: &Case,
+    disk: &Arc<Memory>,
+    world: &World,
+    leaks: u64,
+) -> Result<(), Problem> {
     let bytes = disk.content();
-    let audit = Audit::of(&bytes, disk.second())?;
+    let audit = case.audit(&bytes, disk.second())?;
     let verdict = audit.verdict()?;
     audit.check_raw(&world.active)?;
     if audit.is_dirty()

@@ -4,9 +4,14 @@
 //! small enough to be filled, shared, split between sectors, moved and grown by them.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use crate::driver::Preallocation;
+use super::audit::{Audit, Problem};
+use super::base::{BASE_FILE, Base};
+use super::content::Content;
+use crate::driver::{BackingFile, Preallocation};
 use crate::formats::qcow2::create::{Compat, CreateOptions, DataFileOptions};
+use crate::protocols::memory::Memory;
 
 /// The image that a script runs on.
 #[derive(Debug, Clone)]
@@ -37,6 +42,8 @@ pub struct Case {
     pub data: DataPlace,
     /// What a power cut leaves of requests.
     pub storage: Storage,
+    /// What it stands on.
+    pub base: Option<Base>,
 }
 
 /// What storage keeps of requests that no flush has covered.
@@ -80,6 +87,8 @@ pub enum Images {
     V2,
     /// With an external data file.
     DataFile,
+    /// With a backing file.
+    Overlay,
 }
 
 impl Case {
@@ -94,6 +103,12 @@ impl Case {
             name: Some(DATA_FILE.to_owned()),
             raw: self.data == DataPlace::Raw,
         });
+        if self.base.is_some() {
+            options.backing = BackingFile {
+                name: Some(BASE_FILE.to_owned()),
+                format: Some("raw".to_owned()),
+            };
+        }
         options.preallocation = Preallocation::Off;
         options
     }
@@ -101,6 +116,26 @@ impl Case {
     /// Bytes of a cluster.
     pub fn cluster_size(&self) -> u64 {
         1 << self.cluster_bits
+    }
+
+    /// What the disk shows before anything is written.
+    pub fn empty(&self) -> Content {
+        let mut content = match &self.base {
+            Some(base) => base.content().clone(),
+            None => Content::new(0),
+        };
+        content.resize(self.size);
+        content
+    }
+
+    /// The second reader on an image of this kind.
+    pub fn audit<'a>(
+        &'a self,
+        bytes: &'a [u8],
+        data: Option<&'a Arc<Memory>>,
+    ) -> Result<Audit<'a>, Problem> {
+        let audit = Audit::of(bytes, data)?;
+        Ok(audit.over(self.base.as_ref().map(Base::content)))
     }
 
     /// Whether guest data lie in a file of their own.
@@ -155,13 +190,28 @@ impl Case {
         }
         case.small_caches = random.bool();
         case.discard = random.u8(..4) > 0;
+        let has_base = images == Images::Overlay || images == Images::Any && random.u8(..5) == 0;
+        if has_base && case.data != DataPlace::Raw {
+            let size = match random.u8(..4) {
+                0 => size,
+                1 => size + 512 * random.u64(1..=2 * window / 512),
+                // It ends inside of the last window, or before it.
+                2 => size.saturating_sub(512 * random.u64(1..=2 * tail / 512)),
+                _ => border,
+            };
+            // What lies behind the end of the disk shows if that grows the wrong way.
+            let mut windows = case.windows.clone();
+            windows.push(case.size..size.max(case.size));
+            case.base = Some(Base::random(random, size.max(512), &windows));
+        }
         case
     }
 
     /// Everything but sizes and how it is opened.
     fn random_format(random: &mut fastrand::Rng, images: Images) -> Case {
         let one_of = |random: &mut fastrand::Rng, kind: Images, share: u8| {
-            images == kind || images == Images::Any && random.u8(..share) == 0
+            let mixes = matches!(images, Images::Any | Images::Overlay);
+            images == kind || mixes && random.u8(..share) == 0
         };
         let v2 = one_of(random, Images::V2, 8);
         let extended_l2 = !v2 && one_of(random, Images::ExtendedL2, 10);
@@ -200,6 +250,7 @@ impl Case {
                 random,
                 &[Storage::Sectors, Storage::Sectors, Storage::Requests],
             ),
+            base: None,
         }
     }
 }

@@ -135,6 +135,19 @@ fn what_a_crash_leaves_of_an_image_and_its_data_file_is_sound() {
     assert_sound(&plan, &run(&plan, |_| {}));
 }
 
+/// Crashes neither uncover what lies below an image nor lose it.
+#[test]
+fn what_a_crash_leaves_of_an_overlay_is_sound() {
+    let mut plan = Plan {
+        images: Images::Overlay,
+        ..plan(8001, 40)
+    };
+    if Qemu::find().is_some() {
+        plan.samples.qemu = 100;
+    }
+    assert_sound(&plan, &run(&plan, |_| {}));
+}
+
 /// One that writes tables before the data are durable in their file.
 #[test]
 fn an_engine_that_does_not_flush_the_data_file_is_found_out() {

@@ -22,7 +22,7 @@ crashlab compare [--seed N] [--per-epoch N]
   the table of unsafe states: snapshot operations of QEMU and of qblockd, side by side
 crashlab [--seed N] [--images KIND] [--minutes M] [--scripts N] [--per-epoch N] [--second N] [--qemu N]
   --seed N       first script; the others follow (a random one)
-  --images KIND  any, extended-l2, bitmaps, data-file, v2, large (any: all but large)
+  --images KIND  any, extended-l2, bitmaps, data-file, overlay, v2, large (any: all but large)
   --minutes M    ends behind this time (1)
   --scripts N    ends behind this many scripts (no end)
   --per-epoch N  at most this many states between two flushes (all)
@@ -108,6 +108,7 @@ fn images(text: &str) -> Result<Images, String> {
         "v2" => Images::V2,
         "large" => Images::Large,
         "data-file" => Images::DataFile,
+        "overlay" => Images::Overlay,
         _ => return Err(format!("there are no images of kind {text}")),
     })
 }

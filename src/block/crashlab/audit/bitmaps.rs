@@ -236,8 +236,14 @@ pub fn with_bitmaps(bytes: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
     extension.extend((directory.len() as u64).to_be_bytes());
     extension.extend(place(0).to_be_bytes());
     extension.extend([0; 8]);
+    let at = u64::from(be32(bytes, 100)?);
+    // In front of the name of a backing file.
+    let name_at = be64(bytes, 8)?;
+    if name_at != 0 && at + extension.len() as u64 > name_at {
+        return Ok(None);
+    }
     put(&mut image, place(0), directory, cluster);
-    put(&mut image, u64::from(be32(bytes, 100)?), extension, 0);
+    put(&mut image, at, extension, 0);
     put(
         &mut image,
         88,

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::audit::Audit;
+use super::base::BASE_FILE;
 use super::content::{Content, stamp};
 use super::run::{Problem, World};
 use super::script::{Case, DATA_FILE};
@@ -71,6 +72,10 @@ impl Qemu {
         if let Some(data) = data {
             save_sparse(data, &self.path(DATA_FILE)).map_err(|error| error.to_string())?;
         }
+        if let Some(base) = &case.base {
+            let path = self.path(BASE_FILE);
+            save_sparse(base.disk(), &path).map_err(|error| error.to_string())?;
+        }
         let file = path.to_string_lossy().into_owned();
         match case.bitmaps {
             false => {
@@ -80,7 +85,7 @@ impl Qemu {
             // It would lose the snapshots of an image with bitmaps (10.0.2 does). An open repairs what is dirty.
             true => drop(qemu_io(&file, &["flush".to_owned()])?),
         }
-        self.compare(&file, world)?;
+        self.compare(&file, world, case)?;
         let mut world = world.clone();
         let mut commands = Vec::new();
         for window in &case.windows {
@@ -101,7 +106,7 @@ impl Qemu {
             qemu_io(&file, &commands)?;
             commands.clear();
         }
-        self.compare(&file, &world)
+        self.compare(&file, &world, case)
             .map_err(|problem| format!("after writes: {problem}"))?;
         // Counters behind the end of the file have become leaks where it has grown. What was not dirty was not repaired with bitmaps.
         let good: &[i32] = if case.bitmaps { &[0, 2, 3] } else { &[0, 3] };
@@ -110,14 +115,14 @@ impl Qemu {
     }
 
     /// Compares all layers as qemu-img and as the auditor read them.
-    pub fn compare(&self, file: &str, world: &World) -> Result<(), Problem> {
+    pub fn compare(&self, file: &str, world: &World, case: &Case) -> Result<(), Problem> {
         let bytes = std::fs::read(file).map_err(|error| error.to_string())?;
         let data = match Audit::new(&bytes)?.has_data_file() {
             true => Some(std::fs::read(self.path(DATA_FILE)).map_err(|error| error.to_string())?),
             false => None,
         };
         let data = data.map(|data| Memory::with_content(&data));
-        let audit = Audit::of(&bytes, data.as_ref())?;
+        let audit = case.audit(&bytes, data.as_ref())?;
         let active = audit.active()?;
         audit.check_raw(&active)?;
         let difference = world.active.difference(&active);

@@ -187,7 +187,8 @@ pub async fn open(disk: &Arc<Memory>, case: &Case) -> Result<Arc<Qcow2>, Error> 
     }
     let data = disk.second().map(|data| data.child());
     let opening = Qcow2::open(disk.child(), options).await?;
-    opening.with_data_file(data).finish(None).await
+    let base = case.base.as_ref().map(|base| base.child());
+    opening.with_data_file(data).finish(base).await
 }
 
 impl Runner {
@@ -209,7 +210,7 @@ impl Runner {
         }
         let world = World {
             snapshots: Vec::new(),
-            active: Arc::new(Content::new(case.size)),
+            active: Arc::new(case.empty()),
         };
         Runner::resume(&disk, case, world, 1).await
     }

@@ -8,7 +8,6 @@ use std::task::Poll;
 use futures_util::future::{join, join_all};
 
 use super::{Done, Forced, Kind, Moment, Problem, Runner, Snapshot, World, text};
-use crate::crashlab::audit::Audit;
 use crate::crashlab::content::{Content, SECTOR, Versions, stamp};
 use crate::crashlab::script::Op;
 use crate::driver::{
@@ -200,7 +199,7 @@ impl Runner {
         possible: &Versions,
     ) -> std::result::Result<(), Problem> {
         let bytes = self.disk.content();
-        let audit = Audit::new(&bytes)?;
+        let audit = self.case.audit(&bytes, None)?;
         let found = audit.snapshots().iter().find(|s| s.id == info.id);
         let content = audit.content(found.ok_or("the snapshot is not in the file")?)?;
         possible.violation(&content).map_or(Ok(()), Err)?;

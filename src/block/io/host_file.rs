@@ -211,17 +211,28 @@ impl HostFile {
 
     /// Shares from `offset` on what `from` holds, if the file system can. See [`cannot_share`].
     pub(crate) async fn share(&self, offset: u64, from: HostRange) -> io::Result<()> {
-        if self.context.witness().is_some() {
-            // A witness is to see what is written.
-            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
-        }
         let _changing = self.inline_writes.as_ref().map(InlineWrites::changing);
-        let file = self.file.clone();
-        let share = move || {
-            let range = (from.offset(), from.len());
-            sys::clone_range(from.file(), range, file.as_fd(), offset)
+        let (file, deed) = (self.file.clone(), self.change_of(offset, from.len()));
+        let is_witnessed = self.context.witness().is_some();
+        let share = move || match is_witnessed {
+            // What a witness sees is the same in all file systems, as if all of them could share.
+            true => {
+                let data = from.content()?.into();
+                let (done, durable) = (0, false);
+                let work = Work::Write {
+                    offset,
+                    data,
+                    done,
+                    durable,
+                };
+                Operation::new(file, work).run()
+            }
+            false => {
+                let range = (from.offset(), from.len());
+                sys::clone_range(from.file(), range, file.as_fd(), offset)
+            }
         };
-        self.context.call(share).await
+        self.context.act(deed, share).await
     }
 
     /// Sets the size.

@@ -1,7 +1,10 @@
 //! Ranges of files of the host: what a file system can share between files instead of copying it.
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+
+use super::witness::Handle;
 
 /// Bytes that lie in a regular file of the host as they are. It keeps the file open, and nothing else: what the bytes are, and that nobody
 /// changes them, is between those who pass it on.
@@ -52,13 +55,8 @@ impl HostRange {
         self.file.as_fd()
     }
 
-    /// What is there now.
-    #[cfg(test)]
-    pub(crate) fn content(&self) -> std::io::Result<Vec<u8>> {
-        use std::os::unix::fs::FileExt;
-        let file = std::fs::File::from(self.file.try_clone()?);
-        let mut bytes = vec![0; self.len as usize];
-        file.read_exact_at(&mut bytes, self.offset)?;
-        Ok(bytes)
+    /// What is there now. The file must be open without `O_DIRECT`.
+    pub(crate) fn content(&self) -> io::Result<Vec<u8>> {
+        Handle(self.file.clone()).read(self.offset, self.len as usize)
     }
 }

@@ -21,7 +21,7 @@ use super::script::{DISK_BYTES, DISKS, Op, Script, There};
 use super::state::clear;
 use super::tape::{Fault, Tape};
 use super::tests::setting;
-use crate::daemon::testing::{execute, without_children};
+use crate::daemon::testing::{self, execute, without_children};
 use crate::journal::Outcome;
 
 /// A command that is tried.
@@ -128,6 +128,45 @@ fn transactions() -> Vec<Case> {
     ]
 }
 
+/// Images that are made by jobs.
+fn creations() -> Vec<Case> {
+    vec![
+        Case {
+            command: "blockdev-create",
+            reverted: 0,
+            arguments: |place| {
+                json!({"job-id": "c", "options":
+                    {"driver": "file", "filename": file(place, "made"), "size": 65536}})
+            },
+            before: nothing,
+        },
+        // What is there comes back.
+        Case {
+            command: "blockdev-create",
+            reverted: 0,
+            arguments: |place| {
+                json!({"job-id": "c", "options":
+                    {"driver": "file", "filename": file(place, "there"), "size": 65536}})
+            },
+            before: nothing,
+        },
+        Case {
+            command: "blockdev-create",
+            reverted: 0,
+            arguments: |_| {
+                json!({"job-id": "c", "options":
+                    {"driver": "qcow2", "file": "plain", "size": 65536}})
+            },
+            before: |place| {
+                vec![(
+                    "blockdev-add",
+                    json!({"driver": "file", "node-name": "plain", "filename": file(place, "empty-file")}),
+                )]
+            },
+        },
+    ]
+}
+
 /// Commands that are transactions of one action, and others that change the graph.
 fn single_commands() -> Vec<Case> {
     vec![
@@ -201,8 +240,8 @@ impl<'p> Trial<'p> {
         for (name, there) in OTHERS {
             fs::write(place.images.join(name), there.bytes().unwrap()).unwrap();
         }
+        fs::write(place.images.join("empty-file"), b"").unwrap();
         for (name, backing) in [("empty", None), ("top", None), ("over", Some("empty"))] {
-            let backing = backing.map(|name| place.filename(name));
             runner.make_image(name, backing).await?;
         }
         let trial = Trial {
@@ -220,7 +259,13 @@ impl<'p> Trial<'p> {
     /// Runs the command while guests write. Answers what it answers, and what they have written.
     async fn run(&self, case: &Case) -> (Result<Value, QmpError>, Vec<Vec<Written>>) {
         let arguments = (case.arguments)(self.place);
-        let command = execute(&self.runner.cx, case.command, arguments);
+        let command = async {
+            let answer = execute(&self.runner.cx, case.command, arguments).await?;
+            match case.command {
+                "blockdev-create" => self.until_concluded("c").await,
+                _ => Ok(answer),
+            }
+        };
         let edges = self.runner.edges().await;
         guests::beside(command, edges, &self.tape, 1).await
     }
@@ -236,6 +281,24 @@ impl<'p> Trial<'p> {
             }
         }
         Ok(())
+    }
+
+    /// Waits for a job that waits for being dismissed then; its error is the command's.
+    async fn until_concluded(&self, id: &str) -> Result<Value, QmpError> {
+        let cx = &self.runner.cx;
+        loop {
+            let jobs = execute(cx, "query-jobs", json!({})).await?;
+            let jobs = jobs.as_array().unwrap();
+            let job = jobs.iter().find(|job| job["id"] == id).unwrap();
+            if job["status"] == "concluded" {
+                execute(cx, "job-dismiss", json!({"id": id})).await?;
+                return match job["error"].as_str() {
+                    Some(error) => Err(QmpError::generic(error)),
+                    None => Ok(Value::Null),
+                };
+            }
+            testing::a_moment().await;
+        }
     }
 
     /// All that a failure may not change.
@@ -428,7 +491,8 @@ fn whatever_fails_once_a_command_has_happened_or_has_changed_nothing() {
     println!("QBLOCKD_CRASH_SEED={seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let place = Place::new();
-    for case in transactions().into_iter().chain(single_commands()) {
+    let cases = [transactions(), single_commands(), creations()];
+    for case in cases.into_iter().flatten() {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .start_paused(true)

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use block::crashlab::audit::Audit;
-use block::crashlab::content::Versions;
+use block::crashlab::content::{Content, Versions};
 use block::crashlab::states::{Effort, State, epochs, whole_sectors};
 use block::io::IoContext;
 use block::protocols::memory::{Memory, Record};
@@ -363,6 +363,10 @@ fn observe_as(
                     return Err(format!("the backup {name}: {difference}"));
                 }
             }
+            Other::Empty => {
+                let is_empty = looks_empty(&bytes);
+                is_empty.map_err(|problem| format!("{name}: {problem}"))?;
+            }
             Other::Bytes(_) | Other::Target { content: None } => {}
         }
     }
@@ -382,6 +386,18 @@ fn check_guest(written: &[Written], shown: u8, state: &State) -> Result<(), Prob
             "its guest finds {shown}, had {flushed} durable, and had sent {sent}"
         )),
     }
+}
+
+/// Whether an image is sound, shows nothing of its own and has no snapshots.
+fn looks_empty(bytes: &[u8]) -> Result<(), Problem> {
+    let audit = Audit::new(bytes)?;
+    let dangers = audit.verdict()?.dangers;
+    if !dangers.is_empty() || !audit.snapshots().is_empty() {
+        let names = audit.snapshots().len();
+        return Err(format!("{names} snapshots, {}", dangers.join(", ")));
+    }
+    let nothing = Content::new(DISK_BYTES);
+    nothing.difference(&audit.active()?).map_or(Ok(()), Err)
 }
 
 /// Looks at all images of a disk: they are sound, and hold what they must. Answers what exactly they hold, and the byte of the disk's

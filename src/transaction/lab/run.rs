@@ -16,12 +16,14 @@ use block::open::{
     Aio, DiscardMode, DriverOptions, Existing, FileOptions, Locking, NewContent, NewImage,
     NodeOptions, NodeRef, Opener, Qcow2Options, create_image, open,
 };
+use serde_json::json;
 use tempfile::TempDir;
 
 use super::Problem;
 use super::guests::{self, Written};
 use super::script::{
-    Act, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, World,
+    Act, Copying, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, There,
+    World, image_name,
 };
 use super::tape::Tape;
 use crate::daemon::{Control, Cx, StopCause, testing};
@@ -114,6 +116,27 @@ struct Job {
     content: Option<Arc<Content>>,
 }
 
+/// Makes an image besides, over one that is there.
+async fn make_image(
+    io: &IoContext,
+    place: &Place,
+    name: &str,
+    base: Option<&str>,
+) -> Result<(), Problem> {
+    let mut options = CreateOptions::new(DISK_BYTES);
+    options.backing = BackingFile {
+        name: base.map(|base| place.filename(base)),
+        format: base.map(|_| "qcow2".to_owned()),
+    };
+    let image = NewImage {
+        filename: place.filename(name),
+        content: NewContent::Qcow2(Box::new(options)),
+    };
+    let made = create_image(io, &image, Existing::Keep).await;
+    made.map_err(text)?.keep();
+    Ok(())
+}
+
 /// The name of a disk's drive.
 pub(super) fn drive(disk: usize) -> String {
     format!("d{disk}")
@@ -147,11 +170,11 @@ impl<'p> Runner<'p> {
             let mut chain = Vec::new();
             let count = 1 + usize::from(script.has_overlay[disk]);
             for nth in 0..count {
-                let file = format!("disk{disk}-{nth}");
+                let file = image_name(disk, nth);
                 let mut options = script.images[disk].clone();
                 if nth > 0 {
                     options.backing = BackingFile {
-                        name: Some(place.filename(&format!("disk{disk}-{}", nth - 1))),
+                        name: Some(place.filename(&image_name(disk, nth - 1))),
                         format: Some("qcow2".to_owned()),
                     };
                 }
@@ -176,6 +199,10 @@ impl<'p> Runner<'p> {
                 others.insert(name.clone(), Other::Bytes(bytes));
             }
         }
+        for (name, base) in script.nodes() {
+            make_image(&io, place, &name, base.as_deref()).await?;
+            others.insert(name, Other::Empty);
+        }
         let mut runner = Runner::resume(place, tape, World { disks, others }, 1).await?;
         runner.has_guests = script.has_guests;
         for disk in 0..DISKS {
@@ -184,25 +211,10 @@ impl<'p> Runner<'p> {
         Ok(runner)
     }
 
-    /// Makes an image besides.
-    pub(super) async fn make_image(
-        &self,
-        name: &str,
-        backing: Option<String>,
-    ) -> Result<(), Problem> {
-        let mut options = CreateOptions::new(DISK_BYTES);
-        options.backing = BackingFile {
-            format: backing.as_ref().map(|_| "qcow2".to_owned()),
-            name: backing,
-        };
-        let image = NewImage {
-            filename: self.place.filename(name),
-            content: NewContent::Qcow2(Box::new(options)),
-        };
+    /// Makes an image besides, over one that is there.
+    pub(super) async fn make_image(&self, name: &str, base: Option<&str>) -> Result<(), Problem> {
         let io = IoContext::witnessed(self.tape.clone());
-        let made = create_image(&io, &image, Existing::Keep).await;
-        made.map_err(text)?.keep();
-        Ok(())
+        make_image(&io, self.place, name, base).await
     }
 
     /// A daemon with images that are there.
@@ -370,6 +382,13 @@ impl<'p> Runner<'p> {
             self.next += 1;
             planned.add(act.clone(), self.place, format!("s{}", self.next));
         }
+        for act in acts {
+            if let Act::External(_, file) | Act::Backup(_, _, file) = act
+                && file.there == There::Image
+            {
+                self.add_node(&file.name).await?;
+            }
+        }
         let fails = acts.contains(&Act::Abort);
         let actions = std::mem::take(&mut planned.actions);
         let cx = self.cx.clone();
@@ -395,6 +414,14 @@ impl<'p> Runner<'p> {
         self.world = planned.world;
         self.jobs = planned.jobs;
         Ok((planned.durable, planned.at_once))
+    }
+
+    /// Adds an image as a node of its name.
+    async fn add_node(&self, name: &str) -> Result<(), Problem> {
+        let file = json!({"driver": "file", "filename": self.place.filename(name)});
+        let node = json!({"driver": "qcow2", "node-name": name, "file": file, "backing": null});
+        let added = testing::execute(&self.cx, "blockdev-add", node).await;
+        added.map(drop).map_err(|error| error.desc)
     }
 
     /// Waits for the jobs of the last transaction.
@@ -498,8 +525,8 @@ impl Planned {
                     self.internal(disk, Operation::Revert(which));
                 }
             }
-            Act::External(disk, NewFile { name, .. }) => self.external(disk, name, place),
-            Act::Backup(disk, sync, NewFile { name, .. }) => self.backup(disk, sync, name, place),
+            Act::External(disk, file) => self.external(disk, file, place),
+            Act::Backup(disk, copying, file) => self.backup(disk, copying, file, place),
             Act::Abort => self.actions.push(Box::new(Abort)),
         }
     }
@@ -521,15 +548,17 @@ impl Planned {
         Some((nth, which))
     }
 
-    fn external(&mut self, disk: usize, name: String, place: &Place) {
+    fn external(&mut self, disk: usize, NewFile { name, there }: NewFile, place: &Place) {
         self.world.others.remove(&name);
-        let file = OverlayFile {
-            filename: place.filename(&name),
-            node_name: None,
-            format: "qcow2".to_owned(),
-            is_there: false,
+        let overlay = match there {
+            There::Image => Overlay::Node(name.clone()),
+            _ => Overlay::File(OverlayFile {
+                filename: place.filename(&name),
+                node_name: None,
+                format: "qcow2".to_owned(),
+                is_there: false,
+            }),
         };
-        let overlay = Overlay::File(file);
         let action = ExternalSnapshot::new(Some(drive(disk)), None, overlay);
         self.actions.push(Box::new(action));
         let content = self.world.disks[disk].top().content.clone();
@@ -542,7 +571,13 @@ impl Planned {
         self.covered[disk] = true;
     }
 
-    fn backup(&mut self, disk: usize, sync: SyncMode, name: String, place: &Place) {
+    fn backup(
+        &mut self,
+        disk: usize,
+        Copying { sync, shares }: Copying,
+        NewFile { name, there }: NewFile,
+        place: &Place,
+    ) {
         let content = None;
         let target = Other::Target { content };
         self.world.others.insert(name.clone(), target);
@@ -557,14 +592,17 @@ impl Planned {
             is_endless: sync == SyncMode::None,
             content: is_whole.then_some(source),
         });
-        let target = FileTarget::new(
-            place.filename(&name),
-            Some("qcow2".to_owned()),
-            TargetMode::AbsolutePaths,
-        );
+        let target = match there {
+            There::Image => BackupTarget::Node(name.clone()),
+            _ => BackupTarget::File(FileTarget::new(
+                place.filename(&name),
+                Some("qcow2".to_owned()),
+                TargetMode::AbsolutePaths,
+            )),
+        };
         let action = BackupAction::new(BackupOptions {
             device: drive(disk),
-            target: BackupTarget::File(target),
+            target,
             sync,
             job_id: Some(name),
             speed: 0,
@@ -574,7 +612,10 @@ impl Planned {
             auto_finalize: true,
             auto_dismiss: true,
             filter_node_name: None,
-            perf: BackupPerf::default(),
+            perf: BackupPerf {
+                use_copy_range: Some(shares),
+                ..BackupPerf::default()
+            },
         });
         self.actions.push(Box::new(action));
     }

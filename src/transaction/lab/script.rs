@@ -18,6 +18,11 @@ pub(super) const DEVICE_BYTES: usize = 2 << 20;
 /// The longest guest write.
 pub(super) const LONGEST_WRITE: u64 = 6 << 10;
 
+/// The images that a disk begins with, by their place in its chain.
+pub(super) fn image_name(disk: usize, level: usize) -> String {
+    format!("disk{disk}-{level}")
+}
+
 /// What somebody else has put where a file is to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum There {
@@ -26,6 +31,8 @@ pub(super) enum There {
     Bytes,
     /// A block device with something in front.
     Device,
+    /// An image, which is added as a node and named by that.
+    Image,
 }
 
 /// A file that a transaction makes.
@@ -35,6 +42,14 @@ pub(super) struct NewFile {
     pub(super) there: There,
 }
 
+/// How a disk is copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Copying {
+    pub(super) sync: SyncMode,
+    /// Bytes are shared where that is possible.
+    pub(super) shares: bool,
+}
+
 /// An action of a transaction. Numbers of snapshots count modulo those of the topmost image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Act {
@@ -42,7 +57,7 @@ pub(super) enum Act {
     Delete(usize, usize),
     Revert(usize, usize),
     External(usize, NewFile),
-    Backup(usize, SyncMode, NewFile),
+    Backup(usize, Copying, NewFile),
     /// Makes the transaction fail.
     Abort,
 }
@@ -137,11 +152,12 @@ fn write(random: &mut fastrand::Rng) -> Op {
 /// The actions of the transaction that is the operation `nth`.
 fn acts(random: &mut fastrand::Rng, nth: usize) -> Vec<Act> {
     let file = |random: &mut fastrand::Rng, act: usize| {
-        let there = match random.u8(..5) {
+        let there = match random.u8(..7) {
             0 | 1 => There::Nothing,
             2 => There::Empty,
             3 => There::Bytes,
-            _ => There::Device,
+            4 => There::Device,
+            _ => There::Image,
         };
         let prefix = match there {
             There::Device => DEVICE,
@@ -176,7 +192,8 @@ fn acts(random: &mut fastrand::Rng, nth: usize) -> Vec<Act> {
             _ => {
                 backed_up[disk] = true;
                 let sync = [SyncMode::Full, SyncMode::Top, SyncMode::None][random.usize(..3)];
-                Act::Backup(disk, sync, file(random, act))
+                let shares = random.bool();
+                Act::Backup(disk, Copying { sync, shares }, file(random, act))
             }
         });
     }
@@ -224,6 +241,8 @@ impl Disk {
 pub(super) enum Other {
     /// With these bytes.
     Bytes(Vec<u8>),
+    /// An image that shows nothing of its own and has no snapshots.
+    Empty,
     /// The target of a backup.
     Target {
         /// What it shows when the backup has ended; before that anything.
@@ -241,7 +260,7 @@ pub(super) struct World {
 impl There {
     pub(super) fn bytes(self) -> Option<Vec<u8>> {
         match self {
-            There::Nothing => None,
+            There::Nothing | There::Image => None,
             There::Empty => Some(Vec::new()),
             There::Bytes => Some(b"of somebody else".repeat(100)),
             There::Device => {
@@ -254,6 +273,40 @@ impl There {
 }
 
 impl Script {
+    /// The images that transactions are to find as nodes, and what each stands on when it becomes an overlay.
+    pub(super) fn nodes(&self) -> Vec<(String, Option<String>)> {
+        let mut tops = [0, 1, 2].map(|disk: usize| Script::first_top(self, disk));
+        let mut nodes = Vec::new();
+        for op in &self.ops {
+            let Op::Transaction(acts) = op else {
+                continue;
+            };
+            let mut after = tops.clone();
+            for act in acts {
+                let (file, base) = match act {
+                    Act::External(disk, file) => {
+                        let top = &mut after[*disk];
+                        (file, Some(std::mem::replace(top, file.name.clone())))
+                    }
+                    Act::Backup(_, _, file) => (file, None),
+                    _ => continue,
+                };
+                if file.there == There::Image {
+                    nodes.push((file.name.clone(), base));
+                }
+            }
+            if !acts.contains(&Act::Abort) {
+                tops = after;
+            }
+        }
+        nodes
+    }
+
+    /// The topmost image that a disk begins with.
+    fn first_top(&self, disk: usize) -> String {
+        image_name(disk, usize::from(self.has_overlay[disk]))
+    }
+
     /// The files that transactions make.
     pub(super) fn files(&self) -> impl Iterator<Item = &NewFile> {
         let acts = self.ops.iter().flat_map(|op| match op {

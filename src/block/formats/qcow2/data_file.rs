@@ -26,6 +26,7 @@ use super::subclusters::{State, Subclusters, mask};
 use crate::driver::{BlockStatus, Child, Preallocation, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::HostBytes;
+use crate::io::lock_for_a_moment;
 use crate::units::{ClusterIndex, HostOffset};
 
 /// The file that holds the guest's data.
@@ -181,7 +182,7 @@ impl Image {
     /// their range lock.
     pub(super) async fn reserve_data(&self, first: GuestCluster, want: u64) -> Result<Reserved> {
         if !self.data.is_external() {
-            return self.alloc.lock().await.allocate(want).await;
+            return lock_for_a_moment(&self.alloc).await.allocate(want).await;
         }
         let run = Run {
             start: ClusterIndex(first.0),

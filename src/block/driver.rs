@@ -31,6 +31,8 @@ pub struct RequestLimits {
 pub struct WriteFlags {
     /// The data, and the metadata needed to find it, are durable before the answer.
     pub fua: bool,
+    /// A hint: so many bytes directly behind these are about to be written too, and space may be taken for all of them at once.
+    pub ahead: u64,
 }
 
 /// How zeroes are written.

@@ -56,6 +56,7 @@ impl Inner {
         let behaviour = self.behaviour();
         let flags = WriteFlags {
             fua: flags.fua || behaviour.cache.writethrough,
+            ..flags
         };
         if behaviour.detect_zeroes != DetectZeroes::Off && data.reads_as_zeroes() {
             let flags = ZeroFlags {

@@ -1,6 +1,7 @@
 //! A file or block device of the host, with asynchronous operations on it.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -67,6 +68,8 @@ pub struct HostFile {
     nowait_writes: AtomicBool,
     /// For writes to the page cache of which the kernel cannot tell; `None` for direct I/O.
     inline_writes: Option<InlineWrites>,
+    /// Whether writes are quicker where space was taken before: see [`HostFile::make_room`].
+    wants_room: AtomicBool,
 }
 
 impl HostFile {
@@ -98,6 +101,7 @@ impl HostFile {
             nowait_reads: AtomicBool::new(inline),
             nowait_writes: AtomicBool::new(inline),
             inline_writes: inline.then(InlineWrites::new),
+            wants_room: AtomicBool::new(inline && mode.writable && facts.counts_blocks),
         })
     }
 
@@ -202,6 +206,28 @@ impl HostFile {
     /// Reserves space for a range; bytes that were there stay. The file grows if needed.
     pub(crate) async fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
         self.fallocate(FallocateFlags::empty(), offset, len).await
+    }
+
+    /// Takes space for a range that is about to be written, by a thread that copies disks. What is read there stays, and so does the
+    /// size. Nothing happens where that does not make the writes quicker; nor if it fails, as the writes answer for themselves.
+    pub(crate) fn make_room(&self, range: Range<u64>) {
+        if !inline::may_wait() || !self.wants_room.load(Ordering::Relaxed) {
+            return;
+        }
+        let len = range.end - range.start;
+        let take = || {
+            rustix::fs::fallocate(&*self.file, FallocateFlags::KEEP_SIZE, range.start, len)?;
+            Ok(())
+        };
+        // It waits for what a write waits for.
+        let taken = self.inline_writes.as_ref();
+        match taken.and_then(|writes| writes.run(range.start, 0, take)) {
+            Some(Err(error)) if is_unsupported(&error) => {
+                self.wants_room.store(false, Ordering::Relaxed);
+            }
+            Some(Err(error)) => log::debug!("no room for {len} bytes: {error}"),
+            Some(Ok(())) | None => {}
+        }
     }
 
     /// These bytes, for whoever may share them.
@@ -370,7 +396,12 @@ struct Facts {
     identity: FileIdentity,
     alignment: u32,
     memory_alignment: u32,
+    /// The file system keeps books for each block of a file.
+    counts_blocks: bool,
 }
+
+/// The number by which ext2, ext3 and ext4 tell who they are.
+const EXT_MAGIC: u64 = 0xef53;
 
 fn open_file(path: &Path, mode: OpenMode) -> io::Result<(OwnedFd, Facts)> {
     let mut flags = OFlags::CLOEXEC;
@@ -415,6 +446,8 @@ fn open_file(path: &Path, mode: OpenMode) -> io::Result<(OwnedFd, Facts)> {
         identity,
         alignment,
         memory_alignment,
+        counts_blocks: kind == FileKind::Regular
+            && rustix::fs::fstatfs(&file).is_ok_and(|fs| fs.f_type as u64 == EXT_MAGIC),
     };
     Ok((file, facts))
 }

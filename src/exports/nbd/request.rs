@@ -173,7 +173,13 @@ impl<'n> Running<'n> {
                 node.read(offset, length).await.map(Outcome::Data)
             })),
             Command::Read => Call::Read(node.read(offset, length)),
-            Command::Write => Call::Unit(node.write(offset, payload, WriteFlags { fua: durable })),
+            Command::Write => {
+                let flags = WriteFlags {
+                    fua: durable,
+                    ..WriteFlags::default()
+                };
+                Call::Unit(node.write(offset, payload, flags))
+            }
             Command::WriteZeroes => {
                 let flags = ZeroFlags {
                     may_unmap: !request.has(NBD_CMD_FLAG_NO_HOLE),

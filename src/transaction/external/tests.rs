@@ -263,7 +263,10 @@ async fn what_guests_write_to_an_overlay_of_a_transaction_that_fails_is_written_
     let mut fua = edge.write(
         MIB - 4096,
         Data::from(vec![3; 4096]),
-        WriteFlags { fua: true },
+        WriteFlags {
+            fua: true,
+            ..WriteFlags::default()
+        },
     );
     assert!((&mut fua).now_or_never().is_none());
     log.note(GO_ON.to_owned());

@@ -50,7 +50,14 @@ impl Request {
         match self.op {
             Op::Write { fua, .. } => {
                 let bytes = stamp(self.at, self.len, self.number);
-                driver.write(self.at, bytes.into(), WriteFlags { fua })
+                driver.write(
+                    self.at,
+                    bytes.into(),
+                    WriteFlags {
+                        fua,
+                        ..WriteFlags::default()
+                    },
+                )
             }
             Op::Zero { unmap, .. } => {
                 let flags = ZeroFlags {

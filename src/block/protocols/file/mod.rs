@@ -3,12 +3,14 @@
 //! * `locks`: the byte-range locks that QEMU uses, so that each refuses the other's open images
 //! * `extents`: where data and holes are, remembered
 //! * `reopen`: the same file, opened otherwise
+//! * `room`: space that is taken before it is written
 //! * `zero`: zeroes and discards by the cheapest means that the file system has
 
 mod claims;
 mod extents;
 mod locks;
 mod reopen;
+mod room;
 mod zero;
 
 use std::io;
@@ -53,6 +55,8 @@ pub struct File {
     /// The errno of a failed flush: the kernel has dropped the dirty pages then, and a later flush that
     /// succeeds would hide the loss.
     flush_error: AtomicI32,
+    /// Up to where space was taken for a file that grows; behind its end what nobody has written.
+    room: AtomicU64,
 }
 
 /// How a file is open.
@@ -123,6 +127,7 @@ impl File {
             extents: Extents::default(),
             zero: ZeroSupport::default(),
             flush_error: AtomicI32::new(0),
+            room: AtomicU64::new(0),
         })
     }
 
@@ -188,6 +193,7 @@ impl File {
         }
         let _changing = self.extents.change(Change::Filled, offset..end);
         let open = self.present();
+        self.make_room(&open, offset..end, flags.ahead);
         let durable = flags.fua && !open.no_flush;
         let written = open.host.write(offset, data, durable).await;
         written.map_err(self.failed("write"))?;
@@ -443,6 +449,7 @@ impl Driver for File {
                 true => Ok(()),
                 false => self.do_flush().await,
             };
+            self.give_back_room().await;
             // Now, and not with the last handle: the next to open the image need not wait for that.
             self.holding.close();
             flushed

@@ -82,9 +82,16 @@ async fn run_model(aio: Aio, access: FileAccess, seed: u64) {
             0..=2 => {
                 let data = payload(step as u8, len, unit);
                 let fua = random.u8(..20) == 0;
-                file.write(at, data.clone(), WriteFlags { fua })
-                    .await
-                    .unwrap();
+                file.write(
+                    at,
+                    data.clone(),
+                    WriteFlags {
+                        fua,
+                        ..WriteFlags::default()
+                    },
+                )
+                .await
+                .unwrap();
                 Some(data.to_bytes().to_vec())
             }
             3 => {
@@ -566,4 +573,97 @@ async fn a_short_write_needs_no_thread_of_the_pool_where_it_may_be_inline() {
     drop(release);
     let read = file.read(64 << 10, 64 << 10).await.unwrap();
     assert_eq!(read.to_bytes(), vec![7; 64 << 10]);
+}
+
+/// Runs on a thread that copies disks.
+fn copying<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    let thread = std::thread::spawn(|| {
+        crate::io::allow_inline_writes(crate::io::InlineThread::Copies);
+        let runtime = tokio::runtime::Builder::new_current_thread().build();
+        runtime.unwrap().block_on(work)
+    });
+    thread.join().unwrap()
+}
+
+/// Whether space is taken ahead of writes there: on ext4, and nowhere else.
+fn takes_room(path: &Path) -> bool {
+    let file = std::fs::File::open(path).unwrap();
+    rustix::fs::fstatfs(file).unwrap().f_type as u64 == 0xef53
+}
+
+#[test]
+fn a_file_that_a_copy_makes_grow_has_space_ahead_until_it_is_closed() {
+    const PIECE: u64 = 256 << 10;
+    let dir = scratch();
+    let path = create(&dir, 0);
+    let used = |file: &File| file.info().actual_size.unwrap();
+    let (file, beside) = (path.clone(), path.clone());
+    copying(async move {
+        let file = open(&file, Aio::Threads, FileAccess::default()).await;
+        for piece in 0..8 {
+            let data = Data::from(vec![piece as u8 + 1; PIECE as usize]);
+            let flags = WriteFlags::default();
+            file.write(piece * PIECE, data, flags).await.unwrap();
+        }
+        assert_eq!(file.size(), 8 * PIECE);
+        if takes_room(&beside) {
+            assert!(used(&file) >= crate::limits::GROWTH_ROOM);
+        }
+        file.close().await.unwrap();
+        assert!(used(&file) < 9 * PIECE, "{} bytes are left", used(&file));
+    });
+    let bytes = std::fs::read(path).unwrap();
+    assert_eq!(bytes.len() as u64, 8 * PIECE);
+    let is_right = |(at, byte): (usize, &u8)| u64::from(*byte) == at as u64 / PIECE + 1;
+    assert!(bytes.iter().enumerate().all(is_right));
+}
+
+#[test]
+fn space_ahead_of_a_write_reads_as_before_and_can_be_given_back() {
+    const PIECE: u64 = 64 << 10;
+    let dir = scratch();
+    let path = create(&dir, 64 * PIECE);
+    copying(async move {
+        let file = open(&path, Aio::Threads, FileAccess::default()).await;
+        let write = async |at: u64, ahead| {
+            let flags = WriteFlags {
+                ahead,
+                ..WriteFlags::default()
+            };
+            let data = Data::from(vec![7; PIECE as usize]);
+            file.write(at * PIECE, data, flags).await.unwrap();
+        };
+        write(9, 0).await;
+        write(0, 31 * PIECE).await;
+        let used = || file.info().actual_size.unwrap() / PIECE;
+        if takes_room(&path) {
+            assert!((32..34).contains(&used()), "{}", used());
+        }
+        let byte = |at| if at == 0 || at == 9 { 7 } else { 0 };
+        // First: what has been read counts as data.
+        for at in 0..64 {
+            let status = file.block_status(at * PIECE, PIECE).await.unwrap();
+            assert_eq!(status.zero, byte(at) == 0, "piece {at}");
+        }
+        for at in 0..64 {
+            let data = file.read(at * PIECE, PIECE).await.unwrap();
+            assert_eq!(
+                data.to_bytes(),
+                vec![byte(at); PIECE as usize],
+                "piece {at}"
+            );
+        }
+        let flags = ZeroFlags {
+            may_unmap: true,
+            ..ZeroFlags::default()
+        };
+        file.write_zeroes(10 * PIECE, 22 * PIECE, flags)
+            .await
+            .unwrap();
+        assert!(used() < 12, "{}", used());
+        // Behind the end of the file there is nothing to be taken for a write inside of it.
+        write(63, u64::MAX).await;
+        assert_eq!(file.size(), 64 * PIECE);
+        file.close().await.unwrap();
+    });
 }

@@ -266,6 +266,7 @@ impl Run {
         let bytes = pattern(at, len as usize, self.next_stamp());
         let flags = WriteFlags {
             fua: self.random.u8(..16) == 0,
+            ..WriteFlags::default()
         };
         self.driver
             .write(at, bytes.clone().into(), flags)

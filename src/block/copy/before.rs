@@ -109,7 +109,7 @@ async fn copy(shared: &Shared, claim: Claim, room: OwnedSemaphorePermit) -> Resu
     }
     let data = shared.reader().read(offset, len).await?;
     if shared.options.sync == SyncMode::None {
-        let written = shared.put(offset, data).await;
+        let written = shared.put(offset, data, 0).await;
         shared.note_target(&written);
         written?;
         shared.add_done(len);

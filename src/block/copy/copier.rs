@@ -12,13 +12,14 @@ use tokio::time::Instant;
 
 use super::before::BeforeChange;
 use super::crew::Crew;
+use super::learnt::Holes;
 use super::map::{Claim, Map};
-use super::plan::{AtOnce, Piece, Plan};
+use super::plan::{AtOnce, Content, Piece, Plan};
 use super::shared::{Kept, Mode, Shared};
 use super::{CopyHooks, CopyOptions, OnCopyError, PointInTime, Progress, Side, Source, SyncMode};
 use crate::driver::Requests;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::Data;
+use crate::io::{Data, Segment, lock_for_a_moment};
 use crate::limits::{
     COPY_BACKGROUND_BYTES, COPY_CHUNK, COPY_CLUSTER, COPY_FLUSH_BYTES, COPY_MAX_CLUSTER,
     COPY_QUICK_CHUNK, COPY_QUICK_PIECES, COPY_RETRY_PAUSE,
@@ -285,36 +286,39 @@ impl Run {
     async fn work(&self) -> Shift {
         loop {
             let pieces = {
-                let mut plan = self.plan.lock().await;
+                let mut plan = lock_for_a_moment(&self.plan).await;
                 let at_once = self.at_once();
                 self.shared.next_pieces(&mut plan, at_once).await
             };
             if pieces.is_empty() {
                 return Shift::Done;
             }
-            for piece in pieces {
-                self.copy(piece).await;
-            }
+            self.copy(pieces).await;
             if self.crew.leave() {
                 return Shift::Left;
             }
         }
     }
 
-    async fn copy(&self, piece: Piece) {
-        let bytes = piece.bytes.end - piece.bytes.start;
+    async fn copy(&self, pieces: Vec<Piece>) {
         let mut turn = Turn::new(&*self.hooks);
-        turn.work(if piece.zero { 0 } else { bytes }).await;
-        // While the copy is paused guests' old content may take as long as that: nobody is at work who waits for it.
-        while self.is_behind() {
-            turn.rest();
-            self.after_guests().await;
-            turn.work(0).await;
+        turn.work(pieces.iter().map(|piece| piece.data).sum()).await;
+        for piece in pieces {
+            if self.shared.check().is_err() {
+                return;
+            }
+            // While the copy is paused guests' old content may take as long as that: nobody is at work who waits for it.
+            while self.is_behind() {
+                turn.rest();
+                self.after_guests().await;
+                turn.work(0).await;
+            }
+            match piece.content {
+                Content::Zero => self.copy_zeroes(&mut turn, piece).await,
+                Content::Data | Content::Mixed => self.copy_data(&mut turn, piece).await,
+            }
         }
-        match piece.zero {
-            true => self.copy_zeroes(&mut turn, piece).await,
-            false => self.copy_data(&mut turn, piece).await,
-        }
+        self.hooks.progress(self.shared.progress());
     }
 
     /// What a worker takes on at once as long as it is as it is.
@@ -323,16 +327,19 @@ impl Run {
         if let Some(bytes) = self.shared.in_place.piece() {
             return AtOnce {
                 bytes,
+                data: bytes,
                 pieces: COPY_QUICK_PIECES,
             };
         }
         match self.crew.is_quick() {
             true => AtOnce {
                 bytes: self.chunk.min(COPY_QUICK_CHUNK.max(cluster)),
+                data: self.chunk,
                 pieces: COPY_QUICK_PIECES,
             },
             false => AtOnce {
                 bytes: self.chunk,
+                data: self.chunk,
                 pieces: 1,
             },
         }
@@ -364,12 +371,13 @@ impl Run {
             if self.shared.check().is_err() {
                 return;
             }
-            self.done(len);
+            self.shared.add_done(len);
         }
     }
 
     async fn copy_data(&self, turn: &mut Turn<'_>, piece: Piece) {
         let mut at_once = self.shared.in_place.piece();
+        let mut admitted = piece.data;
         loop {
             let most = at_once.unwrap_or(self.chunk);
             let Some(claim) = self.shared.claim(piece.bytes.clone(), most).await else {
@@ -386,11 +394,43 @@ impl Run {
             let Some(data) = self.read(turn, claim).await else {
                 return;
             };
-            self.write(Some(&mut *turn), offset, data).await;
+            if piece.content == Content::Mixed {
+                self.note_holes(&piece, offset, &data);
+                self.admit_more(turn, &mut admitted, &data).await;
+            }
+            let ahead = piece.room.saturating_sub(offset + data.len());
+            self.write(Some(&mut *turn), offset, data, ahead).await;
             if self.shared.check().is_err() {
                 return;
             }
         }
+    }
+
+    /// Whether the hole behind the data of a mixed piece was read as a hole.
+    fn note_holes(&self, piece: &Piece, offset: u64, data: &Data) {
+        let unit = self.shared.unit;
+        if piece.data == 0 || offset != piece.bytes.start || data.len() < piece.data + unit {
+            return;
+        }
+        let behind = data.slice(piece.data, unit);
+        if behind.is_known_zero() {
+            self.shared.learnt.set_holes(Holes::Kept);
+        } else if behind.reads_as_zeroes() {
+            self.shared.learnt.set_holes(Holes::Lost);
+        }
+    }
+
+    /// What was read from a mixed piece may be more data than the worker was let begin with.
+    async fn admit_more(&self, turn: &mut Turn<'_>, admitted: &mut u64, data: &Data) {
+        let bytes = |segment: &Segment| match segment {
+            Segment::Bytes(bytes) => bytes.len() as u64,
+            Segment::Zeroes(_) => 0,
+        };
+        let found = data.segments().iter().map(bytes).sum::<u64>();
+        if found > *admitted {
+            turn.work(found - *admitted).await;
+        }
+        *admitted = admitted.saturating_sub(found);
     }
 
     /// Has the target share what is claimed, which is pending again if that is not possible.
@@ -400,7 +440,7 @@ impl Run {
         }
         let len = claim.len();
         claim.taken();
-        self.done(len);
+        self.shared.add_done(len);
         self.shared.flush_to_share().await;
         true
     }
@@ -421,14 +461,14 @@ impl Run {
         }
     }
 
-    async fn write(&self, turn: Option<&mut Turn<'_>>, offset: u64, data: Data) {
+    async fn write(&self, turn: Option<&mut Turn<'_>>, offset: u64, data: Data, ahead: u64) {
         let len = data.len();
-        let put = || self.shared.put(offset, data.clone());
+        let put = || self.shared.put(offset, data.clone(), ahead);
         let begun = Instant::now();
         self.retried(turn, Side::Target, put).await;
         self.crew.note(begun.elapsed());
         if self.shared.check().is_ok() {
-            self.done(len);
+            self.shared.add_done(len);
             self.flush_behind(len);
         }
     }
@@ -451,11 +491,6 @@ impl Run {
         }
     }
 
-    fn done(&self, bytes: u64) {
-        self.shared.add_done(bytes);
-        self.hooks.progress(self.shared.progress());
-    }
-
     /// Gives the target what guests have left in memory. All at once: their memory bounds it. It goes on when the copy is paused.
     async fn take_kept(&self) {
         let mut writes = JoinSet::new();
@@ -473,8 +508,9 @@ impl Run {
 
     async fn write_kept(&self, kept: Kept) {
         let bytes = kept.data.len();
-        self.write(None, kept.offset, kept.data.clone()).await;
+        self.write(None, kept.offset, kept.data.clone(), 0).await;
         drop(kept);
+        self.hooks.progress(self.shared.progress());
         self.shared.kept_is_written(bytes);
     }
 

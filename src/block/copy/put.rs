@@ -7,23 +7,31 @@ use futures_util::future::try_join_all;
 use super::TargetContent;
 use super::shared::Shared;
 use crate::driver::{BoxFuture, WriteFlags, ZeroFlags};
-use crate::error::Result;
+use crate::error::{ErrorKind, Result};
 use crate::io::Data;
 
 impl Shared {
     /// Gives the target what belongs at `offset`, the start of a cluster.
-    pub(super) async fn put(&self, offset: u64, data: Data) -> Result<()> {
+    pub(super) async fn put(&self, offset: u64, data: Data, ahead: u64) -> Result<()> {
         let runs = runs(&data, self.unit);
         if let [(_, false)] = runs[..]
             && !self.options.compress
         {
-            return self.target.write(offset, data, WriteFlags::default()).await;
+            self.learnt.data(data.len());
+            let flags = WriteFlags {
+                ahead,
+                ..WriteFlags::default()
+            };
+            return self.target.write(offset, data, flags).await;
         }
         let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
         for (range, zero) in runs {
             let at = offset + range.start;
             let len = range.end - range.start;
             if zero {
+                if self.learnt.zeroes(at) {
+                    writes.push(self.give_back(at, len));
+                }
                 writes.push(Box::pin(self.put_zeroes(at, len)));
             } else if self.options.compress {
                 let part = data.slice(range.start, len);
@@ -44,6 +52,10 @@ impl Shared {
         let end = offset + len;
         let mut at = offset;
         while at < end {
+            if let Some(zero) = self.learnt.target_zero(at) {
+                at = zero;
+                continue;
+            }
             let status = self.target.block_status(at, end - at).await?;
             if !status.zero {
                 let flags = ZeroFlags {
@@ -55,6 +67,22 @@ impl Shared {
             at += status.len;
         }
         Ok(())
+    }
+
+    /// The target may have taken space for what turns out to be zeroes, and reads as zeroes there in any case.
+    fn give_back(&self, offset: u64, len: u64) -> BoxFuture<'_, Result<()>> {
+        let flags = ZeroFlags {
+            may_unmap: true,
+            no_fallback: true,
+            ..ZeroFlags::default()
+        };
+        Box::pin(async move {
+            let given = self.target.write_zeroes(offset, len, flags).await;
+            given.or_else(|error| match error.kind() {
+                ErrorKind::Unsupported => Ok(()),
+                _ => Err(error),
+            })
+        })
     }
 
     fn put_compressed<'a>(

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::in_place::InPlace;
+use super::learnt::Learnt;
 use super::map::{Claim, Map};
 use super::relief::Relief;
 use super::{CopyOptions, Progress, Source};
@@ -56,6 +57,7 @@ pub(super) struct Shared {
     /// Zeroes are looked for in pieces of this many bytes, a power of two.
     pub(super) unit: u64,
     pub(super) in_place: InPlace,
+    pub(super) learnt: Learnt,
     pub(super) relief: Relief,
     /// Where the content at the point in time is read: the source, or its snapshot.
     reader: RwLock<Arc<dyn Requests>>,
@@ -99,6 +101,8 @@ impl Shared {
         unit: u64,
     ) -> Self {
         let in_place = in_place(&options, map.cluster_size());
+        // A format knows by itself where its file grows.
+        let learnt = Learnt::new(options.target_cluster.is_none() && !options.compress);
         let memory = options.guest_memory.clamp(map.cluster_size(), MOST_ROOM);
         Shared {
             guest_chunk: COPY_CHUNK.min(memory),
@@ -111,6 +115,7 @@ impl Shared {
             map,
             unit,
             in_place,
+            learnt,
             relief: Relief::default(),
             mode: AtomicU8::new(Mode::Passing as u8),
             changed: Notify::new(),

@@ -20,6 +20,7 @@ use crate::protocols::memory::Memory;
 
 mod before;
 mod faults;
+mod learnt;
 mod model;
 mod relief;
 mod rest;

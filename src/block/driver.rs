@@ -430,8 +430,8 @@ pub trait Reopening: Send {
     fn commit(self: Box<Self>);
 }
 
-/// What a driver answers that is the same whatever the options.
-struct NothingToChange;
+/// What a driver answers that is the same with the options.
+pub(crate) struct NothingToChange;
 
 impl Reopening for NothingToChange {
     fn commit(self: Box<Self>) {}

@@ -457,10 +457,7 @@ impl Driver for File {
     }
 
     fn reopen(&self, options: ReopenOptions) -> BoxFuture<'_, Result<Box<dyn Reopening>>> {
-        Box::pin(async move {
-            let reopened = self.do_reopen(options).await?;
-            Ok(Box::new(reopened) as Box<dyn Reopening>)
-        })
+        Box::pin(self.do_reopen(options))
     }
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::claims::Holding;
 use super::{File, Open, locks, open_error};
-use crate::driver::{DriverSettings, Need, ReopenOptions, Reopening};
+use crate::driver::{DriverSettings, Need, NothingToChange, ReopenOptions, Reopening};
 use crate::error::Result;
 use crate::io::OpenMode;
 use crate::open::Aio;
@@ -31,7 +31,7 @@ impl Reopening for Reopened {
 }
 
 impl File {
-    pub(super) async fn do_reopen(&self, options: ReopenOptions) -> Result<Reopened> {
+    pub(super) async fn do_reopen(&self, options: ReopenOptions) -> Result<Box<dyn Reopening>> {
         let ReopenOptions {
             read_only,
             direct,
@@ -45,6 +45,12 @@ impl File {
             Some(DriverSettings::File { auto_read_only }) => auto_read_only,
             _ => old.auto,
         };
+        if (read_only, auto, direct, no_flush)
+            == (old.read_only, old.auto, old.direct, old.no_flush)
+        {
+            // A handle that was given, or opened with other rights, need not be had again.
+            return Ok(Box::new(NothingToChange));
+        }
         if read_only && !old.read_only {
             // What has been written by this handle is not lost with an error that only this handle is told.
             self.do_flush().await?;
@@ -70,11 +76,11 @@ impl File {
         if level == Need::Writes && open.opens_for_writing() {
             open = self.open_for_writing(&Arc::new(open)).await?;
         }
-        Ok(Reopened {
+        Ok(Box::new(Reopened {
             holding: self.holding.clone(),
             open,
             level,
             _alone: alone,
-        })
+        }))
     }
 }

@@ -264,8 +264,11 @@ impl There {
             There::Empty => Some(Vec::new()),
             There::Bytes => Some(b"of somebody else".repeat(100)),
             There::Device => {
-                let mut bytes = b"on a device, too".repeat(17 << 10);
-                bytes.resize(DEVICE_BYTES, 0);
+                // Something in each cluster of the metadata, and behind them.
+                let mut bytes = vec![0; DEVICE_BYTES];
+                for cluster in bytes.chunks_mut(64 << 10).take(6) {
+                    cluster[..3200].copy_from_slice(&b"on a device, too".repeat(200));
+                }
                 Some(bytes)
             }
         }

@@ -26,7 +26,7 @@ import time
 
 from compare import Probe
 
-ROUNDS = 5
+ROUNDS = int(os.environ.get("ROUNDS", 5))
 # Disks that guests write to in mixes.
 BUSY = 3
 

@@ -184,6 +184,10 @@ pub const QCOW2_MAX_HOST_OFFSET: u64 = 1 << 56;
 /// Threads of the pool for blocking calls, as many as QEMU's: more only queue up in the kernel.
 pub const MAX_POOL_THREADS: usize = 64;
 
+/// How many of them make something durable at once, so that requests of guests find a thread while a transaction flushes all disks.
+/// More flushes of one file system wait for each other in the kernel.
+pub const MAX_POOL_FLUSHES: usize = MAX_POOL_THREADS / 2;
+
 /// Sizes in bytes of the buffers that are kept for later reads: smaller ones the allocator keeps by itself, larger ones are rare.
 pub const MIN_SPARE_BUFFER: usize = 128 << 10;
 

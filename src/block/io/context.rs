@@ -9,7 +9,7 @@ use super::buffer::Buffer;
 use super::identity::FileIdentity;
 use super::names::Names;
 use super::operation::Operation;
-use super::pool::Pool;
+use super::pool::{Pool, Waits};
 use super::ring::Ring;
 use super::spares::Spares;
 use super::witness::{Deed, Extent, Witness, witnessed};
@@ -97,11 +97,12 @@ impl IoContext {
         {
             return ring.run(operation).await;
         }
-        self.call(move || {
+        let waits = operation.waits();
+        let run = move || {
             operation.run()?;
             Ok(operation)
-        })
-        .await
+        };
+        self.0.pool.run(waits, run).await
     }
 
     /// Runs a blocking call on the pool. Cancellation: it runs to its end anyway.
@@ -113,7 +114,7 @@ impl IoContext {
             pause(&**witness).await;
             return call();
         }
-        self.0.pool.run(call).await
+        self.0.pool.run(Waits::Little, call).await
     }
 
     /// As [`IoContext::call`], of something that a witness sees.

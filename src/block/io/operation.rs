@@ -8,6 +8,7 @@ use io_uring::{opcode, squeue, types};
 
 use super::buffer::Buffer;
 use super::data::{Data, Segment};
+use super::pool::Waits;
 use super::sys::{self, Iovecs};
 use super::witness::{Deed, Extent, Handle};
 use crate::limits::MAX_IOVECS;
@@ -79,6 +80,14 @@ impl Operation {
                 self.run()
             }
             (Extent::Front(_) | Extent::Nothing, _) => Ok(()),
+        }
+    }
+
+    /// What it waits for.
+    pub(super) fn waits(&self) -> Waits {
+        match &self.work {
+            Work::Sync | Work::Write { durable: true, .. } => Waits::ForDisk,
+            Work::Read { .. } | Work::Write { .. } | Work::Allocate { .. } => Waits::Little,
         }
     }
 

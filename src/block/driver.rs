@@ -89,6 +89,11 @@ pub trait Requests: Send + Sync {
     /// The present size in bytes.
     fn size(&self) -> u64;
 
+    /// The size, looked at again: a device may have been extended while it is open, which nothing else notices. No I/O.
+    fn size_by_now(&self) -> u64 {
+        self.size()
+    }
+
     /// What requests must fit.
     fn limits(&self) -> RequestLimits;
 

@@ -1,4 +1,5 @@
-//! Images that are made over what block devices hold: what fails leaves a device as it was, and what does not is right.
+//! Images that are made over what block devices hold: what fails leaves a device as it was, and what does not is right. And devices
+//! that become larger.
 
 use std::fs;
 use std::path::Path;
@@ -7,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::guest::{Guest, Request};
 use super::harness::{self, Daemon, Loop, Program, Qmp, tool};
 
 /// Bytes of the disk, and of the device.
@@ -206,6 +208,72 @@ fn a_killed_transaction_leaves_a_device_as_it_was() {
         assert!(place.is_as_before(), "round {round}");
     }
     println!("{recovered} of 12 transactions were cut off");
+}
+
+/// Volumes are extended when they are full: the drive that stopped goes on then, and so does the job that paused.
+#[test]
+fn an_extended_device_is_noticed_by_who_waits_for_space() {
+    let Some(()) = harness::need(&["qemu-img", "losetup", "truncate"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let mut volumes = Vec::new();
+    for name in ["drive", "target"] {
+        tool(folder.path(), &format!("truncate -s 3M {name}"));
+        let Some(device) = Loop::attach(&folder.path().join(name)) else {
+            return;
+        };
+        volumes.push(device);
+    }
+    let (volume, target) = (&volumes[0].0, &volumes[1].0);
+    tool(
+        folder.path(),
+        &format!("qemu-img create -q -f qcow2 {volume} 64M"),
+    );
+    let extend = |name: &str, device: &str| {
+        let line = format!("truncate -s 20M {name} && losetup -c {device}");
+        tool(folder.path(), &line);
+    };
+    let drive = format!("id=d,file={volume},format=qcow2,werror=enospc");
+    let arguments = ["--drive", &drive, "--nbd-server", "unix:nbd.sock"];
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
+    let mut qmp = daemon.qmp();
+    let mut guest = Guest::connect(&folder.path().join("nbd.sock"), "d").unwrap();
+    let piece = |number: u64| Request::Write {
+        offset: number << 20,
+        data: vec![number as u8 + 1; 1 << 20],
+    };
+    for number in 0..6 {
+        guest.submit(number, &piece(number)).unwrap();
+    }
+    qmp.event("STOP");
+    extend("drive", volume);
+    qmp.ok("cont", json!({}));
+    for _ in 0..6 {
+        assert_eq!(guest.reply().unwrap().1, 0);
+    }
+    let backup = json!({"device": "d", "job-id": "j", "target": target, "sync": "full", "format": "qcow2",
+        "on-target-error": "enospc"});
+    qmp.ok("drive-backup", backup);
+    qmp.event("BLOCK_JOB_ERROR");
+    while qmp.ok("query-block-jobs", json!({}))[0]["status"] != "paused" {}
+    extend("target", target);
+    qmp.ok("block-job-resume", json!({"device": "j"}));
+    let event = qmp.event("BLOCK_JOB_COMPLETED");
+    assert_eq!(event["data"].get("error"), None, "{event}");
+    for number in 0..6 {
+        assert!(guest.read(number << 20, 1 << 20).unwrap() == vec![number as u8 + 1; 1 << 20]);
+    }
+    drop(guest);
+    assert!(daemon.terminated().success());
+    tool(
+        folder.path(),
+        &format!("qemu-img check -q -f qcow2 {volume}"),
+    );
+    tool(
+        folder.path(),
+        &format!("qemu-img compare -q -f qcow2 -F qcow2 {volume} {target}"),
+    );
 }
 
 #[test]

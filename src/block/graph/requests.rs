@@ -288,6 +288,10 @@ macro_rules! requests_by_way {
                 self.look(|inner| inner.driver.size())
             }
 
+            fn size_by_now(&self) -> u64 {
+                self.look(|inner| inner.driver.size_by_now())
+            }
+
             fn limits(&self) -> RequestLimits {
                 RequestLimits {
                     // Whatever the driver needs, the node takes anything.

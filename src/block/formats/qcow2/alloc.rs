@@ -438,11 +438,13 @@ impl Allocator {
     }
 
     fn check_end(&self, end: u64) -> Result<()> {
-        let limit = match self.fresh_from {
-            Some(_) => limits::QCOW2_MAX_HOST_OFFSET,
-            None => self.file.size(),
+        let fits = |bytes: u64| end <= bytes >> self.g.cluster_bits();
+        let fits = match self.fresh_from {
+            Some(_) => fits(limits::QCOW2_MAX_HOST_OFFSET),
+            // A volume is extended when it is full.
+            None => fits(self.file.size()) || fits(self.file.size_by_now()),
         };
-        if end > limit >> self.g.cluster_bits() {
+        if !fits {
             return Err(Error::new(
                 ErrorKind::NoSpace,
                 "The image has no host clusters left: No space left on device",

@@ -371,6 +371,16 @@ impl Requests for File {
         self.size.load(Ordering::Relaxed)
     }
 
+    fn size_by_now(&self) -> u64 {
+        let host = &self.holding.open.load().host;
+        if host.kind() == FileKind::BlockDevice
+            && let Ok(size) = host.size()
+        {
+            self.size.fetch_max(size, Ordering::Relaxed);
+        }
+        self.size()
+    }
+
     fn limits(&self) -> RequestLimits {
         let open = self.holding.open.load();
         RequestLimits {

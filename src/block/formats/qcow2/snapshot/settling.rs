@@ -166,10 +166,17 @@ impl Settling {
             owes.then(|| entry.with_copied(false))
         });
         if active.offset() != before.offset() {
-            // Nobody has kept up the flags of tables that only snapshots had. Those that owe are looked at when they are settled.
-            let (old, new) = (before.entries(), active.entries());
-            let new = activated(g, &old, &new).filter(|(_, table)| !owed.contains_key(&table.0));
-            flags.extend(new.map(|(slot, _)| slot));
+            let new = active.entries();
+            for (slot, table) in tables(g, &new).filter(|(_, table)| !owed.contains_key(&table.0)) {
+                let was = before.get(slot);
+                if !is_at(g, was, table.0) {
+                    // Nobody has kept up the flags of tables that only snapshots had. Those that owe are looked at when they are settled.
+                    flags.insert(slot);
+                } else if was.is_copied() {
+                    // The disk has come back to it: the copy of the L1 table that it came by has no flags.
+                    active.set(slot, active.get(slot).with_copied(true));
+                }
+            }
         }
     }
 

@@ -376,7 +376,8 @@ impl Staged {
     /// What the switch makes of the header.
     fn new_fields(&self) -> NewFields {
         let g = self.image.g;
-        let settles = !self.changes.is_empty() || !self.activated().is_empty();
+        // A new L1 table has no flags.
+        let settles = !self.changes.is_empty() || self.active.offset != self.before.offset();
         NewFields {
             size: self.size(),
             l1_size: self.active.entries.len() as u32,

@@ -107,3 +107,43 @@ fn flags_of_a_table_that_is_active_again_are_not_trusted() {
         }
     }
 }
+
+/// A snapshot is taken, reverted to and deleted in one change: no table has more or fewer references than before, but the disk has a
+/// copy of its L1 table.
+#[test]
+fn a_disk_that_comes_back_to_its_tables_keeps_their_flags() {
+    let scratch = Scratch::new();
+    let path = scratch.path("image.qcow2");
+    let path = path.to_str().unwrap();
+    let options = format!("cluster_size={CLUSTER}");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &options, path, "4M"]);
+    qemu_io(path, &["write -P 1 0 64k"]);
+    let before = scratch.load("image.qcow2");
+    let after = before.fork();
+    let image = Open::new(&after);
+    after.start_log();
+    image.runtime.block_on(async {
+        let mut change = image.image.change().await.unwrap();
+        change.create(NewSnapshot::named("a")).await.unwrap();
+        change.revert(named("a")).await.unwrap();
+        change.delete(named("a")).await.unwrap();
+        change.prepare().await.unwrap();
+        change.commit().await.unwrap();
+        change.finish();
+    });
+    image.close();
+    assert_qemu_clean(&scratch.save("after.qcow2", &after));
+    let disk = before;
+    let mut marked = 0;
+    for (nth, record) in after.log().iter().enumerate() {
+        disk.apply(&record.change).unwrap();
+        let header = block_on(read_header(&disk.child())).unwrap();
+        if header.incompatible.has(Incompatible::DIRTY) {
+            marked += 1;
+            continue;
+        }
+        let report = block_on(check(&disk.child())).unwrap();
+        assert_eq!(report.corruptions, 0, "killed after {nth}: {report:#?}");
+    }
+    assert!(marked > 0);
+}

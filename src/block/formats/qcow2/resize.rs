@@ -237,8 +237,9 @@ impl Image {
         Ok(())
     }
 
-    /// Copies the L1 table to a larger place if it has fewer than `entries` entries, durably. The copy is in use in memory, and
-    /// the header does not point to it yet: until it does, no entry of the old table may change.
+    /// Copies the L1 table to a larger place if it has fewer than `entries` entries. The copy is in use in memory, and the header does
+    /// not point to it yet: until it does, no entry of the old table may change. The next write-back makes the copy durable, as all
+    /// that it will lead to.
     async fn stage_l1(&self, entries: u64) -> Result<Option<StagedL1>> {
         let old = self.l1();
         if old.len() as u64 >= entries {
@@ -247,9 +248,7 @@ impl Image {
         let clusters = self.g.clusters_for(entries * 8);
         let area = {
             let mut alloc = self.alloc.lock().await;
-            let area = alloc.allocate_metadata(clusters, Owner::L1Table).await?;
-            alloc.write_back().await?;
-            area
+            alloc.allocate_metadata(clusters, Owner::L1Table).await?
         };
         let offset = self.g.host_offset(area.run().start);
         let mut table = old.entries();
@@ -258,7 +257,6 @@ impl Image {
         bytes.resize((clusters << self.g.cluster_bits()) as usize, 0);
         let data = Data::from(bytes);
         self.metadata.write(Owner::L1Table, offset, data).await?;
-        self.file.flush().await?;
         self.set_l1(Arc::new(L1Table::new(offset, table)));
         Ok(Some(StagedL1 { old, area }))
     }

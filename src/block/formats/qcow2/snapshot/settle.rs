@@ -427,14 +427,9 @@ impl Image {
             let mut alloc = self.alloc.lock().await;
             alloc.limit_streams(self.g.refcount_max());
         }
-        self.header
-            .update(|header| {
-                // Who expects to owe something marks the image behind this, or in front of it.
-                if !self.settling.is_expecting() {
-                    header.incompatible.0 &= !Incompatible::DIRTY;
-                }
-            })
-            .await
+        // Nor does anybody expect to: that begins behind the closed gate, too.
+        let clean = |header: &mut Header| header.incompatible.0 &= !Incompatible::DIRTY;
+        self.header.update(clean).await
     }
 
     /// Sets the dirty bit, durably.

@@ -11,6 +11,7 @@ use super::script::{Case, Script, Storage};
 use super::states::{Effort, State, epochs, whole_sectors};
 use crate::driver::BoxFuture;
 use crate::formats::qcow2::check::{CheckReport, check};
+use crate::formats::qcow2::create::Compat;
 use crate::protocols::memory::{Memory, Record};
 
 /// A run whose crash states are tried.
@@ -188,6 +189,9 @@ impl Oracle {
         self.figures.second += u64::from(depth < 2);
         let (case, second) = (&recording.case, state.disk.second());
         let result = match observe(case, (&bytes, second), known.candidates(recording, state)) {
+            Ok((_, observed)) if observed.stale_flag(case).is_some() => {
+                Err(observed.verdict.stale_flag.unwrap_or_default())
+            }
             Ok((_, observed)) if !observed.verdict.dangers.is_empty() => {
                 Err(observed.verdict.dangers.join("\n  "))
             }
@@ -343,6 +347,15 @@ impl Moment {
 struct Observed {
     dirty: bool,
     verdict: Verdict,
+}
+
+impl Observed {
+    /// A flag that differs from its count in an image that takes snapshots under the dirty bit: no danger, but an error to others.
+    fn stale_flag(&self, case: &Case) -> Option<&String> {
+        let counts_behind = case.compat != Compat::V0_10 && case.refcount_bits >= 16;
+        let flag = self.verdict.stale_flag.as_ref();
+        flag.filter(|_| counts_behind && !self.dirty)
+    }
 }
 
 /// The last moment that is durable in a state, and the last that can have left a trace in it.

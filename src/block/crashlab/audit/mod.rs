@@ -62,6 +62,8 @@ pub struct Verdict {
     pub leaks_beyond: u64,
     /// COPIED flags that do not say what the refcounts say, and are not dangerous.
     pub stale_flags: u64,
+    /// One of them, in words.
+    pub stale_flag: Option<String>,
 }
 
 /// Who uses a host cluster.
@@ -365,6 +367,9 @@ impl<'a> Audit<'a> {
                     "{what} is flagged COPIED, and is used {used} times"
                 ));
             } else if copied != (stored.count(number) == 1) {
+                let counted = stored.count(number);
+                let flagged = format!("{what} is counted {counted} times, COPIED is {copied}");
+                verdict.stale_flag.get_or_insert(flagged);
                 verdict.stale_flags += 1;
             }
         };

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join;
+use tokio::sync::oneshot;
+
 use super::{Done, Forced, Kind, Moment, Problem, Runner, World, text};
 use crate::crashlab::content::{Content, SECTOR};
 use crate::crashlab::script::{End, Op, Step};
-use crate::driver::Snapshots;
+use crate::driver::{SnapshotChange, Snapshots};
 
 /// What a guest has done since it was let go.
 #[derive(Default)]
@@ -18,8 +21,8 @@ struct Meanwhile {
 }
 
 impl Runner {
-    /// Stages a change, lets the guest go and does what it does then; some of that before all is prepared. What the guest does is
-    /// durable when it has asked for that, whatever becomes of the change.
+    /// Stages a change, lets the guest go and does what it does then; some of that at once, the rest when all is prepared. It is
+    /// durable when the guest has asked for that, whatever becomes of the change.
     pub(super) async fn let_go(
         &mut self,
         steps: &[Step],
@@ -32,18 +35,18 @@ impl Runner {
             Err(error) => return self.refused(&error),
         };
         let (mut world, _) = self.stage(&mut *change, steps).await?;
-        let let_go = match change.let_go(Box::new(|| ())).await {
-            Ok(let_go) => let_go,
+        let before = self.world.active.clone();
+        let mut meanwhile = Meanwhile::default();
+        let (early, late) = ops.split_at(ops.len().div_ceil(2));
+        let let_go = self.go_at_once(&mut *change, early, &mut meanwhile).await?;
+        let late = match let_go {
+            Ok(true) => late,
+            Ok(false) => &[],
             Err(error) => {
                 drop(change);
                 return self.refused(&error);
             }
         };
-        let before = self.world.active.clone();
-        let mut meanwhile = Meanwhile::default();
-        let ops = if let_go { ops } else { &[] };
-        let (early, late) = ops.split_at(ops.len().div_ceil(2));
-        self.go_on(early, &mut meanwhile).await?;
         let moment = |world: World, passing, answered| Moment {
             op: "a change whose guest goes on".to_owned(),
             begun,
@@ -85,6 +88,25 @@ impl Runner {
             forced: meanwhile.forced,
             ..Done::sectors(false)
         })
+    }
+
+    /// Lets the guest go, who is there at once, before the image is marked.
+    async fn go_at_once(
+        &mut self,
+        change: &mut dyn SnapshotChange,
+        early: &[Op],
+        meanwhile: &mut Meanwhile,
+    ) -> Result<crate::error::Result<bool>, Problem> {
+        let (gone, is_gone) = oneshot::channel();
+        let guest = async {
+            match is_gone.await {
+                Ok(()) => self.go_on(early, meanwhile).await,
+                Err(_) => Ok(()),
+            }
+        };
+        let then = Box::new(|| gone.send(()).unwrap_or_default());
+        let (let_go, went_on) = join(change.let_go(then), guest).await;
+        went_on.map(|()| let_go)
     }
 
     async fn go_on(&mut self, ops: &[Op], meanwhile: &mut Meanwhile) -> Result<(), Problem> {

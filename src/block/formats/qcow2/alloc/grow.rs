@@ -100,6 +100,7 @@ impl Allocator {
         metadata
             .write(Owner::RefcountTable, offset, Data::from(entries))
             .await?;
+        // The new table leads to all blocks, also to new ones whose clusters others count: those counters come first.
         self.write_back().await?;
         self.file.flush().await?;
         let clusters = (area.count - blocks.len() as u64) as u32;

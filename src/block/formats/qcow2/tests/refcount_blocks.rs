@@ -8,7 +8,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::driver::Preallocation;
 use crate::formats::qcow2::check::check;
-use crate::protocols::memory::{Change, Fault, OpKind};
+use crate::protocols::memory::{Change, Fault, OpKind, Record};
 
 const SIZE: u64 = 1 << 20;
 /// What a block counts: 64 clusters.
@@ -58,23 +58,10 @@ async fn who_allocates_does_not_wait_for_a_flush() {
 }
 
 /// Each request is lost alone, and each is kept alone, between any two flushes: also entries of the table in one sector, which a page
-/// cache would keep together.
-#[tokio::test]
-async fn a_lost_entry_of_the_table_leaves_no_block_without_a_count() {
-    let disk = new_image(&options()).await;
-    let crashed = disk.fork();
-    disk.start_log();
-    let image = open(&disk).await;
-    for nth in 0..3 {
-        let at = nth * 5 * BLOCK;
-        write(&image, at, vec![1; 5 * BLOCK as usize])
-            .await
-            .unwrap();
-        image.flush().await.unwrap();
-    }
-    let log = disk.log();
+/// cache would keep together. `crashed` is the disk before the log. Answers how many flushes there were.
+async fn assert_losses_do_no_harm(crashed: &Memory, log: &[Record]) -> usize {
     let is_flush = |at: &usize| matches!(log[*at].change, Change::Flush);
-    let mut start = 0;
+    let (mut start, mut flushes) = (0, 0);
     for end in (0..log.len()).filter(is_flush) {
         for chosen in start..end {
             for keep in [true, false] {
@@ -93,14 +80,49 @@ async fn a_lost_entry_of_the_table_leaves_no_block_without_a_count() {
             crashed.apply(&record.change).unwrap();
         }
         start = end + 1;
+        flushes += 1;
+    }
+    flushes
+}
+
+#[tokio::test]
+async fn a_lost_entry_of_the_table_leaves_no_block_without_a_count() {
+    let disk = new_image(&options()).await;
+    let crashed = disk.fork();
+    disk.start_log();
+    let image = open(&disk).await;
+    for nth in 0..3 {
+        let at = nth * 5 * BLOCK;
+        write(&image, at, vec![1; 5 * BLOCK as usize])
+            .await
+            .unwrap();
+        image.flush().await.unwrap();
     }
     // Chains of blocks that count each other are linked one flush after another.
-    assert!(
-        log.iter()
-            .filter(|r| matches!(r.change, Change::Flush))
-            .count()
-            > 9
-    );
+    assert!(assert_losses_do_no_harm(&crashed, &disk.log()).await > 9);
+    image.close().await.unwrap();
+    assert_clean(&disk).await;
+}
+
+#[tokio::test]
+async fn a_grown_table_leads_to_no_block_without_a_count() {
+    let disk = new_image(&options()).await;
+    // The last but one of the blocks that the table has entries for is there, and counts the last one.
+    disk.resize(62 * BLOCK + 1024, Preallocation::Off)
+        .await
+        .unwrap();
+    let image = open(&disk).await;
+    write(&image, 0, vec![1; 64]).await.unwrap();
+    image.flush().await.unwrap();
+    let crashed = disk.fork();
+    disk.start_log();
+    let table = image.image.header.get().refcount_table_clusters;
+    write(&image, BLOCK, vec![2; 5 * BLOCK as usize])
+        .await
+        .unwrap();
+    assert!(image.image.header.get().refcount_table_clusters > table);
+    image.flush().await.unwrap();
+    assert_losses_do_no_harm(&crashed, &disk.log()).await;
     image.close().await.unwrap();
     assert_clean(&disk).await;
 }

@@ -87,7 +87,11 @@ impl Oracle<'_> {
         }
         let (moments, next) = (std::mem::take(&mut runner.moments), runner.next());
         let guests = std::mem::take(&mut runner.guests);
-        runner.end().await?;
+        let ended = runner.end().await;
+        // A file that has failed to become durable fails to close, too.
+        if !matches!(script.ops.last(), Some(Op::Failing(..))) {
+            ended?;
+        }
         let mut recording = Recording::of(&tape, moments, next);
         recording.guests = guests;
         if let Some(forgotten) = self.forgotten {
@@ -288,9 +292,8 @@ fn observe(
     let moments = &recording.moments;
     let (last, begun) = between(moments, state);
     let mut problems = Vec::new();
-    for nth in last..=begun {
-        let what = format!("behind {}", moments[nth].what);
-        match observe_as(place, &moments[..=nth], last) {
+    for (what, moments) in (last..=begun).flat_map(|nth| candidates(moments, nth, last)) {
+        match observe_as(place, &moments, last) {
             Ok((world, shown)) => {
                 for (disk, (written, shown)) in recording.guests.iter().zip(shown).enumerate() {
                     check_guest(written, shown, state)
@@ -302,6 +305,18 @@ fn observe(
         }
     }
     Err(problems.join("\n  or "))
+}
+
+/// What may have been last, with what was before it: a moment, and where that was not answered (`last` was), what it was in between.
+fn candidates(moments: &[Moment], nth: usize, last: usize) -> Vec<(String, Vec<Moment>)> {
+    let what = &moments[nth].what;
+    let mut candidates = vec![(format!("behind {what}"), moments[..=nth].to_vec())];
+    if let Some(passing) = moments[nth].passing.clone().filter(|_| nth > last) {
+        let mut decided = moments[..=nth].to_vec();
+        decided[nth].after = passing;
+        candidates.push((format!("decided: {what}"), decided));
+    }
+    candidates
 }
 
 /// What the folders hold, if that is what the last of the moments leaves. Up to `answered` they had been answered.

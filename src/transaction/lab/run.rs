@@ -25,7 +25,7 @@ use super::script::{
     Act, Copying, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, There,
     World, image_name,
 };
-use super::tape::Tape;
+use super::tape::{Fault, Tape};
 use crate::daemon::{Control, Cx, StopCause, testing};
 use crate::jobs::Cancel;
 use crate::journal::Journal;
@@ -83,10 +83,21 @@ pub(super) struct Moment {
     pub(super) answered: usize,
     /// What there has to be behind it.
     pub(super) after: World,
+    /// What there may be as well as long as it is not answered: a transaction that has failed was decided, and taken back.
+    pub(super) passing: Option<World>,
     /// Of each disk, whether the answer says that its content is durable.
     pub(super) durable: [bool; DISKS],
     /// Of each disk, whether its content is durable where this has happened at all, answered or not.
     pub(super) at_once: [bool; DISKS],
+}
+
+/// What an operation is known to have done.
+#[derive(Debug, Default)]
+struct Attempt {
+    durable: [bool; DISKS],
+    at_once: [bool; DISKS],
+    /// It has failed, and may have happened for a time.
+    passing: Option<World>,
 }
 
 /// A daemon with a drive for each disk.
@@ -294,6 +305,7 @@ impl<'p> Runner<'p> {
             begun: 0,
             answered: 0,
             after: self.world.clone(),
+            passing: None,
             durable: [true; DISKS],
             at_once: [true; DISKS],
         }];
@@ -335,41 +347,51 @@ impl<'p> Runner<'p> {
     /// Does one operation.
     pub(super) async fn step(&mut self, op: &Op) -> Result<(), Problem> {
         let begun = self.tape.len();
-        let (mut durable, mut at_once) = ([false; DISKS], [false; DISKS]);
+        let mut attempt = Attempt::default();
         match op {
             Op::Write { disk, at, len } => self.write(*disk, *at, *len).await?,
             Op::Flush(disk) => {
                 self.edge(*disk).await.flush().await.map_err(text)?;
-                durable[*disk] = true;
+                attempt.durable[*disk] = true;
             }
-            Op::Transaction(acts) => (durable, at_once) = self.transaction(acts).await?,
+            Op::Transaction(acts) => attempt = self.transaction(acts, None).await?,
+            Op::Failing(acts, skip, fault) => {
+                attempt = self.transaction(acts, Some((*skip, *fault))).await?;
+            }
             Op::Idle => tokio::time::sleep(Duration::from_secs(30)).await,
         }
-        self.note(format!("{op:?}"), begun, durable, at_once);
+        self.note(format!("{op:?}"), begun, attempt);
         if !self.jobs.is_empty() {
             let begun = self.tape.len();
             self.end_jobs().await?;
-            let nothing = [false; DISKS];
-            self.note("the end of jobs".to_owned(), begun, nothing, nothing);
+            self.note("the end of jobs".to_owned(), begun, Attempt::default());
         }
         Ok(())
     }
 
-    fn note(&mut self, what: String, begun: usize, durable: [bool; DISKS], at_once: [bool; DISKS]) {
+    fn note(&mut self, what: String, begun: usize, attempt: Attempt) {
+        let Attempt {
+            durable,
+            at_once,
+            passing,
+        } = attempt;
         self.moments.push(Moment {
             what,
             begun,
             answered: self.tape.len(),
             after: self.world.clone(),
+            passing,
             durable,
             at_once,
         });
     }
 
+    /// Asks for a transaction. What comes behind so much else of what it asks of the host fails, if that is said.
     async fn transaction(
         &mut self,
         acts: &[Act],
-    ) -> Result<([bool; DISKS], [bool; DISKS]), Problem> {
+        fault: Option<(u64, Fault)>,
+    ) -> Result<Attempt, Problem> {
         let mut planned = Planned {
             world: self.world.clone(),
             actions: Vec::new(),
@@ -392,6 +414,9 @@ impl<'p> Runner<'p> {
         let fails = acts.contains(&Act::Abort);
         let actions = std::mem::take(&mut planned.actions);
         let cx = self.cx.clone();
+        if let Some((skip, fault)) = fault {
+            self.tape.fail(skip, fault);
+        }
         let command = crate::transaction::run(&cx, actions, Completion::Individual);
         let done = match self.has_guests {
             false => command.await,
@@ -405,15 +430,30 @@ impl<'p> Runner<'p> {
                 done
             }
         };
+        let has_failed = self.tape.no_fault().is_some();
         match done {
             Ok(_) if fails => return Err("it has not been aborted".to_owned()),
             Ok(_) => {}
-            Err(_) if fails => return Ok(([false; DISKS], [false; DISKS])),
+            Err(_) if fails => return Ok(Attempt::default()),
+            Err(_) if has_failed => {
+                return Ok(Attempt {
+                    passing: Some(planned.world),
+                    ..Attempt::default()
+                });
+            }
             Err(error) => return Err(error.desc),
         }
         self.world = planned.world;
-        self.jobs = planned.jobs;
-        Ok((planned.durable, planned.at_once))
+        // Something may have failed behind the answer, so that a job does not get to its end.
+        match fault {
+            Some(_) => self.cancel_jobs().await?,
+            None => self.jobs = planned.jobs,
+        }
+        Ok(Attempt {
+            durable: planned.durable,
+            at_once: planned.at_once,
+            passing: None,
+        })
     }
 
     /// Adds an image as a node of its name.

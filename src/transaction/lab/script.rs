@@ -7,6 +7,8 @@ use block::copy::SyncMode;
 use block::crashlab::content::Content;
 use block::formats::qcow2::create::{Compat, CreateOptions};
 
+use super::tape::Fault;
+
 use super::tape::DEVICE;
 
 /// The disks.
@@ -22,6 +24,9 @@ pub(super) const LONGEST_WRITE: u64 = 6 << 10;
 pub(super) fn image_name(disk: usize, level: usize) -> String {
     format!("disk{disk}-{level}")
 }
+
+/// What a transaction asks of the host, at most, but for few.
+const LONGEST_TRANSACTION: u64 = 130;
 
 /// What somebody else has put where a file is to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,6 +79,8 @@ pub(super) enum Op {
     /// A guest of this disk flushes.
     Flush(usize),
     Transaction(Vec<Act>),
+    /// One in which something fails that it asks of the host: what comes behind so much else. Nothing comes behind it.
+    Failing(Vec<Act>, u64, Fault),
     /// Time for what goes on behind answers.
     Idle,
 }
@@ -126,8 +133,16 @@ impl Script {
         }
         ops.push(write(random));
         ops.push(Op::Flush(random.usize(..DISKS)));
-        if random.bool() {
-            ops.push(Op::Idle);
+        match random.u8(..4) {
+            0 | 1 => ops.push(Op::Idle),
+            // What has failed of a guest's write may be there in part.
+            2 if !has_guests => {
+                let mut acts = acts(random, ops.len());
+                acts.retain(|act| *act != Act::Abort);
+                let fault = [Fault::Io, Fault::NoSpace, Fault::Short][random.usize(..3)];
+                ops.push(Op::Failing(acts, random.u64(..LONGEST_TRANSACTION), fault));
+            }
+            _ => {}
         }
         Script {
             seed,
@@ -281,7 +296,7 @@ impl Script {
         let mut tops = [0, 1, 2].map(|disk: usize| Script::first_top(self, disk));
         let mut nodes = Vec::new();
         for op in &self.ops {
-            let Op::Transaction(acts) = op else {
+            let (Op::Transaction(acts) | Op::Failing(acts, ..)) = op else {
                 continue;
             };
             let mut after = tops.clone();
@@ -313,7 +328,7 @@ impl Script {
     /// The files that transactions make.
     pub(super) fn files(&self) -> impl Iterator<Item = &NewFile> {
         let acts = self.ops.iter().flat_map(|op| match op {
-            Op::Transaction(acts) => &acts[..],
+            Op::Transaction(acts) | Op::Failing(acts, ..) => &acts[..],
             _ => &[],
         });
         acts.filter_map(|act| match act {

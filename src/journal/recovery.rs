@@ -19,7 +19,7 @@ use std::sync::Arc;
 use block::driver::{Child, Driver as _, HeaderSwitch, Requests as _, WriteFlags};
 use block::error::{Error, ErrorKind};
 use block::formats::qcow2::check::{CheckOptions, Repair, repair};
-use block::formats::qcow2::is_marked_dirty;
+use block::formats::qcow2::{is_marked_dirty, is_same_marked_dirty};
 use block::io::{IoContext, Names};
 use block::open::{Aio, CacheMode, FileOptions, Locking, PutBack};
 use block::protocols::file::{File, FileAccess};
@@ -427,6 +427,10 @@ async fn switch_header(
         Direction::Back => &switch.before,
     };
     if sector[..] == wanted[..] {
+        return Ok((ImageResult::Unchanged, None));
+    }
+    // It has been put back, and its refcounts were not right yet: the next who opens it puts them right.
+    if direction == Direction::Back && is_same_marked_dirty(&sector, wanted) {
         return Ok((ImageResult::Unchanged, None));
     }
     if sector[..] != is[..] {

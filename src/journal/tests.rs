@@ -327,6 +327,25 @@ async fn what_guests_wrote_that_were_let_go_keeps_nothing_from_being_switched() 
     assert!(lab.has_snapshot("image").await);
 }
 
+/// A daemon that takes a switch back leaves the mark until the refcounts are right again.
+#[tokio::test]
+async fn a_header_that_was_put_back_may_be_marked_dirty() {
+    let lab = Lab::new();
+    let staged = lab.stage("image").await;
+    assert!(!is_marked_dirty(&staged.switch.before));
+    let mut entry = lab.commits(std::slice::from_ref(&staged)).await;
+    entry.revoke().await.unwrap();
+    drop(entry);
+    let mut sector = staged.switch.before.clone();
+    sector[79] |= 1;
+    let mut bytes = fs::read(&staged.path).unwrap();
+    bytes[..sector.len()].copy_from_slice(&sector);
+    fs::write(&staged.path, &bytes).unwrap();
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Removed);
+    assert_eq!(results(&report), [ImageResult::Unchanged]);
+}
+
 /// How far the making of a file was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Making {

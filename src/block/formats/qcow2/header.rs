@@ -93,6 +93,15 @@ pub fn is_marked_dirty(sector: &[u8]) -> bool {
     version && Incompatible(incompatible).has(Incompatible::DIRTY)
 }
 
+/// Whether a first sector is `other` but for the mark that its refcounts are worth nothing.
+pub fn is_same_marked_dirty(sector: &[u8], other: &[u8]) -> bool {
+    let is_mark = |at: usize, is: u8, was: u8| at == 79 && is == was | Incompatible::DIRTY as u8;
+    let mut bytes = sector.iter().zip(other).enumerate();
+    is_marked_dirty(sector)
+        && sector.len() == other.len()
+        && bytes.all(|(at, (is, was))| is == was || is_mark(at, *is, *was))
+}
+
 impl Header {
     /// Bytes from the start of the image that `parse` needs: a cluster. Takes the first 24 bytes or more.
     pub(crate) fn bytes_needed(start: &[u8]) -> Result<u64> {

@@ -148,6 +148,8 @@ pub(crate) struct Allocator {
     /// Blocks in memory, oldest first, for eviction.
     order: VecDeque<usize>,
     dirty: BTreeSet<usize>,
+    /// None is evicted.
+    keeps_blocks: bool,
     tuning: Arc<Tuning>,
     /// Clusters below are not searched again.
     hint: u64,
@@ -190,6 +192,7 @@ impl Allocator {
             blocks: HashMap::new(),
             order: VecDeque::new(),
             dirty: BTreeSet::new(),
+            keeps_blocks: false,
             tuning,
             hint: 0,
             end,
@@ -208,8 +211,16 @@ impl Allocator {
 
     /// Blocks in memory from which on others make room for new ones.
     fn cache_limit(&self) -> usize {
+        if self.keeps_blocks {
+            return usize::MAX;
+        }
         let bytes = self.tuning.refcount_cache_bytes();
         (bytes >> self.g.cluster_bits()).max(4) as usize
+    }
+
+    /// While this holds, counters are written by write-backs only, and not to make room for others.
+    pub(crate) fn keep_blocks(&mut self, keep: bool) {
+        self.keeps_blocks = keep;
     }
 
     /// Takes up to `want` contiguous clusters (at least one) for guest data. Errors: `NoSpace` when the refcount table

@@ -231,6 +231,7 @@ impl Staged {
         self.expecting = Some(Expecting::new(image.clone()));
         // Nobody is inside, so that nobody is writing back.
         let unmarked = image.commits.stop().await;
+        image.alloc.lock().await.keep_blocks(true);
         let takes = self.takes();
         image
             .settling
@@ -242,11 +243,13 @@ impl Staged {
         then();
         // The other disks of a transaction come first.
         tokio::task::yield_now().await;
-        if !takes.is_empty() {
-            image.mark_dirty().await?;
-        }
+        let marked = match takes.is_empty() {
+            true => Ok(()),
+            false => image.mark_dirty().await,
+        };
+        image.alloc.lock().await.keep_blocks(false);
         drop(unmarked);
-        Ok(true)
+        marked.map(|()| true)
     }
 
     /// What L1 tables will refer to that did not.

@@ -37,6 +37,8 @@ pub(super) struct Relief {
     /// It is certain that there will be none.
     impossible: AtomicBool,
     taken: Mutex<Option<Taken>>,
+    /// Held while the snapshot is taken and looked at, which may be on another thread. True when it is too late for that.
+    switching: tokio::sync::Mutex<bool>,
 }
 
 #[derive(Clone)]
@@ -109,6 +111,10 @@ impl Shared {
     }
 
     async fn switch(self: &Arc<Self>) -> Result<()> {
+        let is_over = self.relief.switching.lock().await;
+        if *is_over {
+            return Ok(());
+        }
         let snapshots = self.check_snapshots()?;
         clear_away(snapshots).await;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -162,8 +168,10 @@ impl Shared {
         Ok(())
     }
 
-    /// Deletes the snapshot, if one was taken. Nobody reads it any more.
+    /// Deletes the snapshot, if one was taken. Nobody reads it any more, but who takes it may be in its middle: a task that was ended goes on
+    /// to where it waits next.
     pub(super) async fn remove_snapshot(&self) -> Result<()> {
+        *self.relief.switching.lock().await = true;
         let Some(taken) = self.relief.taken().take() else {
             return Ok(());
         };

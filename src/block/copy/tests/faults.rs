@@ -1,5 +1,8 @@
 //! Faults at every request of both disks, and copies that end anywhere.
 
+use std::future::poll_fn;
+use std::task::Poll;
+
 use super::*;
 use crate::protocols::memory::{Fault, OpKind};
 
@@ -130,6 +133,31 @@ async fn a_fault_anywhere_leaves_the_source_alone_and_is_said_or_made_good() {
             }
         }
         assert!(met > 20, "{case:?}: {met} faults");
+    }
+}
+
+/// Who takes the snapshot is a task of its own, which goes when it is its turn, and not with the copy.
+#[tokio::test]
+async fn a_snapshot_that_is_just_being_looked_at_is_deleted_too() {
+    for steps in 0..300 {
+        let copy = prepare(Format::Qcow2(64 << 10), PointInTime::InternalSnapshot, 3).await;
+        let file = copy.files[0].clone();
+        copy.setup.copier.activate().unwrap();
+        let mut run = Box::pin(copy.setup.copier.run(Owner::strict()));
+        for step in 0..steps {
+            if step == steps / 2 {
+                file.hold(OpKind::Read);
+            }
+            let done = poll_fn(|cx| Poll::Ready(run.as_mut().poll(cx))).await;
+            if done.is_ready() {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        drop(run);
+        file.release_all();
+        let closed = copy.setup.copier.close().await;
+        assert!(closed.is_ok(), "{steps} steps: {closed:?}");
     }
 }
 

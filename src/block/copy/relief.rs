@@ -168,8 +168,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Deletes the snapshot, if one was taken. Nobody reads it any more, but who takes it may be in its middle: a task that was ended goes on
-    /// to where it waits next.
+    /// Deletes the snapshot, if one was taken. Nobody reads it any more, but who takes it may be in its middle: a task that was ended
+    /// goes on to where it waits next.
     pub(super) async fn remove_snapshot(&self) -> Result<()> {
         *self.relief.switching.lock().await = true;
         let Some(taken) = self.relief.taken().take() else {

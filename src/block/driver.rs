@@ -35,6 +35,16 @@ pub struct WriteFlags {
     pub ahead: u64,
 }
 
+impl WriteFlags {
+    /// Durable before the answer if `fua` says so, and nothing more.
+    pub fn fua(fua: bool) -> Self {
+        WriteFlags {
+            fua,
+            ..WriteFlags::default()
+        }
+    }
+}
+
 /// How zeroes are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ZeroFlags {

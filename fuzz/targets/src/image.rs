@@ -205,16 +205,7 @@ async fn operation(image: &Qcow2, input: &mut Input<'_>) {
         0..4 => {
             let fua = kind & 0x10 != 0;
             let bytes = Data::from(vec![kind; len as usize]);
-            let _ = image
-                .write(
-                    offset,
-                    bytes,
-                    WriteFlags {
-                        fua,
-                        ..WriteFlags::default()
-                    },
-                )
-                .await;
+            let _ = image.write(offset, bytes, WriteFlags::fua(fua)).await;
         }
         4 | 5 => drop(image.read(offset, len).await),
         6 => drop(image.write_zeroes(offset, len, flags).await),

@@ -82,10 +82,7 @@ impl Inner {
             return self.driver.write_zeroes(offset, len, flags).await;
         }
         let end = offset + len;
-        let write = WriteFlags {
-            fua: flags.fua,
-            ..WriteFlags::default()
-        };
+        let write = WriteFlags::fua(flags.fua);
         let middle_start = self.block_end(offset, block)?.min(end);
         let middle_end = align_down(end, block).max(middle_start);
         if middle_start < middle_end {

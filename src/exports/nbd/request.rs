@@ -174,10 +174,7 @@ impl<'n> Running<'n> {
             })),
             Command::Read => Call::Read(node.read(offset, length)),
             Command::Write => {
-                let flags = WriteFlags {
-                    fua: durable,
-                    ..WriteFlags::default()
-                };
+                let flags = WriteFlags::fua(durable);
                 Call::Unit(node.write(offset, payload, flags))
             }
             Command::WriteZeroes => {

@@ -260,14 +260,7 @@ async fn what_guests_write_to_an_overlay_of_a_transaction_that_fails_is_written_
     edge.write_zeroes(2 * 4096, 4096, flags).await.unwrap();
     let mut flush = edge.flush();
     assert!((&mut flush).now_or_never().is_none());
-    let mut fua = edge.write(
-        MIB - 4096,
-        Data::from(vec![3; 4096]),
-        WriteFlags {
-            fua: true,
-            ..WriteFlags::default()
-        },
-    );
+    let mut fua = edge.write(MIB - 4096, Data::from(vec![3; 4096]), WriteFlags::fua(true));
     assert!((&mut fua).now_or_never().is_none());
     log.note(GO_ON.to_owned());
     let error = running.await.unwrap().unwrap_err();

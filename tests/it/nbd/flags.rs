@@ -107,10 +107,7 @@ fn notes(writethrough: bool, flags: u16, command: u16) -> (Vec<Note>, u32) {
 
 #[test]
 fn force_unit_access_means_durable_on_every_command() {
-    let durable = Note::Write(WriteFlags {
-        fua: true,
-        ..WriteFlags::default()
-    });
+    let durable = Note::Write(WriteFlags::fua(true));
     let zero = Note::Zero(ZeroFlags {
         may_unmap: true,
         fua: true,

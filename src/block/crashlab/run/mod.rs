@@ -351,17 +351,7 @@ impl Runner {
         let (at, len) = self.cut(at, len);
         let bytes = self.stamp(at, len);
         let data = bytes.clone().into();
-        let written = self
-            .driver
-            .write(
-                at,
-                data,
-                WriteFlags {
-                    fua,
-                    ..WriteFlags::default()
-                },
-            )
-            .await;
+        let written = self.driver.write(at, data, WriteFlags::fua(fua)).await;
         written.map_err(text)?;
         self.active().write(at, &bytes);
         Ok(Done::sectors(fua))

@@ -50,14 +50,7 @@ impl Request {
         match self.op {
             Op::Write { fua, .. } => {
                 let bytes = stamp(self.at, self.len, self.number);
-                driver.write(
-                    self.at,
-                    bytes.into(),
-                    WriteFlags {
-                        fua,
-                        ..WriteFlags::default()
-                    },
-                )
+                driver.write(self.at, bytes.into(), WriteFlags::fua(fua))
             }
             Op::Zero { unmap, .. } => {
                 let flags = ZeroFlags {

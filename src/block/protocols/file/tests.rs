@@ -82,16 +82,9 @@ async fn run_model(aio: Aio, access: FileAccess, seed: u64) {
             0..=2 => {
                 let data = payload(step as u8, len, unit);
                 let fua = random.u8(..20) == 0;
-                file.write(
-                    at,
-                    data.clone(),
-                    WriteFlags {
-                        fua,
-                        ..WriteFlags::default()
-                    },
-                )
-                .await
-                .unwrap();
+                file.write(at, data.clone(), WriteFlags::fua(fua))
+                    .await
+                    .unwrap();
                 Some(data.to_bytes().to_vec())
             }
             3 => {

@@ -118,14 +118,7 @@ async fn the_log_rebuilds_the_disk_on_a_fork() {
     let before = memory.fork();
     memory.start_log();
     memory
-        .write(
-            50,
-            bytes(1, 100),
-            WriteFlags {
-                fua: true,
-                ..WriteFlags::default()
-            },
-        )
+        .write(50, bytes(1, 100), WriteFlags::fua(true))
         .await
         .unwrap();
     memory.flush().await.unwrap();

@@ -264,10 +264,7 @@ impl Run {
     async fn write(&mut self) {
         let (at, len) = self.range(1);
         let bytes = pattern(at, len as usize, self.next_stamp());
-        let flags = WriteFlags {
-            fua: self.random.u8(..16) == 0,
-            ..WriteFlags::default()
-        };
+        let flags = WriteFlags::fua(self.random.u8(..16) == 0);
         self.driver
             .write(at, bytes.clone().into(), flags)
             .await

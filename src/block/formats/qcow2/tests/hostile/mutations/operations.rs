@@ -23,16 +23,7 @@ pub(super) async fn operate(image: &Qcow2, random: &mut fastrand::Rng) {
         0..5 => {
             let bytes = Data::from(vec![random.u8(..); len as usize]);
             let fua = random.u8(..8) == 0;
-            let _ = image
-                .write(
-                    offset,
-                    bytes,
-                    WriteFlags {
-                        fua,
-                        ..WriteFlags::default()
-                    },
-                )
-                .await;
+            let _ = image.write(offset, bytes, WriteFlags::fua(fua)).await;
         }
         5..8 => drop(image.read(offset, len).await),
         8..10 => drop(image.write_zeroes(offset, len, flags).await),

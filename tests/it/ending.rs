@@ -21,16 +21,7 @@ const SIZE: u64 = 64 << 20;
 
 /// Ends a daemon, and answers what it has told last.
 fn end_in_time(mut daemon: Daemon, mut qmp: Qmp, by_command: bool) -> Vec<Value> {
-    let begun = Instant::now();
-    let status = match by_command {
-        true => {
-            qmp.ok("quit", json!({}));
-            daemon.exited()
-        }
-        false => daemon.terminated(),
-    };
-    assert!(status.success(), "{status}");
-    assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
+    daemon.ended_within(BOUND, &mut qmp, by_command);
     let mut events = std::mem::take(&mut qmp.events);
     events.extend(qmp.rest());
     assert_eq!(events.last().unwrap()["event"], "SHUTDOWN");

@@ -266,6 +266,20 @@ impl Daemon {
         wait(&mut self.child)
     }
 
+    /// Ends in order, by `quit` or by a signal, and within `bound`.
+    pub(crate) fn ended_within(&mut self, bound: Duration, qmp: &mut Qmp, by_command: bool) {
+        let begun = Instant::now();
+        let status = match by_command {
+            true => {
+                qmp.ok("quit", json!({}));
+                self.exited()
+            }
+            false => self.terminated(),
+        };
+        assert!(status.success(), "{status}");
+        assert!(begun.elapsed() < bound, "{:?}", begun.elapsed());
+    }
+
     /// Ends the process as a power cut would; the folder stays.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();

@@ -175,26 +175,12 @@ fn stopped(folder: &Path) -> (Daemon, Qmp, Guest) {
     (daemon, qmp, guest)
 }
 
-/// Ends a daemon by `quit` or by a signal; it takes no longer than it may.
-fn end_in_time(daemon: &mut Daemon, qmp: &mut Qmp, by_command: bool) {
-    let begun = Instant::now();
-    let status = match by_command {
-        true => {
-            qmp.ok("quit", json!({}));
-            daemon.exited()
-        }
-        false => daemon.terminated(),
-    };
-    assert!(status.success());
-    assert!(begun.elapsed() < BOUND, "{:?}", begun.elapsed());
-}
-
 #[test]
 fn a_daemon_ends_while_the_machine_stands_still_and_tells_the_guest() {
     for by_command in [true, false] {
         let folder = tempfile::tempdir().unwrap();
         let (mut daemon, mut qmp, mut guest) = stopped(folder.path());
-        end_in_time(&mut daemon, &mut qmp, by_command);
+        daemon.ended_within(BOUND, &mut qmp, by_command);
         for _ in 0..2 {
             assert_eq!(guest.reply().unwrap().1, ESHUTDOWN);
         }
@@ -251,7 +237,7 @@ fn jobs_end_with_the_daemon_while_the_machine_stands_still() {
             "blockdev-create",
             json!({"job-id": "job1", "options": options}),
         );
-        end_in_time(&mut daemon, &mut qmp, by_command);
+        daemon.ended_within(BOUND, &mut qmp, by_command);
         for _ in 0..2 {
             assert_eq!(waiting.reply().unwrap().1, ESHUTDOWN);
         }

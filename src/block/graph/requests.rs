@@ -1,5 +1,7 @@
 //! Requests on nodes and on edges: in by the gate, and what the node does with them before its driver sees them.
 
+use std::sync::Arc;
+
 use super::counters::RequestKind;
 use super::edge::{Edge, Inside, Way};
 use super::node::{Inner, Node};
@@ -7,7 +9,7 @@ use crate::driver::{
     BlockStatus, BoxFuture, Preallocation, RequestLimits, Requests, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Data, Gate, HostRange, RunToEnd};
+use crate::io::{Data, Entered, Gate, HostRange, RunToEnd};
 use crate::limits::{MAX_DISK_SIZE, MAX_REQUEST};
 use crate::open::{DetectZeroes, DiscardMode};
 
@@ -174,20 +176,30 @@ where
     F: Future<Output = Result<()>> + Send + 'static,
 {
     RunToEnd::new(async move {
-        loop {
-            let inner = way.target();
-            let is_durable = fua || inner.behaviour().cache.writethrough;
-            let _flushing = match is_durable {
-                true => Some(Gate::enter_by(inner.flushes.clone()).await),
-                false => None,
-            };
-            let inside = Gate::enter_by(inner).await;
-            if way.leads_to(inside.place()) {
-                inside.place().check_open()?;
-                return request(inside).await;
-            }
-        }
+        let is_durable = |inner: &Inner| fua || inner.behaviour().cache.writethrough;
+        let (_flushing, inside) = enter_to_flush(&way, is_durable).await;
+        inside.place().check_open()?;
+        request(inside).await
     })
+}
+
+/// Enters by `way`. What waits for the disk, as `flushes` says of the place, is known before it enters the gate: who closes that waits
+/// for it first.
+async fn enter_to_flush(
+    way: &Way,
+    flushes: impl Fn(&Inner) -> bool,
+) -> (Option<Entered<Arc<Gate>>>, Inside) {
+    loop {
+        let inner = way.target();
+        let flushing = match flushes(&inner) {
+            true => Some(Gate::enter_by(inner.flushes.clone()).await),
+            false => None,
+        };
+        let inside = Gate::enter_by(inner).await;
+        if way.leads_to(inside.place()) {
+            return (flushing, inside);
+        }
+    }
 }
 
 /// Enters by `way` and does `request` inside.
@@ -203,17 +215,10 @@ where
     })
 }
 
-/// A flush waits for the disk, so it is known before it enters the gate: who closes that waits for it first.
 async fn flush(way: Way) -> Result<()> {
-    loop {
-        let inner = way.target();
-        let _flushing = Gate::enter_by(inner.flushes.clone()).await;
-        let inside = Gate::enter_by(inner).await;
-        if way.leads_to(inside.place()) {
-            inside.place().check_open()?;
-            return inside.place().flush().await;
-        }
-    }
+    let (_flushing, inside) = enter_to_flush(&way, |_| true).await;
+    inside.place().check_open()?;
+    inside.place().flush().await
 }
 
 async fn resize(way: Way, size: u64, preallocation: Preallocation) -> Result<()> {

@@ -148,18 +148,32 @@ def mixed_daemon(daemon, folder, disks, log):
         [daemon, "--qmp", "unix:qmp.sock", "--state-dir", "state", "--nbd-server", "addr.type=unix,addr.path=nbd.sock", *drives],
         cwd=folder, stderr=log, env={**os.environ, "RUST_LOG": "warn,qblockd::transaction=info"},
     )
-    qmp = Qmp(os.path.join(folder, "qmp.sock"))
-    nbd = os.path.join(folder, "nbd.sock")
-    load = ["--rw=randwrite", "--bs=64k", "--iodepth=16", "--size=1g", "--time_based", "--runtime=3600", "--fsync=256"]
-    with contextlib.ExitStack() as guests:
-        probes = []
-        for disk in range(min(BUSY, disks)):
-            uri = f"nbd+unix:///d{disk}?socket={nbd}"
-            probes.append(guests.enter_context(Probe(uri)))
-            guests.enter_context(writing(["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", *load]))
-        yield qmp, probes
-    qmp.run("quit")
-    process.wait()
+    try:
+        qmp = Qmp(os.path.join(folder, "qmp.sock"))
+        nbd = os.path.join(folder, "nbd.sock")
+        load = ["--rw=randwrite", "--bs=64k", "--iodepth=16", "--size=1g", "--time_based", "--runtime=3600", "--fsync=256"]
+        with contextlib.ExitStack() as guests:
+            probes = []
+            for disk in range(min(BUSY, disks)):
+                uri = f"nbd+unix:///d{disk}?socket={nbd}"
+                probes.append(guests.enter_context(Probe(uri)))
+                guests.enter_context(writing(["fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", *load]))
+            yield qmp, probes
+        qmp.run("quit")
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.wait()
+
+
+def end_jobs(qmp):
+    """Cancels the jobs that have not ended by themselves, and waits for all."""
+    while jobs := qmp.run("query-jobs"):
+        for job in jobs:
+            with contextlib.suppress(RuntimeError):
+                qmp.run("job-cancel", id=job["id"])
+        time.sleep(0.01)
 
 
 def measure_mix(daemon, folder, disks, mix):
@@ -190,10 +204,7 @@ def measure_mix(daemon, folder, disks, mix):
                 # A write that began in the transaction may end behind it.
                 time.sleep(0.1)
                 longest.append(max(probe.longest for probe in probes) * 1000)
-                for disk in copied if "dry run" not in mix else []:
-                    qmp.run("job-cancel", id=f"j{disk}")
-                while qmp.run("query-jobs"):
-                    time.sleep(0.01)
+                end_jobs(qmp)
                 for disk in copied:
                     qmp.run("blockdev-del", **{"node-name": f"t{disk}"})
                 time.sleep(0.3)

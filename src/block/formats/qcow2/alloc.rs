@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use super::geometry::{ENTRY_SIZE, Geometry};
 use super::header_cell::HeaderCell;
@@ -28,108 +28,20 @@ use crate::units::{ClusterIndex, HostOffset};
 use block::Block;
 use greatest::Greatest;
 
+pub(crate) use run::{Dropped, Reserved, Returned, Run, push_run};
+
 mod block;
 mod blocks;
 mod greatest;
 mod grow;
 mod new_blocks;
+mod run;
 mod tables;
 
 /// Refcount blocks that one allocation searches before it takes clusters at the end of the image.
 const SCAN_BLOCKS: u64 = 4;
 /// Free runs that are remembered; what is freed beyond is found by the next process.
 const MAX_FREE_RUNS: usize = 1 << 20;
-
-/// Clusters in a row.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Run {
-    /// The first.
-    pub(crate) start: ClusterIndex,
-    /// How many.
-    pub(crate) count: u64,
-}
-
-impl Run {
-    /// A cluster alone.
-    pub(crate) fn one(start: ClusterIndex) -> Self {
-        Run { start, count: 1 }
-    }
-
-    /// The number behind the last cluster.
-    pub(crate) fn end(self) -> u64 {
-        self.start.0 + self.count
-    }
-}
-
-/// Appends a run, joined to the last one where it continues it.
-pub(crate) fn push_run(runs: &mut Vec<Run>, run: Run) {
-    match runs.last_mut() {
-        Some(last) if last.end() == run.start.0 => last.count += run.count,
-        _ => runs.push(run),
-    }
-}
-
-/// Runs given back by dropped reservations, until the allocator takes them.
-pub(crate) type Returned = Arc<Mutex<Vec<Run>>>;
-
-/// A run that a request owns and nothing points to yet. Dropped, it is free again.
-#[derive(Debug)]
-pub(crate) struct Reserved {
-    run: Run,
-    fresh: bool,
-    /// Where it goes when it is dropped; nowhere from an external data file, whose clusters nobody counts.
-    returned: Option<Returned>,
-}
-
-impl Reserved {
-    /// Clusters of an external data file. `fresh` as for [`Reserved::is_fresh`].
-    pub(crate) fn outside(run: Run, fresh: bool) -> Self {
-        Reserved {
-            run,
-            fresh,
-            returned: None,
-        }
-    }
-
-    /// The clusters.
-    pub(crate) fn run(&self) -> Run {
-        self.run
-    }
-
-    /// The clusters lie behind everything that was ever written to the file: they read as zeroes as they are.
-    pub(crate) fn is_fresh(&self) -> bool {
-        self.fresh
-    }
-
-    /// The first `count` clusters are pointed to now: they are no longer given back.
-    pub(crate) fn publish(&mut self, count: u64) {
-        assert!(count <= self.run.count);
-        self.run.start.0 += count;
-        self.run.count -= count;
-    }
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        if let Some(returned) = &self.returned
-            && self.run.count > 0
-        {
-            let mut returned = returned.lock().unwrap_or_else(PoisonError::into_inner);
-            returned.push(self.run);
-        }
-    }
-}
-
-/// What has become of references that were to be dropped.
-#[derive(Debug)]
-pub(crate) struct Dropped {
-    /// Clusters that have none left.
-    pub(crate) freed: Vec<Run>,
-    /// Clusters that still have all of theirs, after an error.
-    pub(crate) rest: Vec<Run>,
-    /// The error that ended it early.
-    pub(crate) result: Result<()>,
-}
 
 /// The refcounts of an image and its free clusters. One owner at a time, behind an async lock.
 #[derive(Debug)]
@@ -257,7 +169,7 @@ impl Allocator {
             }
         };
         self.owners
-            .claim(reserved.run.start, reserved.run.count, owner)?;
+            .claim(reserved.run().start, reserved.run().count, owner)?;
         Ok(reserved)
     }
 
@@ -278,7 +190,7 @@ impl Allocator {
         };
         // The search for a cluster may have taken back the last use of this one.
         let partial = partial.filter(|(cluster, _)| {
-            let is_next = |next: &Reserved| next.run.start.0 == cluster.0 + 1;
+            let is_next = |next: &Reserved| next.run().start.0 == cluster.0 + 1;
             self.partial == partial && next.as_ref().is_none_or(is_next)
         });
         match (partial, next) {
@@ -291,8 +203,8 @@ impl Allocator {
                 Ok((self.g.host_offset(cluster) + used, reserved))
             }
             (None, Some(next)) => {
-                self.partial = Some((next.run.start, len));
-                Ok((self.g.host_offset(next.run.start), next))
+                self.partial = Some((next.run().start, len));
+                Ok((self.g.host_offset(next.run().start), next))
             }
             (None, None) => unreachable!("what fits nowhere has a cluster of its own"),
         }
@@ -306,14 +218,10 @@ impl Allocator {
         };
         self.change(run, 1).await?;
         if let Some(mut next) = next {
-            run.count += next.run.count;
-            next.publish(next.run.count);
+            run.count += next.run().count;
+            next.publish(next.run().count);
         }
-        Ok(Reserved {
-            run,
-            fresh: false,
-            returned: Some(self.returned.clone()),
-        })
+        Ok(Reserved::counted(run, false, self.returned.clone()))
     }
 
     /// No compressed stream is added to these clusters any more.
@@ -477,11 +385,7 @@ impl Allocator {
         self.change(run, 1).await?;
         let fresh = self.fresh_from.is_some_and(|from| run.start.0 >= from);
         self.note_used(run);
-        Ok(Reserved {
-            run,
-            fresh,
-            returned: Some(self.returned.clone()),
-        })
+        Ok(Reserved::counted(run, fresh, self.returned.clone()))
     }
 
     fn note_used(&mut self, run: Run) {

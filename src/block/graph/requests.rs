@@ -79,8 +79,10 @@ impl Inner {
         self.check_writable()?;
         let len = data.len();
         self.check_range(offset, len)?;
+        self.counters.writes_up_to(offset + len);
         let write = self.driver.write_compressed(offset, data);
-        self.counted(RequestKind::Write, len, write).await
+        self.counted(RequestKind::Write, len, write).await?;
+        self.written_through().await
     }
 
     async fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
@@ -148,7 +150,12 @@ impl Inner {
             self.counters.count(RequestKind::Write, len, shared.is_ok());
         }
         shared?;
-        match behaviour.cache.writethrough {
+        self.written_through().await
+    }
+
+    /// Behind a write that cannot carry FUA.
+    async fn written_through(&self) -> Result<()> {
+        match self.behaviour().cache.writethrough {
             true => self.driver.flush().await,
             false => Ok(()),
         }
@@ -319,7 +326,7 @@ macro_rules! requests_by_way {
             }
 
             fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {
-                Box::pin(run(self.way(), move |inside| async move {
+                Box::pin(run_write(self.way(), false, move |inside| async move {
                     inside.place().write_compressed(offset, data).await
                 }))
             }
@@ -358,7 +365,7 @@ macro_rules! requests_by_way {
             }
 
             fn write_shared(&self, offset: u64, from: HostRange) -> BoxFuture<'_, Result<()>> {
-                Box::pin(run(self.way(), move |inside| async move {
+                Box::pin(run_write(self.way(), false, move |inside| async move {
                     inside.place().write_shared(offset, from).await
                 }))
             }

@@ -5,10 +5,12 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use super::*;
-use crate::driver::{RequestLimits, Requests, WriteFlags, ZeroFlags};
+use crate::driver::{Child, RequestLimits, Requests, WriteFlags, ZeroFlags};
+use crate::formats::qcow2::create::{CreateOptions, create};
+use crate::formats::qcow2::{OpenOptions, Qcow2};
 use crate::formats::raw::Raw;
 use crate::io::Data;
-use crate::open::{DetectZeroes, DiscardMode};
+use crate::open::{CacheMode, DetectZeroes, DiscardMode};
 use crate::protocols::memory::{Memory, OpKind};
 
 const SHORT: Duration = Duration::from_millis(20);
@@ -219,6 +221,34 @@ async fn zeroes_are_detected_and_unmapped_only_where_asked() {
         assert_eq!(memory.count(OpKind::WriteZeroes), zeroes);
         assert_eq!(node.count(RequestKind::Write).done, 2);
         assert_eq!(node.count(RequestKind::Write).bytes, 8192);
+    }
+}
+
+#[tokio::test]
+async fn compressed_clusters_are_written_through() {
+    for writethrough in [false, true] {
+        let memory = Memory::new(0);
+        let child = Child::new(memory.clone());
+        create(&child, &CreateOptions::new(1 << 20)).await.unwrap();
+        let opening = Qcow2::open(child, OpenOptions::default()).await.unwrap();
+        let behaviour = Behaviour {
+            cache: CacheMode {
+                writethrough,
+                ..CacheMode::default()
+            },
+            ..Behaviour::default()
+        };
+        let node = Node::new(
+            name("n"),
+            opening.finish(None).await.unwrap(),
+            behaviour,
+            Vec::new(),
+        );
+        let flushes = memory.count(OpKind::Flush);
+        let cluster = Data::from(vec![7; 65536]);
+        node.write_compressed(0, cluster).await.unwrap();
+        assert_eq!(memory.count(OpKind::Flush) > flushes, writethrough);
+        assert_eq!(node.highest_write(), 65536);
     }
 }
 

@@ -276,6 +276,47 @@ fn an_extended_device_is_noticed_by_who_waits_for_space() {
     );
 }
 
+/// A volume's new size is told as QEMU's users do: by asking for it.
+#[test]
+fn a_raw_drive_takes_the_new_size_of_its_device() {
+    let Some(()) = harness::need(&["losetup", "truncate"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let set = |mib: u64| tool(folder.path(), &format!("truncate -s {mib}M volume"));
+    set(4);
+    let Some(device) = Loop::attach(&folder.path().join("volume")) else {
+        return;
+    };
+    let drive = format!("id=d,file={},format=raw", device.0);
+    let arguments = ["--drive", &drive, "--nbd-server", "unix:nbd.sock"];
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
+    let mut qmp = daemon.qmp();
+    for mib in [12, 8] {
+        set(mib);
+        tool(folder.path(), &format!("losetup -c {}", device.0));
+        for (other, text) in [
+            (mib + 1, "Cannot grow device files"),
+            (mib - 1, "Cannot resize device files"),
+        ] {
+            let size = json!({"device": "d", "size": other << 20});
+            assert_eq!(qmp.error("block_resize", size).1, text);
+        }
+        qmp.ok("block_resize", json!({"device": "d", "size": mib << 20}));
+        let shown = &qmp.ok("query-block", json!({}))[0]["inserted"]["image"];
+        assert_eq!(shown["virtual-size"], mib << 20);
+        let mut guest = Guest::connect(&folder.path().join("nbd.sock"), "d").unwrap();
+        let (offset, data) = ((mib - 1) << 20, vec![mib as u8; 1 << 20]);
+        let last = Request::Write {
+            offset,
+            data: data.clone(),
+        };
+        assert_eq!(guest.run(&last).unwrap(), 0);
+        assert!(guest.read(offset, 1 << 20).unwrap() == data);
+    }
+    assert!(daemon.terminated().success());
+}
+
 #[test]
 fn an_image_that_cannot_be_made_on_a_device_changes_nothing() {
     let Some(place) = Place::new() else {

@@ -13,6 +13,7 @@ mod reopen;
 mod room;
 mod zero;
 
+use std::cmp;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -272,7 +273,10 @@ impl File {
         self.check_writable()?;
         let (old, open) = (self.size(), self.present());
         if open.host.kind() == FileKind::BlockDevice {
-            return resize_device(old, size);
+            let now = open.host.size().map_err(self.failed("resize"))?;
+            check_device_size(now, size)?;
+            self.size.store(now, Ordering::Relaxed);
+            return Ok(());
         }
         if size > i64::MAX as u64 {
             return Err(self.failed("resize")(io::Error::from_raw_os_error(
@@ -352,14 +356,15 @@ fn open_error(filename: &str, direct: bool, error: &io::Error) -> Error {
     }
 }
 
-fn resize_device(old: u64, size: u64) -> Result<()> {
-    match size {
-        _ if size == old => Ok(()),
-        _ if size > old => Err(Error::new(
+/// A device has the size that it has: to ask for that one is how a user says that it was extended or cut.
+fn check_device_size(now: u64, asked: u64) -> Result<()> {
+    match asked.cmp(&now) {
+        cmp::Ordering::Equal => Ok(()),
+        cmp::Ordering::Greater => Err(Error::new(
             ErrorKind::InvalidInput,
             "Cannot grow device files",
         )),
-        _ => Err(Error::new(
+        cmp::Ordering::Less => Err(Error::new(
             ErrorKind::Unsupported,
             "Cannot resize device files",
         )),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tokio::runtime::Handle;
-use tokio::sync::{Mutex, Notify};
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -19,7 +19,7 @@ use super::shared::{Kept, Mode, Shared};
 use super::{CopyHooks, CopyOptions, OnCopyError, PointInTime, Progress, Side, Source, SyncMode};
 use crate::driver::Requests;
 use crate::error::{Error, ErrorKind, Result};
-use crate::io::{Data, Segment, lock_for_a_moment};
+use crate::io::{BriefMutex, Data, Segment};
 use crate::limits::{
     COPY_BACKGROUND_BYTES, COPY_CHUNK, COPY_CLUSTER, COPY_FLUSH_BYTES, COPY_MAX_CLUSTER,
     COPY_QUICK_CHUNK, COPY_QUICK_PIECES, COPY_RETRY_PAUSE,
@@ -171,7 +171,7 @@ fn invalid(message: impl Into<String>) -> Error {
 #[derive(Clone)]
 struct Run {
     shared: Arc<Shared>,
-    plan: Arc<Mutex<Plan>>,
+    plan: Arc<BriefMutex<Plan>>,
     hooks: Arc<dyn CopyHooks>,
     crew: Arc<Crew>,
     /// Bytes per request.
@@ -286,7 +286,7 @@ impl Run {
     async fn work(&self) -> Shift {
         loop {
             let pieces = {
-                let mut plan = lock_for_a_moment(&self.plan).await;
+                let mut plan = self.plan.lock().await;
                 let at_once = self.at_once();
                 self.shared.next_pieces(&mut plan, at_once).await
             };

@@ -47,7 +47,7 @@ pub use host_file::{HostFile, OpenMode};
 pub use host_range::HostRange;
 pub use identity::FileIdentity;
 pub use inline::{InlineThread, allow_inline_writes};
-pub(crate) use moment::lock_for_a_moment;
+pub(crate) use moment::BriefMutex;
 pub use names::Names;
 pub use range_lock::{Access, RangeGuard, RangeLock};
 pub use run_to_end::RunToEnd;

@@ -26,7 +26,6 @@ use super::subclusters::{State, Subclusters, mask};
 use crate::driver::{BlockStatus, Child, Preallocation, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::HostBytes;
-use crate::io::lock_for_a_moment;
 use crate::units::{ClusterIndex, HostOffset};
 
 /// The file that holds the guest's data.
@@ -182,7 +181,7 @@ impl Image {
     /// their range lock.
     pub(super) async fn reserve_data(&self, first: GuestCluster, want: u64) -> Result<Reserved> {
         if !self.data.is_external() {
-            return lock_for_a_moment(&self.alloc).await.allocate(want).await;
+            return self.alloc.lock().await.allocate(want).await;
         }
         let run = Run {
             start: ClusterIndex(first.0),

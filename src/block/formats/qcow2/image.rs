@@ -39,7 +39,7 @@ use super::write_back::{Commits, Early};
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::HostBytes;
-use crate::io::{Access, Data, RangeGuard, RangeLock};
+use crate::io::{Access, BriefMutex, Data, RangeGuard, RangeLock};
 use crate::units::{ClusterIndex, GuestOffset, HostOffset};
 
 /// An open image.
@@ -71,7 +71,7 @@ pub(crate) struct Image {
     pub(super) damage: Arc<Damage>,
     /// Where tables are written.
     pub(super) metadata: Metadata,
-    pub(super) alloc: tokio::sync::Mutex<Allocator>,
+    pub(super) alloc: BriefMutex<Allocator>,
     pub(super) gate: Arc<Gate>,
     pub(super) clusters: RangeLock,
     pub(super) tables: RangeLock,

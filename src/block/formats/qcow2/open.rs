@@ -31,7 +31,7 @@ use super::write_back::{Commits, Early};
 use crate::driver::Child;
 use crate::error::{Error, ErrorKind, Result};
 use crate::events::Reporter;
-use crate::io::RangeLock;
+use crate::io::{BriefMutex, RangeLock};
 use crate::limits;
 use crate::units::{ClusterIndex, HostOffset};
 
@@ -222,7 +222,7 @@ impl Opening {
             owners,
             damage,
             metadata,
-            alloc: tokio::sync::Mutex::new(alloc),
+            alloc: BriefMutex::new(alloc),
             gate: Arc::new(Gate::default()),
             clusters: RangeLock::default(),
             tables: RangeLock::default(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   run -> startup (the command line, step by step)
-//!       -> control loop: select an event, apply it        commands reach the state by Cx::commit only
+//!       -> control loop: select an event, apply it        commands reach the state by Cx::commit only, queries by Cx::look
 //!       -> stop: exports, nodes, monitors, files, in this order
 //! ```
 //!
@@ -100,9 +100,10 @@ fn wired(signals: Signals) -> (ControlLoop, Arc<DaemonService>, Cx) {
     let (reports, jobs) = mpsc::unbounded_channel();
     let (errand, errands) = mpsc::channel(limits::ERRANDS);
     let (sink, nodes) = block::events::channel();
-    let handle = ControlHandle(handle);
+    let (beside, looks) = mpsc::channel(limits::COMMITS);
+    let handle = ControlHandle::new(handle);
     let events = Events::new(monitor::RATE_LIMITS);
-    let service = Arc::new(DaemonService::new(queue, handle.clone()));
+    let service = Arc::new(DaemonService::new(queue, ControlHandle::new(beside)));
     let monitors = monitor::Server::new(service.clone(), events.clone());
     let control = Control::new(
         Graph::reporting(sink),
@@ -114,6 +115,7 @@ fn wired(signals: Signals) -> (ControlLoop, Arc<DaemonService>, Cx) {
     let inputs = Inputs {
         commands,
         commits,
+        beside: looks,
         exports,
         jobs,
         errands,

@@ -4,8 +4,13 @@ use std::time::Duration;
 
 // The control loop.
 
-/// Commits that wait for the loop. A handler has one at a time, and one handler runs.
+/// Commits that wait for the loop. A handler has one at a time, and one handler runs; those of commands that run beside it wait apart,
+/// and their senders for room.
 pub const COMMITS: usize = 4;
+
+/// Long answers that are put together at once, each on a thread of its own: guests need the processors, too. One that hangs, as when
+/// the kernel is asked about a file of a server that is gone, leaves places for others.
+pub const LONG_ANSWERS: usize = 4;
 
 /// Jobs that stand in line with commands; others wait to.
 pub const ERRANDS: usize = 16;

@@ -72,7 +72,8 @@ pub(crate) use snapshot::{Operation, SnapshotAction};
 /// A part of a transaction.
 ///
 /// All but `resolve` and `commit` run outside of the control loop. What an action does before its `commit` nobody but later
-/// actions may see: no other command runs meanwhile, but guests, jobs and exports do.
+/// actions may use: nothing else changes meanwhile but by guests, jobs, which may be cancelled, and exports. Queries see new nodes,
+/// unused, and jobs that are not begun.
 pub(crate) trait Action: Send {
     /// Looks up what the action is about, as the actions before it leave it, and checks all that can be known now. It says which
     /// disks are to be held, and what its commit will do to the graph as far as that is known. On the control loop: it cannot

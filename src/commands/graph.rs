@@ -12,7 +12,7 @@ use crate::daemon::Cx;
 
 impl BlockGraph<Cx> for Handlers {
     async fn x_debug_query_block_graph(cx: &Cx) -> Result<XDbgBlockGraph, QmpError> {
-        let diagram = cx.commit(|control| Ok(control.graph.diagram())).await?;
+        let diagram = cx.look(|control| control.graph.diagram()).await?;
         let Diagram { vertices, arrows } = diagram;
         Ok(XDbgBlockGraph {
             nodes: vertices.into_iter().map(point).collect(),

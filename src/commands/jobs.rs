@@ -73,7 +73,7 @@ impl Job<Cx> for Handlers {
     }
 
     async fn query_jobs(cx: &Cx) -> Result<Vec<JobInfo>, QmpError> {
-        let jobs = cx.commit(|control| Ok(control.jobs.list())).await?;
+        let jobs = cx.look(|control| control.jobs.list()).await?;
         Ok(jobs.into_iter().map(convert::job_info).collect())
     }
 }
@@ -129,7 +129,7 @@ impl BlockJob<Cx> for Handlers {
     }
 
     async fn query_block_jobs(cx: &Cx) -> Result<Vec<BlockJobInfo>, QmpError> {
-        let jobs = cx.commit(|control| Ok(control.jobs.list())).await?;
+        let jobs = cx.look(|control| control.jobs.list()).await?;
         let block_jobs = jobs.into_iter().filter(|job| job.spec.kind.is_block_job());
         Ok(block_jobs.map(convert::block_job_info).collect())
     }

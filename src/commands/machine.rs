@@ -12,7 +12,7 @@ use crate::daemon::Cx;
 
 impl RunState<Cx> for Handlers {
     async fn query_status(cx: &Cx) -> Result<StatusInfo, QmpError> {
-        let state = cx.commit(|control| Ok(control.graph.machine().state()));
+        let state = cx.look(|control| control.graph.machine().state());
         let status = match state.await? {
             State::Running => types::RunState::Running,
             State::Paused => types::RunState::Paused,

@@ -99,8 +99,8 @@ impl BlockExport<Cx> for Handlers {
     }
 
     async fn query_block_exports(cx: &Cx) -> Result<Vec<BlockExportInfo>, QmpError> {
-        cx.commit(|control| Ok(control.exports.list().into_iter().map(info).collect()))
-            .await
+        let exports = cx.look(|control| control.exports.list()).await?;
+        Ok(exports.into_iter().map(info).collect())
     }
 }
 

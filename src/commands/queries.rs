@@ -13,15 +13,15 @@ use qapi::types::{BlockDeviceInfo, BlockInfo, BlockStats};
 
 use super::Handlers;
 use super::convert::{self, Counted, Depth, Devices, StatsAnswer};
-use crate::daemon::{Cx, internal_error};
+use crate::daemon::Cx;
 
 /// Answers `query-block`: drives only; nodes that nobody calls a device are in query-named-block-nodes.
 pub(super) async fn drives(cx: &Cx) -> Result<Vec<BlockInfo>, QmpError> {
     let seen = |drive: &Drive| (drive.id.clone(), drive.io_status(), drive.node());
     let drives: Vec<_> = cx
-        .commit(move |control| Ok(control.graph.drives().iter().map(seen).collect()))
+        .look(move |control| control.graph.drives().iter().map(seen).collect())
         .await?;
-    apart(move || {
+    cx.apart(move || {
         let mut devices = Devices::default();
         let info = |(id, io_status, root): (String, Option<_>, Option<Arc<Node>>)| BlockInfo {
             device: id.clone(),
@@ -61,7 +61,7 @@ pub(super) async fn nodes(
         _ => Depth::WholeChain,
     };
     let nodes = all_nodes(cx).await?;
-    apart(move || {
+    cx.apart(move || {
         let mut devices = Devices::default();
         let info = |node: &Arc<Node>| devices.device_info(node, depth);
         nodes.iter().map(info).collect()
@@ -71,16 +71,8 @@ pub(super) async fn nodes(
 
 /// The newest first.
 async fn all_nodes(cx: &Cx) -> Result<Vec<Arc<Node>>, QmpError> {
-    cx.commit(|control| Ok(control.graph.nodes().rev().cloned().collect()))
+    cx.look(|control| control.graph.nodes().rev().cloned().collect())
         .await
-}
-
-/// Does what takes the processor's time, or asks the kernel, where nobody else waits for it.
-async fn apart<R: Send + 'static>(
-    work: impl FnOnce() -> R + Send + 'static,
-) -> Result<R, QmpError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|_| internal_error())
 }
 
 impl handlers::BlockStats<Cx> for Handlers {
@@ -88,16 +80,17 @@ impl handlers::BlockStats<Cx> for Handlers {
         let QueryBlockstats { query_nodes } = args;
         if query_nodes == Some(true) {
             let nodes = all_nodes(cx).await?;
-            return apart(move || {
-                let mut answer = StatsAnswer::new();
-                nodes.iter().map(|node| answer.node(node)).collect()
-            })
-            .await;
+            return cx
+                .apart(move || {
+                    let mut answer = StatsAnswer::new();
+                    nodes.iter().map(|node| answer.node(node)).collect()
+                })
+                .await;
         }
         let drives: Vec<Counted> = cx
-            .commit(|control| Ok(control.graph.drives().iter().map(Counted::new).collect()))
+            .look(|control| control.graph.drives().iter().map(Counted::new).collect())
             .await?;
-        apart(move || {
+        cx.apart(move || {
             let mut answer = StatsAnswer::new();
             drives
                 .into_iter()

@@ -3,6 +3,7 @@
 //! ```text
 //!   monitors --Command--> +--------+ --spawns--> handler (one at a time)
 //!   handler  --Commit---> | select |                |
+//!   queries  --Commit---> |        |                |
 //!   handler  --Ended----> | apply  | <--------------+
 //!   exports  --Export---> |        |
 //!   jobs     --Job------> |        |
@@ -12,6 +13,10 @@
 //! ```
 //!
 //! `select` may wait, `apply` may not. Guest I/O never comes by here.
+//!
+//! What changes the state stands in line. Queries do not: they run in the tasks of their sessions, and come by to look. They see what
+//! there is between two commits of the handler. Neither can keep the other waiting: a session has one command under way, and who comes
+//! next is drawn.
 
 use block::events::NodeEvent;
 use qapi::rt::{QmpError, Value};
@@ -34,7 +39,7 @@ use crate::monitor::Session;
 pub(super) enum Event {
     /// A client's command is next.
     Command(Queued),
-    /// The running handler wants to look at the state or change it.
+    /// A handler wants to look at the state or change it.
     Commit(Commit),
     /// The running handler has ended.
     Ended(Result<Result<Value, QmpError>, JoinError>),
@@ -68,6 +73,8 @@ pub(super) struct Finished {
 pub(super) struct Inputs {
     pub(super) commands: mpsc::Receiver<Queued>,
     pub(super) commits: mpsc::Receiver<Commit>,
+    /// Commits of commands that run beside the handler.
+    pub(super) beside: mpsc::Receiver<Commit>,
     pub(super) exports: mpsc::UnboundedReceiver<ExportEvent>,
     pub(super) jobs: mpsc::UnboundedReceiver<JobReport>,
     pub(super) errands: mpsc::Receiver<Errand>,
@@ -142,6 +149,12 @@ impl ControlLoop {
         }
     }
 
+    /// Whether the command line is still being followed: clients wait until there is what they are going to ask for.
+    fn is_starting(&self) -> bool {
+        let slot = self.slot.as_ref();
+        slot.is_some_and(|slot| matches!(slot.asker, Asker::Startup))
+    }
+
     /// Whether the daemon is to stop, and can: the running command has ended, then the jobs.
     fn is_at_its_end(&mut self) -> bool {
         if self.control.stop_cause().is_none() {
@@ -164,13 +177,14 @@ impl ControlLoop {
                 log::warn!("job '{}' does not end: ending without it", job.spec.id);
             }
         }
-        is_overdue || (jobs.is_empty() && self.slot.is_none())
+        is_overdue || (self.control.jobs.is_empty() && self.slot.is_none())
     }
 
     /// Waits for the next event. Commits and exports come before the end of the handler that caused them.
     async fn select(&mut self) -> Event {
         let is_idle = self.slot.is_none();
         let is_open = is_idle && self.control.stop_cause().is_none();
+        let is_up = !self.is_starting();
         let deadline = self.deadline;
         let overdue = async {
             match deadline {
@@ -184,6 +198,13 @@ impl ControlLoop {
                 None => std::future::pending().await,
             }
         };
+        let next = async {
+            tokio::select! {
+                Some(queued) = self.inputs.commands.recv(), if is_open => Event::Command(queued),
+                Some(commit) = self.inputs.beside.recv(), if is_up => Event::Commit(commit),
+                else => std::future::pending().await,
+            }
+        };
         tokio::select! {
             biased;
             () = self.inputs.signals.next() => Event::Signal,
@@ -193,7 +214,7 @@ impl ControlLoop {
             Some(event) = self.inputs.nodes.recv() => Event::Node(event),
             ended = ended => Event::Ended(ended),
             Some(errand) = self.inputs.errands.recv(), if is_idle => Event::Errand(errand),
-            Some(queued) = self.inputs.commands.recv(), if is_open => Event::Command(queued),
+            event = next => event,
             () = overdue => Event::Overdue,
         }
     }

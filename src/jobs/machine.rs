@@ -171,6 +171,11 @@ impl Job {
         }
     }
 
+    /// Whether clients know of it.
+    pub fn is_known(&self) -> bool {
+        self.audience == Audience::Clients
+    }
+
     /// Whether the user or an error holds it, also when its work has not stopped yet.
     pub fn is_held(&self) -> bool {
         self.held
@@ -195,9 +200,10 @@ impl Machine {
         std::mem::take(&mut self.effects)
     }
 
-    /// The job of this id.
+    /// The job of this id, unless it is a trial.
     pub fn find(&self, id: &str) -> Option<JobKey> {
-        self.ids.get(id).copied()
+        let key = self.ids.get(id).copied();
+        key.filter(|key| self.jobs.get(key).is_some_and(Job::is_known))
     }
 
     /// A job that there is.
@@ -458,7 +464,7 @@ impl Machine {
 
     fn tell(&mut self, key: JobKey, notice: Notice) {
         let job = self.jobs.get(&key);
-        if job.is_some_and(|job| job.audience == Audience::Clients) {
+        if job.is_some_and(Job::is_known) {
             self.effects.push(Effect::Tell(key, notice));
         }
     }

@@ -294,9 +294,10 @@ impl Jobs {
         self.carry_out();
     }
 
-    /// All of them, the newest first.
+    /// Those that clients know of, the newest first.
     pub fn list(&self) -> Vec<JobInfo> {
-        let infos = self.machine.list().filter_map(|(key, job)| {
+        let known = self.machine.list().filter(|(_, job)| job.is_known());
+        let infos = known.filter_map(|(key, job)| {
             let handle = self.handles.get(&key)?;
             let progress = handle.progress(job.spec.speed);
             let is_running = job.status == Status::Running;

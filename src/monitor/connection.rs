@@ -78,7 +78,7 @@ pub(super) async fn serve(shared: Shared, style: Style, stream: Stream) {
         service: shared.service,
         events: shared.events,
         budget: shared.budget,
-        outbox: Arc::new(Outbox::new(session.id(), style)),
+        outbox: Arc::new(Outbox::new(session.clone(), style)),
         session,
         subscription: OnceLock::new(),
         answered: Notify::new(),
@@ -241,6 +241,7 @@ impl Connection {
                 Ok(value) => self.execute_in_band(value).await,
                 Err(error) => self.reply(None, Err(error.into())),
             }
+            self.outbox.release_events();
             if self.session.is_negotiated() {
                 // After the reply: a client takes the first message after its request for that.
                 self.subscription

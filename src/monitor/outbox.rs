@@ -13,13 +13,13 @@ use tokio::sync::Notify;
 
 use qapi::rt::json::Style;
 
-use super::session::SessionId;
+use super::session::Session;
 use crate::limits;
 
 /// The messages on their way to one client.
 #[derive(Debug)]
 pub(super) struct Outbox {
-    owner: SessionId,
+    owner: Session,
     style: Style,
     queue: Mutex<Queue>,
     /// Something was pushed, or the end was declared. For the writer.
@@ -31,7 +31,9 @@ pub(super) struct Outbox {
 #[derive(Debug, Default)]
 struct Queue {
     messages: VecDeque<Bytes>,
-    /// Bytes of `messages` and of the batch that is being written.
+    /// Events that wait for an answer.
+    behind: Vec<Bytes>,
+    /// Bytes of both, and of the batch that is being written.
     bytes: usize,
     /// Events that a client which does not read has missed since the last one it got.
     dropped: u64,
@@ -39,7 +41,7 @@ struct Queue {
 }
 
 impl Outbox {
-    pub(super) fn new(owner: SessionId, style: Style) -> Outbox {
+    pub(super) fn new(owner: Session, style: Style) -> Outbox {
         Outbox {
             owner,
             style,
@@ -63,7 +65,7 @@ impl Outbox {
         self.pushed.notify_one();
     }
 
-    /// Queues an event, or drops it if the client has too much unread already.
+    /// Queues an event, or drops it if the client has too much unread already. While the session holds events it waits.
     pub(super) fn push_event(&self, message: Bytes) {
         let mut queue = self.lock();
         if queue.bytes + message.len() > limits::QMP_OUTBOX_EVENT_BYTES {
@@ -71,7 +73,7 @@ impl Outbox {
             if queue.dropped == 1 {
                 log::warn!(
                     "QMP client {}: does not read, events are dropped",
-                    self.owner
+                    self.owner.id()
                 );
             }
             return;
@@ -80,11 +82,28 @@ impl Outbox {
             let missed = std::mem::take(&mut queue.dropped);
             log::warn!(
                 "QMP client {}: reads again, missed {missed} events",
-                self.owner
+                self.owner.id()
             );
         }
         queue.bytes += message.len();
+        if self.owner.holds_events() {
+            queue.behind.push(message);
+            return;
+        }
         queue.messages.push_back(message);
+        drop(queue);
+        self.pushed.notify_one();
+    }
+
+    /// The command that runs has been answered: events go on.
+    pub(super) fn release_events(&self) {
+        if !self.owner.holds_events() {
+            return;
+        }
+        let mut queue = self.lock();
+        // Under the lock, so that an event which comes now does not overtake.
+        self.owner.release_events();
+        queue.release();
         drop(queue);
         self.pushed.notify_one();
     }
@@ -104,7 +123,11 @@ impl Outbox {
 
     /// Nothing will be pushed any more: the writer ends when all is written.
     pub(super) fn finish(&self) {
-        self.lock().finished = true;
+        let mut queue = self.lock();
+        queue.finished = true;
+        // A command that has not ended is not answered any more.
+        queue.release();
+        drop(queue);
         self.pushed.notify_one();
     }
 
@@ -141,6 +164,10 @@ impl Outbox {
 }
 
 impl Queue {
+    fn release(&mut self) {
+        self.messages.extend(self.behind.drain(..));
+    }
+
     fn batch(&mut self) -> Option<Bytes> {
         let first = self.messages.pop_front()?;
         if self.messages.is_empty() || first.len() >= limits::QMP_WRITE_BYTES {
@@ -164,7 +191,7 @@ mod tests {
 
     fn outbox() -> Outbox {
         let session = crate::monitor::Session::new(&[]);
-        Outbox::new(session.id(), Style::Compact)
+        Outbox::new(session, Style::Compact)
     }
 
     #[tokio::test]
@@ -185,6 +212,26 @@ mod tests {
         }
         assert!(last.ends_with(b"reply"));
         assert_eq!(outbox.lock().bytes, 0);
+    }
+
+    #[tokio::test]
+    async fn events_that_are_held_come_behind_the_answer_or_with_the_end() {
+        let outbox = outbox();
+        let push = |text: &'static str| outbox.push_event(Bytes::from_static(text.as_bytes()));
+        push("before ");
+        outbox.owner.hold_events();
+        push("since ");
+        outbox.push_reply(Bytes::from_static(b"answer "));
+        outbox.release_events();
+        push("later");
+        let batch = outbox.batch().await.unwrap();
+        assert_eq!(batch, "before answer since later");
+        outbox.wrote(batch.len());
+        outbox.owner.hold_events();
+        push("last");
+        outbox.finish();
+        assert_eq!(outbox.batch().await.unwrap(), "last");
+        assert_eq!(outbox.batch().await, None);
     }
 
     #[tokio::test]

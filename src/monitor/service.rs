@@ -43,7 +43,7 @@ pub trait Service: Send + Sync + 'static {
     ///
     /// The monitor awaits the future before it starts the next in-band command of the same
     /// session. Sessions call this at the same time; running one command at a time across all of
-    /// them, and doing so fairly, is the service's part.
+    /// them, but for those that need not wait, and doing so fairly, is the service's part.
     ///
     /// # Cancellation
     /// A client that hangs up does not cancel its command: the monitor polls the future to its end

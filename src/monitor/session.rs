@@ -50,6 +50,7 @@ struct State {
     descriptors: Descriptors,
     oob: AtomicBool,
     negotiated: AtomicBool,
+    holds_events: AtomicBool,
 }
 
 impl Session {
@@ -68,6 +69,7 @@ impl Session {
                 descriptors,
                 oob: AtomicBool::new(false),
                 negotiated: AtomicBool::new(false),
+                holds_events: AtomicBool::new(false),
             }),
         }
     }
@@ -81,6 +83,19 @@ impl Session {
     /// `add-fd`. `None` if there was none: `No file descriptor supplied via SCM_RIGHTS`.
     pub fn take_descriptor(&self) -> Option<OwnedFd> {
         self.state.descriptors.take()
+    }
+
+    /// Has events that are emitted from now on wait for the answer to the command that runs, which shows what is so now.
+    pub fn hold_events(&self) {
+        self.state.holds_events.store(true, Ordering::Release);
+    }
+
+    pub(super) fn holds_events(&self) -> bool {
+        self.state.holds_events.load(Ordering::Acquire)
+    }
+
+    pub(super) fn release_events(&self) {
+        self.state.holds_events.store(false, Ordering::Release);
     }
 
     /// What the greeting offered.

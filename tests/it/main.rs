@@ -4,6 +4,7 @@
 
 mod amend;
 mod backup;
+mod beside;
 mod chains;
 mod check;
 mod clients;

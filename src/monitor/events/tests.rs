@@ -32,7 +32,7 @@ async fn seen(outbox: &Outbox) -> Vec<String> {
 }
 
 fn client(events: &Events) -> (Arc<Outbox>, Subscription) {
-    let outbox = Arc::new(Outbox::new(Session::new(&[]).id(), Style::Compact));
+    let outbox = Arc::new(Outbox::new(Session::new(&[]), Style::Compact));
     let subscription = events.subscribe(&outbox);
     (outbox, subscription)
 }

@@ -30,6 +30,7 @@ mod qmp;
 mod readme;
 mod session;
 mod sharing;
+mod soak;
 mod stats;
 mod swap;
 mod tidy;

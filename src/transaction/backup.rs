@@ -254,11 +254,14 @@ impl BackupAction {
         Ok((copier, filter))
     }
 
-    /// What is copied. A disk without backing has everything in its topmost image.
+    /// What is copied. A new file has no backing where the disk has none, so all of the disk goes there. A node keeps what the
+    /// topmost image does not have: it may have a backing of its own.
     fn sync(&self, source: &Node) -> SyncMode {
-        match self.options.sync {
-            SyncMode::Top if source.link("backing").is_none() => SyncMode::Full,
-            sync => sync,
+        match (self.options.sync, &self.options.target) {
+            (SyncMode::Top, BackupTarget::File(_)) if source.link("backing").is_none() => {
+                SyncMode::Full
+            }
+            (sync, _) => sync,
         }
     }
 

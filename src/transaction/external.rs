@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests as _};
-use block::graph::{Busy, Graph, Node, NodeChange, User, busy, write_down};
+use block::graph::{Busy, Graph, Node, NodeChange, User, write_down};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
     NewImage, NodeOptions, NodeRef, Opener, Qcow2Options, RawOptions, open,
@@ -298,10 +298,11 @@ impl Action for ExternalSnapshot {
         check_below(graph, plan, &below)?;
         match &self.overlay {
             Overlay::Node(name) => {
-                let missing = || {
-                    QmpError::generic(format!(
+                let missing = || match graph.drive(name) {
+                    Some(_) => in_use(),
+                    None => QmpError::generic(format!(
                         "Cannot find device='{name}' nor node-name='{name}'"
-                    ))
+                    )),
                 };
                 let above = graph.node(name).cloned().ok_or_else(missing)?;
                 if plan.mentions(&above) || Arc::ptr_eq(&above, &below) {
@@ -410,7 +411,7 @@ fn check_commit(
 
 /// Whether a disk may get an overlay.
 fn check_below(graph: &Graph, plan: &Plan, below: &Arc<Node>) -> Result<(), QmpError> {
-    let taken = |reason| Err(from_engine(busy(below, reason)));
+    let taken = |reason| Err(from_engine(graph.busy(below, reason)));
     if let Some(overlay) = plan.covered_by(below) {
         return taken(Busy::Backing(overlay));
     }

@@ -134,7 +134,7 @@ impl Graph {
         let is_way = node.driver().is_filter() && users.any(|user| !user.follows());
         match is_way || self.is_target(node) {
             false => Ok(()),
-            true => Err(busy(node, Busy::BlockJob)),
+            true => Err(self.busy(node, Busy::BlockJob)),
         }
     }
 
@@ -142,8 +142,25 @@ impl Graph {
     pub fn check_no_target(&self, node: &Arc<Node>) -> Result<()> {
         match self.is_target(node) {
             false => Ok(()),
-            true => Err(busy(node, Busy::BlockJob)),
+            true => Err(self.busy(node, Busy::BlockJob)),
         }
+    }
+
+    /// The error that a node is taken, as QEMU puts it. A drive's root goes by the drive's name.
+    pub fn busy(&self, node: &Arc<Node>, reason: Busy<'_>) -> Error {
+        let reason = match reason {
+            Busy::BlockJob => "block device is in use by block job: backup".to_owned(),
+            Busy::Backing(overlay) => format!("node is used as backing hd of '{}'", overlay.name()),
+        };
+        let drive = self.users(node).find_map(|user| match user {
+            User::Drive(id) => Some(id.as_str()),
+            User::Export(_) | User::Job(_) => None,
+        });
+        let name = drive.unwrap_or(node.name());
+        Error::new(
+            ErrorKind::InUse,
+            format!("Node '{name}' is busy: {reason}"),
+        )
     }
 
     fn is_target(&self, node: &Arc<Node>) -> bool {
@@ -159,7 +176,7 @@ impl Graph {
             .any(|above| self.check_no_block_job(above).is_err())
         {
             false => Ok(()),
-            true => Err(busy(node, Busy::BlockJob)),
+            true => Err(self.busy(node, Busy::BlockJob)),
         }
     }
 
@@ -292,18 +309,6 @@ pub enum Busy<'a> {
     BlockJob,
     /// It is the backing of this one.
     Backing(&'a Node),
-}
-
-/// The error that a node is taken, as QEMU puts it.
-pub fn busy(node: &Node, reason: Busy<'_>) -> Error {
-    let reason = match reason {
-        Busy::BlockJob => "block device is in use by block job: backup".to_owned(),
-        Busy::Backing(overlay) => format!("node is used as backing hd of '{}'", overlay.name()),
-    };
-    Error::new(
-        ErrorKind::InUse,
-        format!("Node '{}' is busy: {reason}", node.name()),
-    )
 }
 
 /// A node as the user of what is below it.

@@ -40,7 +40,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::limits::MAX_NODES;
 
-pub use access::{Access, Busy, Resizer, User, busy};
+pub use access::{Access, Busy, Resizer, User};
 pub use claims::claim;
 pub use counters::{RequestCount, RequestKind};
 pub use device::{
@@ -307,7 +307,7 @@ impl Graph {
         let node = entry.node.clone();
         let backed = self.parents(&node).find(|(_, link)| link.role == "backing");
         if let Some((parent, _)) = backed {
-            return Err(busy(&node, Busy::Backing(parent)));
+            return Err(self.busy(&node, Busy::Backing(parent)));
         }
         if !entry.owned {
             return in_use(format!("Node {name} is not owned by the monitor"));

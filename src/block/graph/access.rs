@@ -157,10 +157,7 @@ impl Graph {
             User::Export(_) | User::Job(_) => None,
         });
         let name = drive.unwrap_or(node.name());
-        Error::new(
-            ErrorKind::InUse,
-            format!("Node '{name}' is busy: {reason}"),
-        )
+        Error::new(ErrorKind::InUse, format!("Node '{name}' is busy: {reason}"))
     }
 
     fn is_target(&self, node: &Arc<Node>) -> bool {

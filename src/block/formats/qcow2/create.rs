@@ -544,12 +544,12 @@ async fn write_refblocks(file: &Child, layout: &Layout) -> Result<()> {
     pieces.finish().await
 }
 
+/// Writes the whole table, so that it has its space when the host's disk is full: a flush has to write to it then.
 async fn write_l1(file: &Child, layout: &Layout) -> Result<()> {
-    if layout.l2_tables == 0 {
-        return Ok(());
-    }
-    let entries = (0..layout.l2_tables)
-        .map(|index| L1Entry::new(layout.offset(layout.first_l2() + index), true).0);
+    let entries = (0..layout.l1_entries).map(|index| match index < layout.l2_tables {
+        true => L1Entry::new(layout.offset(layout.first_l2() + index), true).0,
+        false => 0,
+    });
     write(file, layout.offset(layout.l1()), table(entries)).await
 }
 

@@ -197,3 +197,22 @@ async fn many_writers_on_a_full_disk_do_not_wait_for_each_other_for_ever() {
     let report = check(&disk.child()).await.unwrap();
     assert!(report.is_clean(), "{report:?}");
 }
+
+#[tokio::test]
+async fn the_first_flush_of_a_new_image_needs_no_space() {
+    // Tables of one page and of several: their entries at the end are used first.
+    for size in [SIZE, 1 << 34] {
+        let mut options = options();
+        options.size = size;
+        let disk = new_image(&options).await;
+        let image = open_with(&disk, true).await;
+        write(&image, size - CLUSTER, vec![1; CLUSTER as usize])
+            .await
+            .unwrap();
+        disk.set_space_limit(Some(disk.allocated()));
+        image.flush().await.unwrap();
+        image.close().await.unwrap();
+        let report = check(&disk.child()).await.unwrap();
+        assert!(report.is_clean(), "{report:?}");
+    }
+}

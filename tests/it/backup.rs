@@ -1,6 +1,7 @@
 //! Backups and their jobs from outside: errors, and what guests and tools see of it.
 
 mod below;
+mod cut_off;
 mod full;
 mod moment;
 mod random;

@@ -19,6 +19,8 @@ pub(crate) struct Buffer {
     memory: Memory,
     len: usize,
     filled: usize,
+    /// How many of them are zeroes for want of others.
+    behind_end: usize,
 }
 
 enum Memory {
@@ -63,6 +65,7 @@ impl Buffer {
             memory,
             len,
             filled: 0,
+            behind_end: 0,
         })
     }
 
@@ -76,6 +79,7 @@ impl Buffer {
             }),
             len,
             filled: 0,
+            behind_end: 0,
         }
     }
 
@@ -87,6 +91,11 @@ impl Buffer {
     /// How many bytes are there.
     pub(crate) fn filled(&self) -> usize {
         self.filled
+    }
+
+    /// How many of them `fill_with_zeroes` has added.
+    pub(crate) fn behind_end(&self) -> usize {
+        self.behind_end
     }
 
     /// Where the next byte goes. The pointer stays valid until the buffer is dropped or frozen.
@@ -114,6 +123,7 @@ impl Buffer {
             next.write_bytes(0, missing);
             self.advance(missing);
         }
+        self.behind_end += missing;
     }
 
     /// Copies `source` behind what is there.

@@ -147,6 +147,12 @@ impl HostFile {
 
     /// Reads `len` bytes; those behind the end of the file are zeroes.
     pub async fn read(&self, offset: u64, len: u64) -> io::Result<Bytes> {
+        let (bytes, _) = self.read_to_end(offset, len).await?;
+        Ok(bytes)
+    }
+
+    /// The same, and how many of them lie in front of the file's end.
+    pub(crate) async fn read_to_end(&self, offset: u64, len: u64) -> io::Result<(Bytes, u64)> {
         let len = usize::try_from(len).map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let mut operation = self.operation(Work::Read {
             offset,
@@ -157,7 +163,10 @@ impl HostFile {
             operation = self.context.run(self.engine, operation).await?;
         }
         match operation.into_work() {
-            Work::Read { buffer, .. } => Ok(buffer.freeze()),
+            Work::Read { buffer, .. } => {
+                let there = buffer.filled() - buffer.behind_end();
+                Ok((buffer.freeze(), there as u64))
+            }
             _ => unreachable!("a read came back as something else"),
         }
     }

@@ -182,8 +182,26 @@ impl File {
         if len == 0 {
             return Ok(Data::new());
         }
-        let bytes = self.present().host.read(offset, len).await;
-        Ok(bytes.map_err(self.failed("read"))?.into())
+        let open = self.present();
+        let read = open.host.read_to_end(offset, len).await;
+        let (bytes, there) = read.map_err(self.failed("read"))?;
+        if offset + there < self.size().min(offset + len)
+            && let Some(now) = self.cut_off(&open)?
+        {
+            let filename = self.filename();
+            return Err(Error::new(
+                ErrorKind::Io,
+                format!("Could not read '{filename}': somebody has cut it off at {now} bytes"),
+            ));
+        }
+        Ok(bytes.into())
+    }
+
+    /// Where the file ends by now, if others have cut it off. Zeroes are no answer in place of what was there; what lies behind the
+    /// end that is known has never been there.
+    fn cut_off(&self, open: &Open) -> Result<Option<u64>> {
+        let now = open.host.size().map_err(self.failed("get the size of"))?;
+        Ok((now < self.size()).then_some(now))
     }
 
     async fn do_write(&self, offset: u64, data: Data, flags: WriteFlags) -> Result<()> {
@@ -260,10 +278,18 @@ impl File {
         let open = self.present();
         let extent = self.extents.find(&open.host, offset).await;
         let extent = extent.map_err(self.failed("map"))?;
+        let mut len = len.min(extent.end - offset);
+        let mut zero = !extent.data;
+        let may_be_cut_off = zero && (offset..extent.end).contains(&(self.size().max(1) - 1));
+        if may_be_cut_off && let Some(now) = self.cut_off(&open)? {
+            // Behind that it is no hole: who reads there finds out.
+            zero = now > offset;
+            len = if zero { len.min(now - offset) } else { len };
+        }
         Ok(BlockStatus {
-            len: len.min(extent.end - offset),
+            len,
             allocated: true,
-            zero: !extent.data,
+            zero,
             host_offset: Some(offset),
             compressed: false,
         })

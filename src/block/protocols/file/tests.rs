@@ -533,6 +533,41 @@ async fn a_block_device_is_zeroed_discarded_and_never_grown() {
 }
 
 #[tokio::test]
+async fn what_others_have_cut_off_is_an_error_and_no_hole() {
+    const MIB: u64 = 1 << 20;
+    for access in [FileAccess::default(), direct()] {
+        let dir = scratch();
+        let path = create(&dir, 8 * MIB);
+        let file = open(&path, Aio::Threads, access).await;
+        for at in [0, 6 * MIB] {
+            let bytes = Data::from(vec![3; MIB as usize]);
+            file.write(at, bytes, WriteFlags::default()).await.unwrap();
+        }
+        let other = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        other.set_len(4 * MIB).unwrap();
+        let start = file.read(0, MIB).await.unwrap().to_bytes();
+        assert!(start.iter().all(|byte| *byte == 3));
+        assert!(file.read(3 * MIB, MIB).await.unwrap().reads_as_zeroes());
+        for (at, len) in [(3 * MIB, 2 * MIB), (4 * MIB, MIB), (6 * MIB, MIB)] {
+            let error = file.read(at, len).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Io);
+            assert!(error.to_string().ends_with("cut it off at 4194304 bytes"));
+        }
+        // What was there is not said to be zero; what has never been there is.
+        for (at, zero) in [(2, true), (4, false), (6, false), (8, true), (9, true)] {
+            let status = file.block_status(at * MIB, MIB).await.unwrap();
+            assert_eq!((status.zero, status.len), (zero, MIB), "at {at} MiB");
+        }
+        let hole = file.block_status(2 * MIB, 6 * MIB).await.unwrap();
+        assert_eq!((hole.zero, hole.len), (true, 2 * MIB));
+        assert!(file.read(8 * MIB, MIB).await.unwrap().reads_as_zeroes());
+        // Then it is a file with a hole.
+        other.set_len(8 * MIB).unwrap();
+        assert!(file.read(4 * MIB, 4 * MIB).await.unwrap().reads_as_zeroes());
+    }
+}
+
+#[tokio::test]
 async fn a_short_write_needs_no_thread_of_the_pool_where_it_may_be_inline() {
     let dir = scratch();
     let path = create(&dir, 1 << 20);

@@ -17,6 +17,10 @@ use crate::error::ErrorKind;
 /// Sharing a piece that takes longer than this makes the next ones smaller: guests wait for one at most.
 const SLOW: Duration = Duration::from_millis(5);
 
+/// A source of which so many pieces, and no other, are in no file as they are (a device, memory, compressed clusters) is not asked again:
+/// what is not shared is copied more quickly in other pieces than those that are good for sharing.
+const MISSES: u64 = 16;
+
 /// Whether the target may share with the source, and in which pieces.
 #[derive(Debug)]
 pub(super) struct InPlace {
@@ -25,6 +29,9 @@ pub(super) struct InPlace {
     least: u64,
     most: u64,
     has_flushed: AtomicBool,
+    /// How many pieces were in no file while none was shared.
+    misses: AtomicU64,
+    has_shared: AtomicBool,
 }
 
 impl InPlace {
@@ -35,6 +42,8 @@ impl InPlace {
             least,
             most,
             has_flushed: AtomicBool::new(false),
+            misses: AtomicU64::new(0),
+            has_shared: AtomicBool::new(false),
         }
     }
 
@@ -47,8 +56,17 @@ impl InPlace {
         self.piece.store(0, Ordering::Relaxed);
     }
 
+    /// A piece of the source was in no file.
+    fn missed(&self) {
+        let misses = self.misses.fetch_add(1, Ordering::Relaxed) + 1;
+        if misses >= MISSES && !self.has_shared.load(Ordering::Relaxed) {
+            self.stop();
+        }
+    }
+
     /// Sharing so many bytes has taken so long.
     fn note(&self, bytes: u64, time: Duration) {
+        self.has_shared.store(true, Ordering::Relaxed);
         let change = |piece: u64| match time > SLOW {
             _ if piece == 0 => None,
             true => Some((piece / 2).max(self.least)),
@@ -70,6 +88,7 @@ impl Shared {
         while at < end {
             // Errors come up again when it is read and written.
             let Ok(Some(range)) = reader.host_range(at, end - at).await else {
+                self.in_place.missed();
                 return false;
             };
             let len = range.len();
@@ -121,5 +140,22 @@ mod tests {
         in_place.stop();
         assert_eq!(note(4, 1), None);
         assert_eq!(InPlace::new(false, 4, 64).piece(), None);
+    }
+
+    #[test]
+    fn a_source_that_is_in_no_file_is_not_asked_for_ever() {
+        let in_place = InPlace::new(true, 4, 64);
+        for _ in 1..MISSES {
+            in_place.missed();
+        }
+        assert_eq!(in_place.piece(), Some(4));
+        in_place.missed();
+        assert_eq!(in_place.piece(), None);
+        let in_place = InPlace::new(true, 4, 64);
+        in_place.note(2, Duration::ZERO);
+        for _ in 0..2 * MISSES {
+            in_place.missed();
+        }
+        assert_eq!(in_place.piece(), Some(4), "some of it is in a file");
     }
 }

@@ -8,6 +8,8 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use futures_util::future::try_join_all;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Data, FileIdentity, HostRange};
 
@@ -121,6 +123,14 @@ pub trait Requests: Send + Sync {
     /// Writes all of `data`, or answers with an error; after an error the range holds old or new bytes.
     /// Durable after the next `flush` only, unless `flags.fua`.
     fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>>;
+
+    /// Writes several pieces, each as `write` does, in any order: some may be written when others are not. Quicker than a write for each
+    /// where drivers can do them at once. Pieces do not overlap.
+    fn write_pieces(&self, pieces: Vec<(u64, Data)>) -> BoxFuture<'_, Result<()>> {
+        let write = |(at, data)| self.write(at, data, WriteFlags::default());
+        let writes: Vec<BoxFuture<'_, Result<()>>> = pieces.into_iter().map(write).collect();
+        Box::pin(async move { try_join_all(writes).await.map(drop) })
+    }
 
     /// Makes the range read as zeroes.
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>>;

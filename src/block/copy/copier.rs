@@ -328,6 +328,7 @@ impl Run {
             return AtOnce {
                 bytes,
                 data: bytes,
+                stretch: bytes,
                 pieces: COPY_QUICK_PIECES,
             };
         }
@@ -335,13 +336,23 @@ impl Run {
             true => AtOnce {
                 bytes: self.chunk.min(COPY_QUICK_CHUNK.max(cluster)),
                 data: self.chunk,
+                stretch: self.stretch(),
                 pieces: COPY_QUICK_PIECES,
             },
             false => AtOnce {
                 bytes: self.chunk,
                 data: self.chunk,
+                stretch: self.chunk,
                 pieces: 1,
             },
+        }
+    }
+
+    /// How much of a scattered disk is read at once: a request, if the client says how much that is.
+    fn stretch(&self) -> u64 {
+        match self.shared.options.max_chunk {
+            0 => self.shared.learnt.stretch(self.chunk),
+            _ => self.chunk,
         }
     }
 
@@ -379,7 +390,10 @@ impl Run {
         let mut at_once = self.shared.in_place.piece();
         let mut admitted = piece.data;
         loop {
-            let most = at_once.unwrap_or(self.chunk);
+            let most = match piece.content {
+                Content::Mixed => piece.bytes.end - piece.bytes.start,
+                Content::Data | Content::Zero => at_once.unwrap_or(self.chunk),
+            };
             let Some(claim) = self.shared.claim(piece.bytes.clone(), most).await else {
                 return;
             };
@@ -420,13 +434,14 @@ impl Run {
         }
     }
 
-    /// What was read from a mixed piece may be more data than the worker was let begin with.
+    /// Learns how far apart data are. What was read from a mixed piece may be more data than the worker was let begin with.
     async fn admit_more(&self, turn: &mut Turn<'_>, admitted: &mut u64, data: &Data) {
         let bytes = |segment: &Segment| match segment {
             Segment::Bytes(bytes) => bytes.len() as u64,
             Segment::Zeroes(_) => 0,
         };
         let found = data.segments().iter().map(bytes).sum::<u64>();
+        self.shared.learnt.scattered(found, data.len(), self.chunk);
         if found > *admitted {
             turn.work(found - *admitted).await;
         }

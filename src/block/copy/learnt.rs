@@ -2,6 +2,7 @@
 //!
 //! * Whether holes of the source are holes in what is read from it: then scattered data are read with the holes between them, in one
 //!   request.
+//! * How far apart they are: so many bytes of the disk are read at once that there is a request's worth of data among them.
 //! * What of the target reads as zeroes, so that not every run of zeroes is asked for.
 //! * Whether what the source calls data are data without zeroes: then the target may take space for much of it at once
 //!   ([`WriteFlags::ahead`]). The space that zeroes have got is given back, and nothing is taken for a while.
@@ -12,7 +13,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use crate::limits::{COPY_ROOM, COPY_ROOM_AFTER};
+use crate::limits::{COPY_ROOM, COPY_ROOM_AFTER, COPY_SCATTERED};
 
 /// What holes of the source are when they are read together with data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +31,8 @@ pub(super) enum Holes {
 #[derive(Debug)]
 pub(super) struct Learnt {
     holes: AtomicU8,
+    /// Bytes that are read at once where holes are among them.
+    stretch: AtomicU64,
     /// Whether space is ever taken.
     may_take: bool,
     /// Bytes of data since the last zeroes among them.
@@ -44,6 +47,7 @@ impl Learnt {
     pub(super) fn new(may_take: bool) -> Self {
         Learnt {
             holes: AtomicU8::new(Holes::Unknown as u8),
+            stretch: AtomicU64::new(0),
             may_take,
             without_zeroes: AtomicU64::new(0),
             room: AtomicU64::new(0),
@@ -63,6 +67,21 @@ impl Learnt {
     /// A hole has been read.
     pub(super) fn set_holes(&self, holes: Holes) {
         self.holes.store(holes as u8, Ordering::Relaxed);
+    }
+
+    /// Bytes to read at once where holes are among them, holes included: a `chunk`, or more where data are scattered.
+    pub(super) fn stretch(&self, chunk: u64) -> u64 {
+        self.stretch.load(Ordering::Relaxed).max(chunk)
+    }
+
+    /// So many bytes of data were among all that were read.
+    pub(super) fn scattered(&self, data: u64, all: u64, chunk: u64) {
+        let stretch = match data {
+            _ if data > chunk => 0,
+            _ if data <= chunk / 2 && all >= self.stretch(chunk) => (2 * all).min(COPY_SCATTERED),
+            _ => return,
+        };
+        self.stretch.store(stretch, Ordering::Relaxed);
     }
 
     /// Takes space for data up to `end`, if that is likely to be filled.

@@ -40,8 +40,9 @@
 //! | `copy_file_range` | 0.32 s | |
 //! | past the page cache | 0.35 s | 0.41 s |
 //!
-//! **Scattered data** are read with the holes between them where those stay holes, and workers take many pieces at once: what a piece costs
-//! besides its bytes is as much as 64 KiB cost. See `learnt` for what a copy finds out on its way.
+//! **Scattered data** are read with the holes between them where those stay holes, so many at once as make a request of data, and given to
+//! the target together ([`Requests::write_pieces`]), which a format may write side by side: what a piece costs besides its bytes is as
+//! much as 64 KiB cost. See `learnt` for what a copy finds out on its way.
 //!
 //! **In a moment where files can share.** In a file system with reflinks (XFS, btrfs) the target shares the source's blocks, raw or
 //! qcow2, as long as it takes them; see `in_place`. What is shared is not searched for zeroes, and takes no space in any case.
@@ -59,6 +60,7 @@
 //! [`COPY_GUEST_BYTES`]: crate::limits::COPY_GUEST_BYTES
 //! [`COPY_QUICK_CHUNK`]: crate::limits::COPY_QUICK_CHUNK
 //! [`COPY_ROOM`]: crate::limits::COPY_ROOM
+//! [`Requests::write_pieces`]: crate::driver::Requests::write_pieces
 //! [`WriteFlags::ahead`]: crate::driver::WriteFlags::ahead
 
 mod before;

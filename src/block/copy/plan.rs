@@ -55,6 +55,8 @@ pub(super) struct AtOnce {
     pub(super) bytes: u64,
     /// Bytes of data in all pieces together.
     pub(super) data: u64,
+    /// Bytes of a piece of scattered data with the holes between them.
+    pub(super) stretch: u64,
     /// How many pieces.
     pub(super) pieces: usize,
 }
@@ -70,10 +72,16 @@ impl Shared {
             self.ask_target(plan, first).await;
         }
         let mut pieces = Vec::with_capacity(1);
-        let (mut next, mut data) = (Some(first), 0);
-        while let Some(at) = next.filter(|_| data < at_once.data && pieces.len() < at_once.pieces) {
+        let (mut next, mut data, mut mixed) = (Some(first), 0, 0);
+        let most_mixed = at_once.data * at_once.pieces as u64;
+        while let Some(at) = next
+            .filter(|_| data < at_once.data && pieces.len() < at_once.pieces && mixed < most_mixed)
+        {
             let piece = self.piece_at(plan, at, at_once).await;
             data += piece.data;
+            if piece.content == Content::Mixed {
+                mixed += piece.bytes.end - at;
+            }
             plan.at = piece.bytes.end;
             pieces.push(piece);
             next = self.map.next_pending(plan.at);
@@ -139,7 +147,7 @@ impl Shared {
         // Up to a border, so that pieces of several workers lie side by side.
         let border = |bytes: u64| (at + 1).next_multiple_of(bytes).min(size);
         let mixed = |data| Piece {
-            bytes: at..border(at_once.data),
+            bytes: at..border(at_once.stretch),
             content: Content::Mixed,
             data,
             room: 0,

@@ -8,7 +8,7 @@ use super::TargetContent;
 use super::shared::Shared;
 use crate::driver::{BoxFuture, WriteFlags, ZeroFlags};
 use crate::error::{ErrorKind, Result};
-use crate::io::Data;
+use crate::io::{Data, Segment};
 
 impl Shared {
     /// Gives the target what belongs at `offset`, the start of a cluster.
@@ -25,6 +25,7 @@ impl Shared {
             return self.target.write(offset, data, flags).await;
         }
         let mut writes: Vec<BoxFuture<'_, Result<()>>> = Vec::new();
+        let mut pieces = Vec::new();
         for (range, zero) in runs {
             let at = offset + range.start;
             let len = range.end - range.start;
@@ -32,16 +33,31 @@ impl Shared {
                 if self.learnt.zeroes(at) {
                     writes.push(self.give_back(at, len));
                 }
-                writes.push(Box::pin(self.put_zeroes(at, len)));
-            } else if self.options.compress {
-                let part = data.slice(range.start, len);
-                self.put_compressed(at, part, &mut writes);
-            } else {
-                let part = data.slice(range.start, len);
-                writes.push(self.target.write(at, part, WriteFlags::default()));
+                if !self.has_zeroes(at, len) {
+                    writes.push(Box::pin(self.put_zeroes(at, len)));
+                }
+                continue;
+            }
+            let part = data.slice(range.start, len);
+            match self.options.compress {
+                true => self.put_compressed(at, part, &mut writes),
+                false => pieces.push((at, part)),
             }
         }
-        try_join_all(writes).await.map(drop)
+        if !pieces.is_empty() {
+            writes.push(self.target.write_pieces(pieces));
+        }
+        match writes.pop() {
+            Some(only) if writes.is_empty() => only.await,
+            last => try_join_all(writes.into_iter().chain(last)).await.map(drop),
+        }
+    }
+
+    /// Whether the target is known to read as zeroes there.
+    fn has_zeroes(&self, offset: u64, len: u64) -> bool {
+        let known = |end| end >= offset + len;
+        self.options.target_content == TargetContent::Zero
+            || self.learnt.target_zero(offset).is_some_and(known)
     }
 
     /// Makes the target read zeroes, with no more than that takes.
@@ -105,15 +121,30 @@ impl Shared {
 /// The content as runs of units that are all zero, and of those that are not.
 fn runs(data: &Data, unit: u64) -> Vec<(Range<u64>, bool)> {
     let mut runs: Vec<(Range<u64>, bool)> = Vec::with_capacity(1);
-    let mut at = 0;
-    while at < data.len() {
-        let end = (at + unit).min(data.len());
-        let zero = data.slice(at, end - at).reads_as_zeroes();
-        match runs.last_mut() {
-            Some((range, last)) if *last == zero => range.end = end,
-            _ => runs.push((at..end, zero)),
+    let mut note = |range: Range<u64>, zero: bool| match runs.last_mut() {
+        Some((run, last)) if *last == zero => run.end = range.end,
+        _ => runs.push((range, zero)),
+    };
+    let (mut at, mut start) = (0, 0);
+    for segment in data.segments() {
+        let end = start + segment.len();
+        // What begins in this segment: whole units of it, and then one that may go on in the next.
+        while at < end {
+            let inside = (end - at) / unit * unit;
+            match segment {
+                Segment::Zeroes(_) if inside > 0 => {
+                    note(at..at + inside, true);
+                    at += inside;
+                }
+                Segment::Zeroes(_) | Segment::Bytes(_) => {
+                    let unit_end = (at + unit).min(data.len());
+                    let zero = data.slice(at, unit_end - at).reads_as_zeroes();
+                    note(at..unit_end, zero);
+                    at = unit_end;
+                }
+            }
         }
-        at = end;
+        start = end;
     }
     runs
 }
@@ -121,7 +152,6 @@ fn runs(data: &Data, unit: u64) -> Vec<(Range<u64>, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::io::Segment;
 
     #[test]
     fn zero_units_are_told_from_others_wherever_the_segments_end() {

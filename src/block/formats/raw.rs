@@ -206,6 +206,17 @@ impl Requests for Raw {
         }
     }
 
+    fn write_pieces(&self, pieces: Vec<(u64, Data)>) -> BoxFuture<'_, Result<()>> {
+        let shift = |(at, data): (u64, Data)| {
+            self.check_banned(at, &data)?;
+            Ok((self.shift(at, data.len())?, data))
+        };
+        match pieces.into_iter().map(shift).collect::<Result<Vec<_>>>() {
+            Ok(below) => self.file.write_pieces(below),
+            Err(error) => Box::pin(async { Err(error) }),
+        }
+    }
+
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> BoxFuture<'_, Result<()>> {
         match self.shift(offset, len) {
             Ok(below) => self.file.write_zeroes(below, len, flags),

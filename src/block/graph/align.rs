@@ -58,6 +58,24 @@ impl Inner {
         self.driver.write(start, whole, flags).await
     }
 
+    pub(super) fn is_whole_blocks(&self, offset: u64, len: u64) -> bool {
+        is_aligned(offset, len, self.block())
+    }
+
+    /// Writes pieces of whole blocks.
+    pub(super) async fn pieces_aligned(&self, pieces: Vec<(u64, Data)>) -> Result<()> {
+        let start = pieces.iter().map(|(at, _)| *at).min();
+        let end = pieces.iter().map(|(at, data)| at + data.len()).max();
+        let (Some(start), Some(end)) = (start, end) else {
+            return Ok(());
+        };
+        if self.block() == 1 {
+            return self.driver.write_pieces(pieces).await;
+        }
+        let _shared = self.lock(start, end, Access::Shared).await;
+        self.driver.write_pieces(pieces).await
+    }
+
     /// Shares whole blocks; `Unsupported` for others.
     pub(super) async fn share_aligned(&self, offset: u64, from: HostRange) -> Result<()> {
         let block = self.block();

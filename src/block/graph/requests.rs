@@ -75,6 +75,34 @@ impl Inner {
         self.counted(RequestKind::Write, len, write).await
     }
 
+    /// Pieces of whole blocks at once, others one after another.
+    async fn write_pieces(&self, pieces: Vec<(u64, Data)>) -> Result<()> {
+        if !self.takes_pieces(&pieces) {
+            for (at, data) in pieces {
+                self.write(at, data, WriteFlags::default()).await?;
+            }
+            return Ok(());
+        }
+        self.check_writable()?;
+        let mut bytes = 0;
+        for (at, data) in &pieces {
+            self.check_range(*at, data.len())?;
+            self.counters.writes_up_to(at + data.len());
+            bytes += data.len();
+        }
+        let write = self.pieces_aligned(pieces);
+        self.counted(RequestKind::Write, bytes, write).await?;
+        self.written_through().await
+    }
+
+    /// Whether the driver may be given these pieces as they are.
+    fn takes_pieces(&self, pieces: &[(u64, Data)]) -> bool {
+        self.behaviour().detect_zeroes == DetectZeroes::Off
+            && pieces
+                .iter()
+                .all(|(at, data)| self.is_whole_blocks(*at, data.len()))
+    }
+
     async fn write_compressed(&self, offset: u64, data: Data) -> Result<()> {
         self.check_writable()?;
         let len = data.len();
@@ -323,6 +351,12 @@ macro_rules! requests_by_way {
                 flags: WriteFlags,
             ) -> BoxFuture<'_, Result<()>> {
                 Box::pin(self.start_write(offset, data, flags))
+            }
+
+            fn write_pieces(&self, pieces: Vec<(u64, Data)>) -> BoxFuture<'_, Result<()>> {
+                Box::pin(run_write(self.way(), false, move |inside| async move {
+                    inside.place().write_pieces(pieces).await
+                }))
             }
 
             fn write_compressed(&self, offset: u64, data: Data) -> BoxFuture<'_, Result<()>> {

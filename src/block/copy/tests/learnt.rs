@@ -139,7 +139,9 @@ async fn scattered_data_are_read_with_the_holes_between_them_where_holes_stay_ho
     let chunks = 64;
     let source = scattered(Format::Qcow2(COPY_CLUSTER), chunks * COPY_CHUNK).await;
     let (source, target) = copy(source, Format::Raw, CopyOptions::default()).await;
-    assert_eq!(source.reads.len() as u64, chunks);
+    // More of them at once when it is known how far apart they are.
+    let reads = source.reads.len() as u64;
+    assert!(reads < chunks, "{reads}");
     // Two for each chunk that is planned before anything is known, and one for many behind them.
     let statuses = source.statuses as u64;
     assert!(statuses < chunks * 3 / 2, "{statuses}");

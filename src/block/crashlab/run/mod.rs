@@ -16,6 +16,7 @@ use crate::driver::{
 use crate::error::{Error, ErrorKind};
 use crate::formats::qcow2::create::{create, create_with_data_file};
 use crate::formats::qcow2::{OpenOptions, Qcow2};
+use crate::io::Data;
 use crate::protocols::memory::Memory;
 
 /// Why a run has failed, in words.
@@ -351,7 +352,11 @@ impl Runner {
         let (at, len) = self.cut(at, len);
         let bytes = self.stamp(at, len);
         let data = bytes.clone().into();
-        let written = self.driver.write(at, data, WriteFlags::fua(fua)).await;
+        let cluster = self.case.cluster_size();
+        let written = match !fua && (at / cluster).is_multiple_of(2) {
+            true => self.driver.write_pieces(pieces(at, data, cluster)).await,
+            false => self.driver.write(at, data, WriteFlags::fua(fua)).await,
+        };
         written.map_err(text)?;
         self.active().write(at, &bytes);
         Ok(Done::sectors(fua))
@@ -579,4 +584,15 @@ fn selector(snapshot: &Snapshot) -> SnapshotSelector {
 
 fn text(error: Error) -> Problem {
     error.to_string()
+}
+
+/// A write cut at the borders of clusters.
+fn pieces(mut at: u64, mut data: Data, cluster: u64) -> Vec<(u64, Data)> {
+    let mut pieces = Vec::new();
+    while !data.is_empty() {
+        let len = data.len().min(cluster - at % cluster);
+        pieces.push((at, data.split_to(len)));
+        at += len;
+    }
+    pieces
 }

@@ -15,8 +15,8 @@
 //! * `owners`: which host clusters hold metadata; `metadata`: written there and nowhere else
 //! * `damage`: what is done about damage that is found
 //! * `image`: the open image, its lock order; `l1` and `l2` tables in memory; `map`: a guest range as extents
-//! * `open`, `reopen`, `read`, `write`, `cow`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the driver made of
-//!   them
+//! * `open`, `reopen`, `read`, `write`, `scattered`, `cow`, `zero`, `resize`, `compress`, `amend`: the operations; `requests`: the
+//!   driver made of them
 //! * `data_file`: guest data in another file
 //! * `codec`: the bytes of a compressed cluster
 //! * `write_back`, `quarantine`: what becomes durable when, and when freed clusters are handed out again
@@ -64,6 +64,7 @@ mod reopen;
 mod requests;
 mod resize;
 mod runs;
+mod scattered;
 mod share;
 mod snapshot;
 mod space;

@@ -24,6 +24,18 @@ impl Image {
         self.finish_change(flags.fua).await
     }
 
+    async fn write_pieces(self: &Arc<Self>, pieces: Vec<(u64, Data)>) -> Result<()> {
+        {
+            let _inside = self.gate.enter().await;
+            for (at, data) in &pieces {
+                self.check_range(*at, data.len())?;
+            }
+            self.prepare_change().await?;
+            self.write_scattered(pieces).await?;
+        }
+        self.finish_change(false).await
+    }
+
     async fn write_zeroes(self: &Arc<Self>, offset: u64, len: u64, flags: ZeroFlags) -> Result<()> {
         {
             let _inside = self.gate.enter().await;
@@ -154,6 +166,13 @@ impl Requests for Qcow2 {
     fn write(&self, offset: u64, data: Data, flags: WriteFlags) -> BoxFuture<'_, Result<()>> {
         Box::pin(self.run(move |image| async move {
             let write = || image.write(offset, data.clone(), flags);
+            image.with_space(write).await
+        }))
+    }
+
+    fn write_pieces(&self, pieces: Vec<(u64, Data)>) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.run(move |image| async move {
+            let write = || image.write_pieces(pieces.clone());
             image.with_space(write).await
         }))
     }

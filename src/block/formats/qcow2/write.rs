@@ -65,8 +65,8 @@ pub(super) struct Target<'a> {
 
 /// What a guest cluster is that gets another host cluster.
 pub(super) struct Old {
-    entry: L2Entry,
-    mapping: Mapping,
+    pub(super) entry: L2Entry,
+    pub(super) mapping: Mapping,
     /// The references that go with the entry.
     gone: Option<Run>,
 }
@@ -150,7 +150,7 @@ impl Image {
     }
 
     /// Writes guest data, and what is around them in their clusters. An external data file never reaches beyond the disk.
-    async fn write_data(&self, host: HostOffset, mut data: Data) -> Result<()> {
+    pub(super) async fn write_data(&self, host: HostOffset, mut data: Data) -> Result<()> {
         if self.data.is_external() {
             let inside = self.size().saturating_sub(host.0);
             data = data.slice(0, data.len().min(inside));
@@ -345,14 +345,18 @@ impl Image {
                 }
             }
         }
-        self.write_pieces(self.g.host_offset(run.start), pieces)
+        self.write_neighbours(self.g.host_offset(run.start), pieces)
             .await?;
         let published = self.publish(&target, &old, head..head + len, &mut reserved)?;
         Ok(((published << self.g.cluster_bits()).saturating_sub(head)).min(len))
     }
 
     /// Writes pieces at their distances from `start`; neighbours together.
-    async fn write_pieces(&self, start: HostOffset, mut pieces: Vec<(u64, Data)>) -> Result<()> {
+    async fn write_neighbours(
+        &self,
+        start: HostOffset,
+        mut pieces: Vec<(u64, Data)>,
+    ) -> Result<()> {
         pieces.sort_unstable_by_key(|(at, _)| *at);
         pieces.dedup_by(|(at, piece), (before_at, before)| {
             let joins = *before_at + before.len() == *at;

@@ -243,7 +243,8 @@ impl Run {
 
     async fn one_step(&mut self) {
         match self.random.u8(..100) {
-            0..=39 => self.write().await,
+            0..=29 => self.write().await,
+            30..=39 => self.write_pieces().await,
             40..=49 => self.zero().await,
             50..=57 => self.discard().await,
             58..=69 => self.read().await,
@@ -270,6 +271,28 @@ impl Run {
             .await
             .unwrap();
         self.active.write(at, &bytes);
+    }
+
+    /// Pieces that lie apart, mostly whole clusters in order.
+    async fn write_pieces(&mut self) {
+        let mut pieces: Vec<(u64, Vec<u8>)> = Vec::new();
+        for _ in 0..self.random.usize(1..=6) {
+            let (at, len) = self.range(1);
+            let apart = |(other, bytes): &(u64, Vec<u8>)| {
+                at + len <= *other || other + bytes.len() as u64 <= at
+            };
+            if pieces.iter().all(apart) {
+                pieces.push((at, pattern(at, len as usize, self.next_stamp())));
+            }
+        }
+        if self.random.u8(..4) > 0 {
+            pieces.sort_unstable_by_key(|(at, _)| *at);
+        }
+        let all = pieces.iter().map(|(at, bytes)| (*at, bytes.clone().into()));
+        self.driver.write_pieces(all.collect()).await.unwrap();
+        for (at, bytes) in pieces {
+            self.active.write(at, &bytes);
+        }
     }
 
     async fn compress(&mut self) {

@@ -3,6 +3,7 @@
 //! What could be refused is looked at first; then edges are led elsewhere, which cannot fail. The node whose place is taken is held
 //! quiesced meanwhile, as [`Edge`] tells.
 
+use std::cell::LazyCell;
 use std::collections::HashSet;
 use std::sync::Arc;
 
@@ -122,7 +123,7 @@ impl Graph {
         Ok(self.take_out(filter))
     }
 
-    /// Whether so many overlays more can be put on a node: what is longer could not be opened again.
+    /// Whether so many overlays more can be put on a node: what is longer could not be opened again. It looks at the whole chain.
     pub fn check_chain(&self, node: &Arc<Node>, more: usize) -> Result<()> {
         let images = chain_len(node);
         match images + more <= MAX_CHAIN_DEPTH {
@@ -142,10 +143,11 @@ impl Graph {
         self.appending(below, overlay).map(drop)
     }
 
-    /// Makes `below` the backing of `overlay`, and its users those of `overlay`: an external snapshot. Both are held.
+    /// Makes `below` the backing of `overlay`, and its users those of `overlay`: an external snapshot. Both are held: it takes no more
+    /// time for a long chain than for a short one, and leaves it to [`Graph::check_chain`], before, to refuse one that is too long.
     ///
-    /// Refused, with nothing changed, when the overlay has a backing or can have none, when it would stand on itself, when the chain
-    /// would be longer than can be opened, and as [`Graph::insert_above`].
+    /// Refused, with nothing changed, when the overlay has a backing or can have none, when it would stand on itself, and as
+    /// [`Graph::insert_above`].
     pub fn append(
         &mut self,
         below: &Arc<Node>,
@@ -171,8 +173,10 @@ impl Graph {
             return Err(Error::new(ErrorKind::InvalidInput, text));
         }
         overlay.driver().check_backing()?;
-        check_no_cycle(overlay, below)?;
-        self.check_chain(below, 1)?;
+        // What nothing stands on is below nothing.
+        if self.has_parent(overlay) {
+            check_no_cycle(overlay, below)?;
+        }
         let movers = self.movers(below, overlay)?;
         self.check_movers(&movers, None)?;
         let stays = self.uses_but_for(below, |parent| movers.has(parent));
@@ -191,8 +195,8 @@ impl Graph {
                 return Err(not_found(node.name()));
             }
         }
-        // These would come to stand on themselves.
-        let below = reachable(to);
+        // What is below `to` would come to stand on itself. Chains are long: it is looked for where anything may be.
+        let below = LazyCell::new(|| reachable(to));
         let mut movers = Movers {
             from: from.clone(),
             to: to.clone(),
@@ -202,7 +206,8 @@ impl Graph {
         };
         for (parent, link) in self.parents(from) {
             // What shows a snapshot of an image is about that image.
-            if link.role != Link::IMAGE && !below.contains(&place(parent)) {
+            let follows = link.role != Link::IMAGE && !Arc::ptr_eq(parent, to);
+            if follows && !below.contains(&place(parent)) {
                 let user = link_user(parent, &link);
                 movers.wanted.push((user, link.access));
                 movers.links.push((parent.clone(), link.edge));

@@ -13,6 +13,7 @@
 //! * `quiesce`: several nodes held still
 //! * `table`: the nodes, found by name and by what they stand on
 //! * `diagram`: the graph as a drawing
+//! * `directory`: what names refer to, for those who are elsewhere
 //! * `names`: given and made-up names
 //! * `drive`: what the commands of 2013 call a device; `device` is what its guests see of it
 
@@ -23,6 +24,7 @@ mod claims;
 mod counters;
 mod device;
 mod diagram;
+mod directory;
 mod drive;
 mod edge;
 mod names;
@@ -33,6 +35,7 @@ mod requests;
 mod table;
 mod write_down;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::driver::Claim;
@@ -48,12 +51,14 @@ pub use device::{
     Totals,
 };
 pub use diagram::{Arrow, Diagram, Permissions, Vertex, VertexKind};
+pub use directory::Directory;
 pub use drive::{Drive, NewDrive};
 pub use edge::Edge;
 pub use names::{NameSource, NodeName, is_well_formed};
 pub use node::{Behaviour, Link, Node, Quiesced};
 pub use quiesce::{FlushesHeld, hold_flushes_within, quiesce_all, quiesce_all_within};
 pub use reopen::{NodeChange, ReadyToReopen, Reopen};
+pub use table::place;
 pub use write_down::write_down;
 
 use access::{Use, link_user};
@@ -65,6 +70,8 @@ use table::Table;
 pub struct Graph {
     table: Table,
     drives: Vec<Drive>,
+    /// Where each drive is among them, by its id.
+    drive_places: HashMap<String, usize>,
     /// All drives are disks of one machine.
     machine: Machine,
     names: NameSource,
@@ -167,6 +174,11 @@ impl Graph {
         self.names.clone()
     }
 
+    /// What names refer to; for `open`.
+    pub fn directory(&self) -> Directory {
+        self.table.directory.clone()
+    }
+
     /// All nodes, oldest first.
     pub fn nodes(&self) -> impl DoubleEndedIterator<Item = &Arc<Node>> {
         self.table.nodes()
@@ -189,7 +201,7 @@ impl Graph {
 
     /// The drive of this id.
     pub fn drive(&self, id: &str) -> Option<&Drive> {
-        self.drives.iter().find(|drive| drive.id == id)
+        self.drives.get(*self.drive_places.get(id)?)
     }
 
     /// What a command means by `device` and `node-name`: a drive's root for a drive's id, else a node.
@@ -321,6 +333,7 @@ impl Graph {
     /// Takes everything out, uppermost first: the end of the process. Whoever used the nodes is gone.
     pub fn remove_all(&mut self) -> Removed {
         self.drives.clear();
+        self.drive_places.clear();
         let table = std::mem::take(&mut self.table);
         let nodes = quiesce::uppermost_first(table.nodes().rev());
         Removed {
@@ -421,13 +434,17 @@ impl Graph {
         };
         let root = root.map(use_root).transpose()?;
         let device = Device::new(&id, root.clone(), policy, &self.machine, &self.events);
+        if let Some(root) = &root {
+            self.table.directory.add_drive(&id, root);
+        }
+        self.drive_places.insert(id.clone(), self.drives.len());
         self.drives.push(Drive { id, root, device });
         Ok(())
     }
 
     /// Takes a drive out, and its root with what is below as far as it came with the root and nobody uses it.
     pub fn remove_drive(&mut self, id: &str) -> Result<Removed> {
-        let Some(place) = self.drives.iter().position(|drive| drive.id == id) else {
+        let Some(place) = self.drive_places.get(id).copied() else {
             return Err(Error::new(
                 ErrorKind::NotFound,
                 format!("Device '{id}' not found"),
@@ -442,6 +459,11 @@ impl Graph {
             ));
         }
         let drive = self.drives.remove(place);
+        let places = self.drives.iter().enumerate();
+        self.drive_places = places
+            .map(|(place, drive)| (drive.id.clone(), place))
+            .collect();
+        self.table.directory.remove(id);
         let Some(edge) = drive.root else {
             return Ok(Removed::nothing());
         };

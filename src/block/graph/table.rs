@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::access::Use;
+use super::directory::Directory;
 use super::node::Node;
 
 /// All nodes, in the order in which they came.
@@ -14,6 +15,8 @@ pub(super) struct Table {
     next: u64,
     /// Who stands on a node, each once.
     above: HashMap<usize, Vec<Arc<Node>>>,
+    /// The nodes, and the drives on them, for others.
+    pub(super) directory: Directory,
 }
 
 /// A node with what the graph knows of it.
@@ -64,6 +67,7 @@ impl Table {
         self.entries.insert(self.next, entry);
         self.numbers.insert(node.name().to_owned(), self.next);
         self.next += 1;
+        self.directory.add_node(node);
         for link in node.links() {
             self.stands(node, &link.edge.node());
         }
@@ -76,6 +80,7 @@ impl Table {
         }
         if let Some(number) = self.numbers.remove(node.name()) {
             self.entries.remove(&number);
+            self.directory.remove(node.name());
         }
         for link in node.links() {
             self.leaves(node, &link.edge.node());
@@ -107,7 +112,7 @@ impl Table {
     }
 }
 
-/// A node as something to compare.
-pub(super) fn place(node: &Arc<Node>) -> usize {
+/// A node as something to look up, for as long as somebody has the node.
+pub fn place(node: &Arc<Node>) -> usize {
     Arc::as_ptr(node).addr()
 }

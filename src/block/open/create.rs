@@ -12,6 +12,7 @@
 
 mod device;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -140,7 +141,35 @@ impl Created {
         }
     }
 
-    fn undo(&self, undo: Undo) -> io::Result<()> {
+    /// Takes images back, in this order, durably.
+    pub fn take_back(created: impl IntoIterator<Item = Created>) {
+        // Each folder is made durable once, whatever was in it.
+        let mut folders: BTreeMap<PathBuf, Names> = BTreeMap::new();
+        for mut created in created {
+            let Some(undo) = created.undo.take() else {
+                continue;
+            };
+            match created.undo(undo) {
+                Ok(None) => {}
+                Ok(Some(folder)) => {
+                    folders.insert(folder, created.names.clone());
+                }
+                Err(error) => log::warn!(
+                    "'{}', which was to be taken back, stays: {error}",
+                    created.path.display()
+                ),
+            }
+        }
+        for (folder, names) in folders {
+            if let Err(error) = names.sync_folder(&folder) {
+                let folder = folder.display();
+                log::warn!("images in '{folder}' that were taken back may come back: {error}");
+            }
+        }
+    }
+
+    /// Answers the folder whose names have changed, if one has.
+    fn undo(&self, undo: Undo) -> io::Result<Option<PathBuf>> {
         let (Undo::Remove(made)
         | Undo::Empty(made)
         | Undo::SwapBack { made, .. }
@@ -153,9 +182,11 @@ impl Created {
             Undo::Empty(_) => self.names.empty(&self.path)?,
             Undo::SwapBack { former, .. } => self.names.rename(&former, &self.path)?,
             // A device keeps its name.
-            Undo::PutBack { bytes, .. } => return self.names.put(&self.path, &bytes),
+            Undo::PutBack { bytes, .. } => {
+                return self.names.put(&self.path, &bytes).map(|()| None);
+            }
         }
-        self.sync_folder()
+        Ok(self.path.parent().map(Path::to_owned))
     }
 
     fn sync_folder(&self) -> io::Result<()> {
@@ -167,13 +198,12 @@ impl Created {
 
 impl Drop for Created {
     fn drop(&mut self) {
-        if let Some(undo) = self.undo.take()
-            && let Err(error) = self.undo(undo)
-        {
-            log::warn!(
-                "'{}', which was to be taken back, stays: {error}",
-                self.path.display()
-            );
+        if let Some(undo) = self.undo.take() {
+            Created::take_back([Created {
+                names: self.names.clone(),
+                path: self.path.clone(),
+                undo: Some(undo),
+            }]);
         }
     }
 }

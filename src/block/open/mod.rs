@@ -7,7 +7,7 @@
 //! * `caches`: how much metadata of a qcow2 image is kept in memory
 //! * `view`: internal snapshots as nodes
 //!
-//! Opening does I/O and may take long, so it works on an [`Opener`], which knows the nodes that exist, and not on the
+//! Opening does I/O and may take long, so it works on an [`Opener`], which finds the nodes that exist, and not on the
 //! graph. The graph is touched by `Graph::insert` only, which decides again whether names are free.
 
 mod backing;
@@ -18,7 +18,7 @@ mod owner;
 mod reopen;
 mod view;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -29,7 +29,9 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::events::EventSink;
 use crate::formats::qcow2::{self, Qcow2};
 use crate::formats::raw::Raw;
-use crate::graph::{Access, Behaviour, Graph, Link, NameSource, Node, NodeName, Opened, claim};
+use crate::graph::{
+    Access, Behaviour, Directory, Graph, Link, NameSource, Node, NodeName, Opened, claim,
+};
 use crate::io::IoContext;
 use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS, NESTED_LAYERS};
 use crate::protocols::file::{File, FileAccess};
@@ -45,31 +47,23 @@ pub use options::{
 };
 pub use reopen::changes;
 
-/// What opening needs to know of the graph at its start.
+/// What opening needs to know of the graph.
 #[derive(Debug, Clone)]
 pub struct Opener {
     io: IoContext,
     names: NameSource,
     events: EventSink,
-    /// What a name refers to: a node, or the root of the drive of that id.
-    nodes: HashMap<String, Arc<Node>>,
+    directory: Directory,
 }
 
 impl Opener {
-    /// As the graph is now.
+    /// For this graph, which may change while it is open.
     pub fn new(io: &IoContext, graph: &Graph) -> Self {
-        let nodes = graph
-            .nodes()
-            .map(|node| (node.name().to_owned(), node.clone()));
-        let roots = graph
-            .drives()
-            .iter()
-            .filter_map(|drive| Some((drive.id.clone(), drive.node()?)));
         Opener {
             io: io.clone(),
             names: graph.names(),
             events: graph.events(),
-            nodes: nodes.chain(roots).collect(),
+            directory: graph.directory(),
         }
     }
 }
@@ -178,7 +172,7 @@ impl Opening {
         };
         let name = NodeName::given(given)?;
         let taken = self.nodes.iter().any(|node| node.name() == given);
-        match self.opener.nodes.get(given) {
+        match self.opener.directory.get(given) {
             Some(root) if root.name() != given => Err(Error::name_of_drive(given)),
             None if !taken => Ok(name),
             _ => Err(Error::name_of_node(given)),
@@ -381,7 +375,7 @@ impl Opening {
     ) -> Result<Arc<Node>> {
         match below {
             NodeRef::Name(name) => {
-                let existing = self.opener.nodes.get(name).cloned();
+                let existing = self.opener.directory.get(name);
                 existing.ok_or_else(|| {
                     Error::new(
                         ErrorKind::NotFound,

@@ -16,7 +16,7 @@ impl Opener {
         }
         let file = FileIdentity::at(&self.io, filename).await.ok();
         match file.and_then(|file| self.owner(file, None)) {
-            Some(owner) => owned(&error, owner, filename),
+            Some(owner) => owned(&error, &owner, filename),
             None => error,
         }
     }
@@ -30,7 +30,7 @@ impl Opener {
         let file = own.driver().host_file();
         let file = file.filter(|_| error.kind() == ErrorKind::InUse);
         match file.and_then(|file| self.owner(file, Some(&own))) {
-            Some(owner) => owned(&error, owner, &own.driver().info().filename),
+            Some(owner) => owned(&error, &owner, &own.driver().info().filename),
             None => error,
         }
     }
@@ -44,11 +44,11 @@ impl Opener {
             return Ok(());
         };
         let error = Error::new(ErrorKind::InUse, "Failed to get \"write\" lock");
-        Err(owned(&error, owner, filename))
+        Err(owned(&error, &owner, filename))
     }
 
     /// The name of what uses the file. `but` is what cannot have it.
-    fn owner(&self, file: FileIdentity, but: Option<&Arc<Node>>) -> Option<&str> {
+    fn owner(&self, file: FileIdentity, but: Option<&Arc<Node>>) -> Option<String> {
         self.nearest(|node| {
             let is_held = |claims: &dyn Claims| claims.held() > Need::Nothing;
             has(node, file)
@@ -58,11 +58,15 @@ impl Opener {
     }
 
     /// The name of what is closest above a node like this; one that a user gave, if there is one.
-    fn nearest(&self, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<&str> {
+    fn nearest(&self, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<String> {
+        if !self.directory.any(&is_it) {
+            return None;
+        }
         let is_given = |name: &str| !name.starts_with('#');
-        let distances = self.nodes.iter().filter_map(|(name, node)| {
-            let distance = layers_above(node, &is_it)?;
-            Some((!is_given(name), distance, name.as_str()))
+        let named = self.directory.all().into_iter();
+        let distances = named.filter_map(|(name, node)| {
+            let distance = layers_above(&node, &is_it)?;
+            Some((!is_given(&name), distance, name))
         });
         distances.min().map(|(_, _, name)| name)
     }

@@ -77,7 +77,7 @@ impl Opening {
         }
         let is_below = |below: Arc<Node>| Arc::ptr_eq(&below, &file);
         if let Some(image) = self.image(|node| node.link("file").is_some_and(is_below)) {
-            return Err(make_it_the_file(file.name(), image));
+            return Err(make_it_the_file(file.name(), &image));
         }
         let qcow2 = Qcow2Options {
             snapshot: None,
@@ -100,17 +100,16 @@ impl Opening {
             return None;
         };
         let image = self.image(|node| node.driver().info().filename == file.filename)?;
-        Some(make_it_the_file(&file.filename, image))
+        Some(make_it_the_file(&file.filename, &image))
     }
 
     /// The name of an image that is open, as a user knows it if there is such a name: drives' roots have two.
-    fn image(&self, is_wanted: impl Fn(&Node) -> bool) -> Option<&str> {
-        let images = self.opener.nodes.iter();
+    fn image(&self, is_wanted: impl Fn(&Node) -> bool) -> Option<String> {
+        let images = self.opener.directory.all().into_iter();
         let images =
             images.filter(|(_, node)| node.driver().snapshots().is_some() && is_wanted(node));
-        images
-            .map(|(name, _)| name.as_str())
-            .min_by_key(|name| (name.starts_with('#'), *name))
+        let names = images.map(|(name, _)| (name.starts_with('#'), name));
+        names.min().map(|(_, name)| name)
     }
 }
 

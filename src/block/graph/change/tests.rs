@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::error::ErrorKind;
+use crate::formats::qcow2::create::{CreateOptions, create};
+use crate::formats::qcow2::{OpenOptions, Qcow2};
 use crate::formats::raw::Raw;
+use crate::graph::node::LOOKS;
 use crate::graph::{Behaviour, Link, NewDrive, NodeName, User};
 use crate::protocols::memory::Memory;
 
@@ -125,4 +128,57 @@ async fn a_filter_that_a_job_uses_stays() {
     assert!(!removed.is_empty());
     assert_eq!(leads(&graph, "d"), "base");
     assert!(graph.node("filter").is_none());
+}
+
+/// An image in memory that can be an overlay.
+async fn image(graph: &mut Graph, name: &str) -> Arc<Node> {
+    let memory = Memory::new(0);
+    let made = create(&memory.child(), &CreateOptions::new(65536)).await;
+    made.unwrap();
+    let opening = Qcow2::open(memory.child(), OpenOptions::default()).await;
+    let driver = opening.unwrap().finish(None).await.unwrap();
+    let name = NodeName::given(name).unwrap();
+    insert(
+        graph,
+        &Node::new(name, driver, Behaviour::default(), Vec::new()),
+    )
+}
+
+async fn put_on(graph: &mut Graph, below: &Arc<Node>, above: &Arc<Node>) {
+    let held = [below.quiesce().await, above.quiesce().await];
+    graph.check_append(below, above).unwrap();
+    graph.check_replace(below, above).unwrap();
+    graph.append(below, above, [&held[0], &held[1]]).unwrap();
+}
+
+/// How many looks at nodes it takes to put one more overlay on each of these disks, whose chains are so long already.
+async fn looks_for_overlays(disks: usize, overlays: usize) -> u64 {
+    let mut graph = Graph::new();
+    let mut ends = Vec::new();
+    for disk in 0..disks {
+        let mut below = image(&mut graph, &format!("disk{disk}")).await;
+        let drive = NewDrive::new(format!("drive{disk}"), Some(below.clone()));
+        graph.add_drive(drive).unwrap();
+        for overlay in 0..overlays {
+            let above = image(&mut graph, &format!("overlay{disk}.{overlay}")).await;
+            put_on(&mut graph, &below, &above).await;
+            below = above;
+        }
+        ends.push((below, image(&mut graph, &format!("last{disk}")).await));
+    }
+    LOOKS.set(0);
+    for (below, above) in &ends {
+        put_on(&mut graph, below, above).await;
+    }
+    assert_eq!(leads(&graph, "drive0"), "last0");
+    LOOKS.get()
+}
+
+/// Guests wait for this: how long must depend neither on how many disks get overlays with them, nor on how many they have.
+#[tokio::test]
+async fn an_overlay_takes_no_longer_among_many_or_on_a_long_chain() {
+    let one = looks_for_overlays(1, 1).await;
+    assert!(one > 0);
+    assert_eq!(looks_for_overlays(1, 100).await, one);
+    assert_eq!(looks_for_overlays(100, 1).await, 100 * one);
 }

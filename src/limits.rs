@@ -154,6 +154,10 @@ pub const SNAPSHOT_FLUSHES_AHEAD: usize = 3;
 /// A flush that ends sooner than this leaves nothing worth another one: guests may wait for what is left.
 pub const SNAPSHOT_SHORT_FLUSH: Duration = Duration::from_millis(20);
 
+/// Actions of a transaction that are prepared at the same time. Each makes and opens files, and waits for its disk most of the time; half
+/// of the threads for that are left to guests.
+pub const TRANSACTION_PREPARING: usize = 32;
+
 /// How long a transaction waits for the requests under way on its disks, all others being held back meanwhile. A disk under load
 /// answers within a second or two; guests begin to reset disks that do not answer at 30 s.
 pub const TRANSACTION_DRAIN: Duration = Duration::from_secs(10);

@@ -1,7 +1,7 @@
 //! Several actions as one: all of them happen, or none.
 //!
 //! ```text
-//!   resolve, prepare 1 -> resolve, prepare 2 -> ...     guests run; may take its time
+//!   resolve, prepare, enter 1, 2, ...                  guests run; may take its time
 //!     -> hold all disks, once
 //!          -> stage 1, 2, ...                           in memory
 //!          -> commit 1, 2, ...                          on the control loop; edges are led elsewhere
@@ -23,6 +23,7 @@
 //! are transactions of one action: there is one way to do it.
 //!
 //! * `plan`: what the actions so far will leave
+//! * `queue`: which actions are prepared at the same time
 //! * `preparing`: what actions prepare with
 //! * `held`: the disks that are held still, with the changes of their internal snapshots
 //! * `dry_run`: what would happen
@@ -38,6 +39,7 @@ mod held;
 pub(crate) mod lab;
 mod plan;
 mod preparing;
+mod queue;
 mod snapshot;
 
 use std::io;
@@ -49,6 +51,7 @@ use block::driver::{BoxFuture, HeaderHeld, HeaderSwitch, SnapshotInfo};
 use block::graph::{FlushesHeld, Node};
 use block::io::RunToEnd;
 use futures_util::FutureExt;
+use futures_util::stream::{self, StreamExt as _};
 use qapi::rt::QmpError;
 use tokio::time::timeout;
 
@@ -58,6 +61,7 @@ use crate::journal::{Entry, JournaledAction};
 use crate::limits;
 use held::Guests;
 use preparing::journal_error;
+use queue::OnFailure;
 
 pub(crate) use backup::{
     BackupAction, BackupOptions, BackupPerf, BackupTarget, FileTarget, TargetMode,
@@ -67,6 +71,7 @@ pub(crate) use external::{ExternalSnapshot, Overlay, OverlayFile};
 pub(crate) use held::Held;
 pub(crate) use plan::{Plan, WayBack};
 pub(crate) use preparing::Preparing;
+pub(crate) use queue::Concerns;
 pub(crate) use snapshot::{Operation, SnapshotAction};
 
 /// A part of a transaction.
@@ -80,10 +85,26 @@ pub(crate) trait Action: Send {
     /// wait. After an error nothing else of the action is called.
     fn resolve(&mut self, control: &mut Control, plan: &mut Plan) -> Result<(), QmpError>;
 
-    /// Does what takes time, while guests run: makes and opens files, takes space. Called right behind `resolve`, before the next
-    /// action is resolved. Nodes that it makes go into the graph here, unused; what is to lead to them, into the plan.
-    fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+    /// What it is about. Others that are about something else are prepared at the same time.
+    fn concerns(&self) -> Concerns {
+        Concerns::Everything
+    }
+
+    /// Does what takes time, while guests run: makes and opens files, takes space. Called when it has been resolved. Nobody finds what it
+    /// makes yet.
+    fn prepare<'a>(&'a mut self, with: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
         let _ = with;
+        Box::pin(async { Ok(()) })
+    }
+
+    /// Puts nodes that were made into the graph, unused, and what is to lead to them into the plan. Called when it has been prepared, and
+    /// the actions before it have entered.
+    fn enter<'a>(
+        &'a mut self,
+        with: &'a Preparing,
+        plan: &'a mut Plan,
+    ) -> BoxFuture<'a, Result<(), QmpError>> {
+        let _ = (with, plan);
         Box::pin(async { Ok(()) })
     }
 
@@ -249,6 +270,8 @@ struct Running {
     /// Those that are prepared, or were to be.
     actions: Vec<Box<dyn Action>>,
     with: Preparing,
+    /// What they will leave.
+    plan: Plan,
     /// The journal has its commit, or will need none.
     is_decided: bool,
     /// The graph is what it will be.
@@ -264,6 +287,7 @@ impl Running {
         Ok(Running {
             actions: Vec::new(),
             with: Preparing::new(cx, completion, audience).await?,
+            plan: Plan::default(),
             is_decided: false,
             is_committed: false,
             flushes: Vec::new(),
@@ -279,10 +303,11 @@ impl Running {
             .iter()
             .filter_map(|action| action.journaled())
             .collect();
-        for action in actions {
-            self.prepare(action).await?;
+        let entered = self.prepare_all(actions, OnFailure::Stop).await;
+        if let Some((_, error)) = entered.errors.into_iter().next() {
+            return Err(error);
         }
-        let mut disks = std::mem::take(&mut self.with.plan.disks);
+        let mut disks = self.plan.take_disks();
         self.with.stage(&mut disks).await?;
         let mut held = Held::default();
         let done = async {
@@ -338,7 +363,7 @@ impl Running {
 
     /// From here on it happens, after a crash, too.
     async fn decide(&mut self, switches: Vec<(usize, HeaderSwitch)>) -> Result<(), QmpError> {
-        if let Some(entry) = &mut self.with.entry {
+        if let Some(entry) = self.with.entry.get_mut() {
             let written = limited(entry.commit(switches)).await;
             written.map_err(|error| journal_error(&error))?;
         }
@@ -349,30 +374,13 @@ impl Running {
     /// Takes back what was staged, and lets guests go on. What the journal says comes first: should it be cut off here, the next
     /// start must not do what was undone.
     async fn roll_back(&mut self, mut held: Held) {
-        if let Some(entry) = &mut self.with.entry
+        if let Some(entry) = self.with.entry.get_mut()
             && let Err(error) = limited(entry.revoke()).await
         {
             log_wrong(entry, &error);
         }
         self.flushes = held.take_flushes();
         self.left = held.roll_back().await;
-    }
-
-    /// Resolves and prepares the next action.
-    async fn prepare(&mut self, mut action: Box<dyn Action>) -> Result<(), QmpError> {
-        let mut plan = std::mem::take(&mut self.with.plan);
-        let resolved = move |control: &mut Control| {
-            let resolved = catch_unwind(AssertUnwindSafe(|| action.resolve(control, &mut plan)));
-            let resolved = resolved.unwrap_or_else(|_| Err(internal_error()));
-            Ok((plan, resolved.map(|()| action)))
-        };
-        let (plan, resolved) = self.with.cx.commit(resolved).await?;
-        self.with.plan = plan;
-        self.actions.push(resolved?);
-        match self.actions.last_mut() {
-            Some(action) => guarded(action.prepare(&mut self.with)).await,
-            None => Ok(()),
-        }
     }
 
     /// Asks the graph whether it would take all commits. Afterwards it is too late to say no.
@@ -428,9 +436,11 @@ impl Running {
             end(entry).await;
         }
         drop(headers);
-        for action in &mut self.actions {
-            action.finish(&self.with.cx).await;
-        }
+        let cx = &self.with.cx;
+        let actions = self.actions.iter_mut();
+        let finishing: Vec<BoxFuture<'_, ()>> = actions.map(|action| action.finish(cx)).collect();
+        let finishing = stream::iter(finishing).buffer_unordered(limits::TRANSACTION_PREPARING);
+        finishing.collect::<()>().await;
         self.actions.iter().map(|action| action.effect()).collect()
     }
 
@@ -441,7 +451,7 @@ impl Running {
             stay.extend(action.abort(&self.with.cx).await);
         }
         let files: Vec<PathBuf> = stay.iter().map(|stays| stays.file.clone()).collect();
-        if let Some(entry) = &mut self.with.entry
+        if let Some(entry) = self.with.entry.get_mut()
             && !(files.is_empty() && self.left.is_empty())
         {
             let images = self.left.iter().filter_map(|disk| disk.journaled);

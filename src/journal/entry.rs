@@ -8,6 +8,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use block::driver::HeaderSwitch;
 use block::io::{Data, HostFile, IoContext, OpenMode};
 use block::open::Overwritten;
+use tokio::sync::Mutex;
 
 use super::record::{
     Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage, VERSION, modified,
@@ -29,8 +30,10 @@ pub struct Entry {
     path: PathBuf,
     io: IoContext,
     uuid: String,
-    /// Where the next record goes.
-    at: u64,
+    /// Where the next record goes. Held while one is written.
+    at: Mutex<u64>,
+    /// Up to where records of several at once are durable. Held while that is done, for all who wait for it.
+    durable: Mutex<io::Result<u64>>,
     staged: Vec<StagedImage>,
     /// A commit may be there.
     is_committed: bool,
@@ -63,7 +66,8 @@ impl Journal {
             path,
             io: self.io.clone(),
             uuid: uuid.clone(),
-            at: 0,
+            at: Mutex::default(),
+            durable: Mutex::new(Ok(0)),
             staged: Vec::new(),
             is_committed: false,
         };
@@ -106,9 +110,10 @@ impl Entry {
     }
 
     /// Says that a file of this path is about to be made, durably. What is there now can be told from it afterwards; `beside` is
-    /// where it is kept until the transaction ends. Of a device `overwritten` is kept, here.
+    /// where it is kept until the transaction ends. Of a device `overwritten` is kept, here. Those who say so at the same time wait
+    /// for the disk together.
     pub async fn creates(
-        &mut self,
+        &self,
         path: PathBuf,
         beside: PathBuf,
         overwritten: Option<Overwritten>,
@@ -129,16 +134,17 @@ impl Entry {
             })
         });
         let creation = creation.await?;
-        self.append(Record::Creates(creation), Durable::Yes).await
+        let end = self.append_beside_others(Record::Creates(creation)).await?;
+        self.make_durable(end).await
     }
 
     /// Says which file was made there.
-    pub async fn created(&mut self, path: PathBuf) -> io::Result<()> {
+    pub async fn created(&self, path: PathBuf) -> io::Result<()> {
         let at = path.clone();
         let file = self.io.call(move || Ok(Identity::of(&fs::metadata(at)?)));
         let file = file.await?;
         let created = Record::Created { path, file };
-        self.append(created, Durable::Later).await
+        self.append_beside_others(created).await.map(drop)
     }
 
     /// Says that these images will be changed, durably, and takes the space that the commit will need: that is one write to
@@ -154,7 +160,8 @@ impl Entry {
             .await?;
         // Not a hole: the commit is to find its space there.
         let room = Data::from(vec![0; room]);
-        self.file.write(self.at, room, false).await?;
+        let at = *self.at.get_mut();
+        self.file.write(at, room, false).await?;
         self.file.sync().await
     }
 
@@ -207,9 +214,9 @@ impl Entry {
             let bytes = self.file.read(0, self.file.size()?).await?;
             io::Result::Ok(Record::decode_all(&bytes).1)
         };
-        self.at = whole
-            .await
-            .map_or(self.at, |whole| self.at.max(whole as u64));
+        let whole = whole.await;
+        let at = self.at.get_mut();
+        *at = whole.map_or(*at, |whole| (*at).max(whole as u64));
         let Err(error) = self.append(Record::Abort, Durable::Yes).await else {
             return Ok(());
         };
@@ -254,13 +261,43 @@ impl Entry {
 
     async fn append(&mut self, record: Record, durable: Durable) -> io::Result<()> {
         let bytes = record.encode();
-        let end = self.at + bytes.len() as u64;
-        self.file.write(self.at, bytes.into(), false).await?;
+        let at = self.at.get_mut();
+        let end = *at + bytes.len() as u64;
+        self.file.write(*at, bytes.into(), false).await?;
         if durable == Durable::Yes {
             self.file.sync().await?;
         }
-        self.at = end;
+        *at = end;
         Ok(())
+    }
+
+    /// As `append`, where others do the same. Answers where the record ends.
+    async fn append_beside_others(&self, record: Record) -> io::Result<u64> {
+        let bytes = record.encode();
+        let mut at = self.at.lock().await;
+        let end = *at + bytes.len() as u64;
+        self.file.write(*at, bytes.into(), false).await?;
+        *at = end;
+        Ok(end)
+    }
+
+    /// Waits until what ends here is durable. After an error nothing is any more: what is asked for again may be answered without
+    /// having been done.
+    async fn make_durable(&self, end: u64) -> io::Result<()> {
+        let mut durable = self.durable.lock().await;
+        match &*durable {
+            Ok(there) if *there >= end => return Ok(()),
+            Ok(_) => {}
+            Err(error) => return Err(error.kind().into()),
+        }
+        // What others have written meanwhile, too.
+        let end = *self.at.lock().await;
+        let done = self.file.sync().await;
+        *durable = match &done {
+            Ok(()) => Ok(end),
+            Err(error) => Err(error.kind().into()),
+        };
+        done
     }
 }
 

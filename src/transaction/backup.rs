@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   resolve   the source, the target of blockdev-backup, all that is known of them
-//!   prepare   make and open the target of drive-backup, make the filter and the job
+//!   prepare   make and open the target of drive-backup
+//!   enter     make the filter and the job
 //!   stage     this is the point in time
 //!   commit    the filter goes above the source
 //!   start     the job starts
@@ -22,9 +23,9 @@ use block::graph::{
 use qapi::rt::QmpError;
 
 use super::preparing::final_path;
-use super::{Action, Effect, Held, Plan, Preparing, Stays, WayBack};
+use super::{Action, Concerns, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{self, from_engine};
-use crate::daemon::{Control, Cx};
+use crate::daemon::{Control, Cx, internal_error};
 use crate::jobs::backup::{Backup, BackupEnd};
 use crate::jobs::{JobKey, JobKind, JobSpec};
 use crate::journal::{ActionKind, JournaledAction};
@@ -89,6 +90,8 @@ pub(crate) struct BackupAction {
     options: BackupOptions,
     source: Option<Arc<Node>>,
     target: Option<Arc<Node>>,
+    /// What was opened for the target, until it is in the graph.
+    opened: Option<Opened>,
     /// What the target holds before it is written.
     target_content: TargetContent,
     /// Its image was made for this.
@@ -112,6 +115,7 @@ impl BackupAction {
             options,
             source: None,
             target: None,
+            opened: None,
             target_content: TargetContent::Unknown,
             is_target_new: false,
             job_id: String::new(),
@@ -266,9 +270,9 @@ impl BackupAction {
     }
 
     /// Puts all that was made into the graph, with nobody using it, and makes the job. All of it or nothing.
-    async fn enter(
+    async fn enter_graph(
         &mut self,
-        with: &mut Preparing,
+        with: &Preparing,
         opened: Option<Opened>,
         filter: Filter,
     ) -> Result<Arc<Node>, QmpError> {
@@ -290,7 +294,7 @@ impl BackupAction {
             let failed = |error: Error| {
                 QmpError::generic(format!("Could not create node: {}", error.message()))
             };
-            let source = source.ok_or_else(crate::daemon::internal_error)?;
+            let source = source.ok_or_else(internal_error)?;
             let name = match name {
                 Some(name) => NodeName::given(&name).map_err(failed)?,
                 None => control.graph.names().next(),
@@ -319,35 +323,35 @@ impl BackupAction {
         Ok(filter)
     }
 
-    async fn begin(&mut self, with: &mut Preparing) -> Result<(), QmpError> {
-        let Some(source) = self.source.clone() else {
-            return Err(crate::daemon::internal_error());
-        };
-        let mut opened = None;
-        let target = match (&self.options.target, &self.target) {
-            (BackupTarget::Node(_), Some(target)) => target.clone(),
-            (BackupTarget::Node(_), None) => return Err(crate::daemon::internal_error()),
-            (BackupTarget::File(file), _) => {
-                let file = file.open(with, &source, self.options.sync).await?;
-                let nodes = file.nodes;
-                (self.target_content, self.is_target_new) = (file.content, file.is_new);
-                let target = nodes.root().cloned();
-                opened = Some(nodes);
-                let target = target.ok_or_else(crate::daemon::internal_error)?;
-                self.check_target(&source, &target)?;
-                target
-            }
-        };
+    /// Makes and opens the target, if it is a file. Has both ends held ready.
+    async fn open(&mut self, with: &Preparing) -> Result<(), QmpError> {
+        let source = self.source.clone().ok_or_else(internal_error)?;
+        if let BackupTarget::File(file) = &self.options.target {
+            let file = file.open(with, &source, self.options.sync).await?;
+            (self.target_content, self.is_target_new) = (file.content, file.is_new);
+            let target = file.nodes.root().cloned().ok_or_else(internal_error)?;
+            self.opened = Some(file.nodes);
+            self.check_target(&source, &target)?;
+            self.target = Some(target);
+        }
+        let target = self.target.clone().ok_or_else(internal_error)?;
         for (node, need) in [(&source, Need::Reads), (&target, Need::Writes)] {
             let claimed = lookup::claim(&with.cx, node, need).await;
             self.claim.add(claimed.map_err(from_engine)?);
         }
+        Ok(())
+    }
+
+    async fn begin(&mut self, with: &Preparing, plan: &mut Plan) -> Result<(), QmpError> {
+        let (Some(source), Some(target)) = (self.source.clone(), self.target.clone()) else {
+            return Err(internal_error());
+        };
         let (copier, filter) = self.make(&source, &target)?;
         self.copier = Some(copier);
-        let filter = self.enter(with, opened, filter).await?;
+        let opened = self.opened.take();
+        let filter = self.enter_graph(with, opened, filter).await?;
         self.claim = Claim::none();
-        with.plan
-            .lead(&source, &filter, self.way_back(with, &target));
+        plan.lead(&source, &filter, self.way_back(with, &target));
         Ok(())
     }
 
@@ -364,6 +368,11 @@ impl BackupAction {
     /// Takes out what was put in, and closes it. Who uses the filter by now goes on to the source.
     async fn take_back(&mut self, cx: &Cx) {
         self.claim = Claim::none();
+        self.opened = None;
+        if let BackupTarget::File(_) = self.options.target {
+            // Closed before the file goes.
+            self.target = None;
+        }
         if let Some(copier) = self.copier.take()
             && let Err(error) = copier.close().await
         {
@@ -425,14 +434,45 @@ impl Action for BackupAction {
         Ok(())
     }
 
-    fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
-        Box::pin(self.begin(with))
+    fn concerns(&self) -> Concerns {
+        let BackupOptions {
+            device,
+            target,
+            job_id,
+            filter_node_name,
+            ..
+        } = &self.options;
+        let (target, files) = match target {
+            BackupTarget::Node(name) => (Some(name), Vec::new()),
+            BackupTarget::File(file) => match file.refers_to_others() {
+                true => return Concerns::Everything,
+                false => (None, vec![file.filename().to_owned()]),
+            },
+        };
+        let others = [target, job_id.as_ref(), filter_node_name.as_ref()];
+        let names = std::iter::once(device).chain(others.into_iter().flatten());
+        Concerns::These {
+            names: names.cloned().collect(),
+            files,
+        }
+    }
+
+    fn prepare<'a>(&'a mut self, with: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(self.open(with))
+    }
+
+    fn enter<'a>(
+        &'a mut self,
+        with: &'a Preparing,
+        plan: &'a mut Plan,
+    ) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(self.begin(with, plan))
     }
 
     fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(async {
             let (Some(copier), Some(source)) = (&self.copier, &self.source) else {
-                return Err(crate::daemon::internal_error());
+                return Err(internal_error());
             };
             // A revert before this in the same transaction, or a resize since it was prepared.
             if held.size(source) != source.size() {
@@ -450,7 +490,7 @@ impl Action for BackupAction {
 
     fn check(&self, control: &Control) -> Result<(), QmpError> {
         let (Some(source), Some(end)) = (&self.source, &self.end) else {
-            return Err(crate::daemon::internal_error());
+            return Err(internal_error());
         };
         let checked = control.graph.check_replace(source, &end.filter);
         checked.map_err(from_engine)

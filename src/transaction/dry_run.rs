@@ -8,6 +8,7 @@
 use qapi::rt::QmpError;
 
 use super::held::{Guests, Held};
+use super::queue::{Entered, OnFailure};
 use super::{Action, Completion, Effect, Running, guarded};
 use crate::daemon::Cx;
 use crate::jobs::Audience;
@@ -42,25 +43,20 @@ pub(crate) async fn dry_run(
 
 impl Running {
     async fn try_all(&mut self, actions: Vec<Box<dyn Action>>) -> Vec<Preview> {
-        let mut errors: Vec<Option<QmpError>> = Vec::new();
+        let mut errors: Vec<Option<QmpError>> = vec![None; actions.len()];
         let mut effects = vec![Effect::default(); actions.len()];
-        // Those that are prepared: their places among all.
-        let mut places = Vec::new();
-        for (place, action) in actions.into_iter().enumerate() {
-            let resolved = self.actions.len();
-            let error = self.prepare(action).await.err();
-            if error.is_none() {
-                places.push(place);
-            } else if self.actions.len() > resolved
-                && let Some(mut failed) = self.actions.pop()
-            {
-                // What it began to do is not in the way of those behind it.
-                effects[place] = failed.effect();
-                failed.abort(&self.with.cx).await;
-            }
-            errors.push(error);
+        let Entered {
+            places,
+            errors: failed,
+            aborted,
+        } = self.prepare_all(actions, OnFailure::GoOn).await;
+        for (place, error) in failed {
+            errors[place] = Some(error);
         }
-        let disks = std::mem::take(&mut self.with.plan.disks);
+        for (place, effect) in aborted {
+            effects[place] = effect;
+        }
+        let disks = self.plan.take_disks();
         if let Ok(mut held) = Held::begin(disks, Guests::GoOn).await {
             for (action, place) in self.actions.iter_mut().zip(&places) {
                 held.action = *place;

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   resolve  who may be put below what        prepare  make and open the overlay, without a backing
-//!   stage    the overlay's size is right      commit   overlay -> root, and users to the overlay
-//!   finish   the old root is durable, and read-only
+//!   enter    the overlay is in the graph      stage    the overlay's size is right
+//!   commit   overlay -> root, users to it     finish   the old root is durable, and read-only
 //! ```
 //!
 //! Guests do not wait for what was written before: an overlay passes flushes on to what is below it until that is read-only.
@@ -14,16 +14,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests as _};
-use block::graph::{Busy, Graph, Node, NodeChange, User, write_down};
+use block::graph::{Busy, Graph, Node, NodeChange, Opened, User, write_down};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
-    NewImage, NodeOptions, NodeRef, Opener, Qcow2Options, RawOptions, open,
+    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open,
 };
 use qapi::rt::QmpError;
 use tokio::time::timeout;
 
 use super::preparing::final_path;
-use super::{Action, Effect, Held, Plan, Preparing, Stays, WayBack};
+use super::{Action, Concerns, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{claim, from_engine};
 use crate::daemon::{Control, Cx, internal_error};
 use crate::journal::{ActionKind, JournaledAction};
@@ -36,6 +36,8 @@ pub(crate) struct ExternalSnapshot {
     overlay: Overlay,
     /// What the overlay is put on, once it is resolved.
     below: Option<Arc<Node>>,
+    /// The overlay, until it is in the graph.
+    opened: Option<Opened>,
     /// The overlay, once it is there.
     above: Option<Arc<Node>>,
     /// Whose users will use the overlay, and how many overlays of this transaction are below it, once it is prepared.
@@ -81,6 +83,7 @@ impl ExternalSnapshot {
             node_name,
             overlay,
             below: None,
+            opened: None,
             above: None,
             origin: None,
             is_on_new_device: false,
@@ -91,25 +94,43 @@ impl ExternalSnapshot {
         }
     }
 
-    async fn make(&mut self, with: &mut Preparing) -> Result<(), QmpError> {
+    async fn make(&mut self, with: &Preparing) -> Result<(), QmpError> {
         let below = self.below.clone().ok_or_else(internal_error)?;
         // While guests go on: little is left to be written when they stand still.
         if !below.behaviour().read_only {
             flushed(&below, below.flush().await)?;
         }
         if let Overlay::File(file) = self.overlay.clone() {
-            self.open(file, &below, with).await?;
+            self.opened = Some(self.open(file, &below, with).await?);
+        }
+        let claimed = claim(&with.cx, &below, Need::Reads).await;
+        self.claim = claimed.map_err(from_engine)?;
+        Ok(())
+    }
+
+    /// Has the overlay in the graph, and in the plan.
+    async fn put_on(&mut self, with: &Preparing, plan: &mut Plan) -> Result<(), QmpError> {
+        let below = self.below.clone().ok_or_else(internal_error)?;
+        if let Some(opened) = self.opened.take() {
+            let inserted = with.cx.commit(move |control| {
+                let inserted = control.graph.insert(opened);
+                inserted.map_err(from_engine)
+            });
+            let above = inserted.await?;
+            self.effect.node_name = Some(above.name().to_owned());
+            self.is_on_new_device = with.is_on_new_device(&above);
+            self.above = Some(above);
         }
         let above = self.above.clone().ok_or_else(internal_error)?;
-        self.claim = claim(&with.cx, &below, Need::Reads)
-            .await
-            .map_err(from_engine)?;
-        let origin = with.plan.origin(&below);
+        let origin = plan.origin(&below);
         let ends = (below.clone(), above.clone());
         self.origin = Some(origin.clone());
         let checked = with.cx.commit(move |control| {
-            check_overlay(&control.graph, &ends.1)?;
-            check_commit(&control.graph, (&ends.0, &ends.1), &origin)
+            let graph = &control.graph;
+            check_overlay(graph, &ends.1)?;
+            check_lead(graph, (&ends.0, &ends.1), &origin)?;
+            let (origin, steps) = origin;
+            graph.check_chain(&origin, steps + 1).map_err(from_engine)
         });
         checked.await?;
         let way_back = match &self.overlay {
@@ -118,7 +139,7 @@ impl ExternalSnapshot {
             // What guests write could not be told from what is there.
             Overlay::File(_) | Overlay::Node(_) => WayBack::Closed,
         };
-        with.plan.lead(&below, &above, way_back);
+        plan.lead(&below, &above, way_back);
         Ok(())
     }
 
@@ -127,8 +148,8 @@ impl ExternalSnapshot {
         &mut self,
         file: OverlayFile,
         below: &Arc<Node>,
-        with: &mut Preparing,
-    ) -> Result<(), QmpError> {
+        with: &Preparing,
+    ) -> Result<Opened, QmpError> {
         let OverlayFile {
             filename,
             node_name,
@@ -155,20 +176,8 @@ impl ExternalSnapshot {
             self.made = Some(made.path);
         }
         let options = options(&filename, node_name, &format, below)?;
-        let opener = with.cx.commit(|control| {
-            let opener = Opener::new(&control.io, &control.graph);
-            Ok(opener)
-        });
-        let opened = open(&opener.await?, &options).await.map_err(from_engine)?;
-        let inserted = with.cx.commit(move |control| {
-            let inserted = control.graph.insert(opened);
-            inserted.map_err(from_engine)
-        });
-        let above = inserted.await?;
-        self.effect.node_name = Some(above.name().to_owned());
-        self.is_on_new_device = with.is_on_new_device(&above);
-        self.above = Some(above);
-        Ok(())
+        let opener = with.opener().await?;
+        open(&opener, &options).await.map_err(from_engine)
     }
 
     async fn hold_ready(&self, held: &Held) -> Result<(), QmpError> {
@@ -275,6 +284,7 @@ impl ExternalSnapshot {
 
     async fn take_back(&mut self, cx: &Cx) {
         self.claim = Claim::none();
+        self.opened = None;
         let Overlay::File(_) = &self.overlay else {
             return;
         };
@@ -329,8 +339,28 @@ impl Action for ExternalSnapshot {
         Ok(())
     }
 
-    fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+    fn concerns(&self) -> Concerns {
+        let (overlay, file) = match &self.overlay {
+            Overlay::Node(name) => (Some(name), None),
+            Overlay::File(file) => (file.node_name.as_ref(), Some(&file.filename)),
+        };
+        let names = self.device.iter().chain(&self.node_name).chain(overlay);
+        Concerns::These {
+            names: names.cloned().collect(),
+            files: file.cloned().into_iter().collect(),
+        }
+    }
+
+    fn prepare<'a>(&'a mut self, with: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(self.make(with))
+    }
+
+    fn enter<'a>(
+        &'a mut self,
+        with: &'a Preparing,
+        plan: &'a mut Plan,
+    ) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(self.put_on(with, plan))
     }
 
     fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
@@ -342,7 +372,7 @@ impl Action for ExternalSnapshot {
         else {
             return Err(internal_error());
         };
-        check_commit(&control.graph, (below, above), origin)
+        check_lead(&control.graph, (below, above), origin)
     }
 
     fn commit(&mut self, control: &mut Control, held: &Held) {
@@ -397,15 +427,15 @@ impl Action for ExternalSnapshot {
     }
 }
 
-/// Whether the graph will take an overlay on what is below it. Later actions may have put something on the overlay by then.
-fn check_commit(
+/// Whether the graph will take an overlay on what is below it, and lead users there. Later actions may have put something on the overlay
+/// by then. Guests may be waiting: chains, which get no longer by themselves, are not looked at.
+fn check_lead(
     graph: &Graph,
     (below, above): (&Arc<Node>, &Arc<Node>),
-    (origin, steps): &(Arc<Node>, usize),
+    (origin, _): &(Arc<Node>, usize),
 ) -> Result<(), QmpError> {
     graph.check_append(below, above).map_err(from_engine)?;
     // What earlier actions will have done.
-    graph.check_chain(origin, steps + 1).map_err(from_engine)?;
     graph.check_replace(origin, above).map_err(from_engine)
 }
 

@@ -1,5 +1,6 @@
 //! The disks of a transaction while guests stand still, some with a change of their internal snapshots.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -7,7 +8,7 @@ use block::driver::{
     BoxFuture, HeaderHeld, HeaderSwitch, Requests as _, SnapshotChange, Snapshots,
 };
 use block::error::{Error, ErrorKind, Result};
-use block::graph::{FlushesHeld, Node, Quiesced, hold_flushes_within, quiesce_all_within};
+use block::graph::{FlushesHeld, Node, Quiesced, hold_flushes_within, place, quiesce_all_within};
 use futures_util::future::join_all;
 use qapi::rt::QmpError;
 use tokio::time::timeout;
@@ -19,6 +20,8 @@ use crate::limits;
 #[derive(Default)]
 pub(crate) struct Held {
     disks: Vec<HeldDisk>,
+    /// By [`place`], where a node is among the disks.
+    of_node: HashMap<usize, usize>,
     /// Since when guests wait, as long as they do.
     since: Option<Instant>,
     /// Parts of the time since, and when they ended.
@@ -71,6 +74,8 @@ impl Held {
             let begun = changes.iter_mut().flatten();
             join_all(begun.map(|change| step(change, |change| change.hold_flushes()))).await;
         }
+        let of_node = disks.iter().enumerate();
+        let of_node = of_node.map(|(at, disk)| (place(&disk.node), at)).collect();
         let since = Instant::now();
         let quiesced: Vec<Option<Quiesced>> = match flushes {
             Some(flushes) => quiesce(&disks, flushes)
@@ -96,6 +101,7 @@ impl Held {
         });
         Ok(Held {
             disks: disks.collect(),
+            of_node,
             since: Some(since),
             parts: vec![("drain", drained), ("begin", Instant::now())],
             action: 0,
@@ -127,8 +133,7 @@ impl Held {
     }
 
     fn find(&self, node: &Arc<Node>) -> Option<&HeldDisk> {
-        let mut disks = self.disks.iter();
-        disks.find(|held| Arc::ptr_eq(&held.disk.node, node))
+        self.disks.get(*self.of_node.get(&place(node))?)
     }
 
     /// The change of a disk whose snapshots the plan says are changed. `failure` is how the message begins should it fail.
@@ -137,8 +142,8 @@ impl Held {
         node: &Arc<Node>,
         failure: &str,
     ) -> Result<&mut dyn SnapshotChange> {
-        let mut disks = self.disks.iter_mut();
-        let held = disks.find(|held| Arc::ptr_eq(&held.disk.node, node));
+        let at = self.of_node.get(&place(node));
+        let held = at.and_then(|at| self.disks.get_mut(*at));
         let action = self.action;
         let Some((change, text, first)) =
             held.and_then(|held| Some((held.change.as_mut()?, &mut held.failure, &mut held.first)))

@@ -1,8 +1,9 @@
 //! What a transaction will leave, as far as its actions have said: later actions are about that.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use block::graph::{Drive, Graph, Link, Node};
+use block::graph::{Drive, Graph, Link, Node, place};
 use qapi::rt::QmpError;
 
 use super::{Disk, Until};
@@ -11,9 +12,13 @@ use crate::daemon::lookup;
 /// What the actions so far will do to the graph, and which disks have to be held still for it.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
-    /// (below, above): who uses `below` will use `above`.
-    led: Vec<(Arc<Node>, Arc<Node>)>,
-    pub(super) disks: Vec<Disk>,
+    /// By [`place`]: who uses this node will use that one.
+    above: HashMap<usize, Arc<Node>>,
+    /// The same the other way round.
+    below: HashMap<usize, Arc<Node>>,
+    disks: Vec<Disk>,
+    /// By [`place`], where a node is among the disks.
+    of_node: HashMap<usize, usize>,
 }
 
 /// What becomes of guests that a commit leads elsewhere, and that have gone on there, when the transaction fails after all.
@@ -55,37 +60,32 @@ impl Plan {
 
     /// What those who use `node` now will use.
     pub(crate) fn behind(&self, mut node: Arc<Node>) -> Arc<Node> {
-        for (below, above) in &self.led {
-            if Arc::ptr_eq(below, &node) {
-                node = above.clone();
-            }
+        while let Some(above) = self.covered_by(&node) {
+            node = above.clone();
         }
         node
     }
 
     /// The overlay that an action so far puts on a node.
     pub(crate) fn covered_by(&self, node: &Arc<Node>) -> Option<&Arc<Node>> {
-        let mut led = self.led.iter();
-        let (_, above) = led.find(|(below, _)| Arc::ptr_eq(below, node))?;
-        Some(above)
+        self.above.get(&place(node))
     }
 
     /// Whether an action so far puts a node on another, or another on it.
     pub(crate) fn mentions(&self, node: &Arc<Node>) -> bool {
-        let mut led = self.led.iter();
-        led.any(|(below, above)| Arc::ptr_eq(below, node) || Arc::ptr_eq(above, node))
+        let place = place(node);
+        self.above.contains_key(&place) || self.below.contains_key(&place)
     }
 
     /// Whose users will use `node`: those of the node at the beginning of the steps that lead to it; and how many steps these are.
     pub(crate) fn origin(&self, node: &Arc<Node>) -> (Arc<Node>, usize) {
-        let (mut origin, mut steps) = (node.clone(), 0);
-        for (below, above) in self.led.iter().rev() {
-            if Arc::ptr_eq(above, &origin) {
-                origin = below.clone();
-                steps += 1;
-            }
+        let below = |node: &Arc<Node>| self.below.get(&place(node)).cloned();
+        let steps = std::iter::successors(Some(node.clone()), below);
+        let (mut origin, mut count) = (node.clone(), 0);
+        for below in steps.skip(1) {
+            (origin, count) = (below, count + 1);
         }
-        (origin, steps)
+        (origin, count)
     }
 
     /// Says that the commit leads those who use `below` to `above`, which is in the graph by now. Both are held still.
@@ -96,13 +96,15 @@ impl Plan {
             WayBack::Closed => self.hold_until_decided(above),
         }
         self.hold(below);
-        self.led.push((below.clone(), above.clone()));
+        let above_it = self.above.entry(place(below));
+        above_it.or_insert_with(|| above.clone());
+        let below_it = self.below.entry(place(above));
+        below_it.or_insert_with(|| below.clone());
     }
 
     /// Whether nothing will stand on a node but what shows its snapshots, which do not change.
     pub(crate) fn is_root(&self, graph: &Graph, node: &Arc<Node>) -> bool {
-        let covered = self.led.iter().any(|(below, _)| Arc::ptr_eq(below, node));
-        !covered
+        self.covered_by(node).is_none()
             && graph
                 .parents(node)
                 .all(|(_, link)| link.role == Link::IMAGE)
@@ -125,21 +127,24 @@ impl Plan {
         self.disk(device, node).changes = true;
     }
 
+    /// The disks that are to be held, when all actions have said which.
+    pub(super) fn take_disks(&mut self) -> Vec<Disk> {
+        self.of_node.clear();
+        std::mem::take(&mut self.disks)
+    }
+
     fn disk(&mut self, device: &str, node: &Arc<Node>) -> &mut Disk {
-        let is_same = |disk: &Disk| Arc::ptr_eq(&disk.node, node);
-        let place = match self.disks.iter().position(is_same) {
-            Some(place) => place,
-            None => {
-                self.disks.push(Disk {
-                    device: device.to_owned(),
-                    node: node.clone(),
-                    changes: false,
-                    until: Until::LetGo,
-                    journaled: None,
-                });
-                self.disks.len() - 1
-            }
-        };
-        &mut self.disks[place]
+        let next = self.disks.len();
+        let at = *self.of_node.entry(place(node)).or_insert(next);
+        if at == next {
+            self.disks.push(Disk {
+                device: device.to_owned(),
+                node: node.clone(),
+                changes: false,
+                until: Until::LetGo,
+                journaled: None,
+            });
+        }
+        &mut self.disks[at]
     }
 }

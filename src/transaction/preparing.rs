@@ -1,9 +1,9 @@
-//! What actions prepare with: the plan, new image files, and the journal of both.
+//! What actions prepare with, several at the same time: new image files, and the journal of the transaction.
 
 use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::driver::Requests as _;
 use block::error::Result as EngineResult;
@@ -11,8 +11,9 @@ use block::graph::{Graph, Node};
 use block::io::{FileIdentity, IoContext};
 use block::open::{Created, Existing, NewImage, Opener, OverDevice, beside, create_image};
 use qapi::rt::QmpError;
+use tokio::sync::OnceCell;
 
-use super::{Completion, Disk, Plan};
+use super::{Completion, Disk};
 use crate::daemon::lookup::{self, from_engine};
 use crate::daemon::{Control, Cx};
 use crate::jobs::{Audience, GroupKey};
@@ -22,8 +23,6 @@ use crate::journal::{ActionKind, Entry, Identity, Journal, JournaledAction, Stag
 pub(crate) struct Preparing {
     /// The way to the control loop.
     pub(crate) cx: Cx,
-    /// What the actions before this one, and itself, will leave.
-    pub(crate) plan: Plan,
     /// What files are opened with.
     pub(crate) io: IoContext,
     /// The group that the transaction's jobs are of, when they end together.
@@ -35,10 +34,10 @@ pub(crate) struct Preparing {
     /// Where transactions are written down, if anywhere.
     journal: Option<Arc<Journal>>,
     /// The journal of this one, once there is something to write.
-    pub(super) entry: Option<Entry>,
-    created: Vec<Created>,
+    pub(super) entry: OnceCell<Entry>,
+    created: Mutex<Vec<Created>>,
     /// Devices that images were made on. What they held in front is kept, and nothing of what is behind that.
-    devices: Vec<FileIdentity>,
+    devices: Mutex<Vec<FileIdentity>>,
 }
 
 /// An image file that a transaction has.
@@ -66,22 +65,21 @@ impl Preparing {
         let (io, journal, group) = parts.await?;
         Ok(Preparing {
             cx,
-            plan: Plan::default(),
             io,
             group,
             audience,
             actions: Vec::new(),
             journal,
-            entry: None,
-            created: Vec::new(),
-            devices: Vec::new(),
+            entry: OnceCell::new(),
+            created: Mutex::default(),
+            devices: Mutex::default(),
         })
     }
 
     /// Makes an image file, durably. When the transaction fails, and after a crash before its commit, there is what was there
     /// before; close what has it open in `abort`.
     pub(crate) async fn create_image(
-        &mut self,
+        &self,
         image: &NewImage,
         existing: Existing,
     ) -> Result<Made, QmpError> {
@@ -108,7 +106,7 @@ impl Preparing {
         }
         let created = match over {
             Some(over) => {
-                self.devices.push(over.device());
+                lock(&self.devices).push(over.device());
                 over.make(&self.io, image).await
             }
             None => create_image(&self.io, image, existing).await,
@@ -118,8 +116,8 @@ impl Preparing {
             path: created.path().to_owned(),
             is_new: created.is_new(),
         };
-        self.created.push(created);
-        if let Some(entry) = &mut self.entry
+        lock(&self.created).push(created);
+        if let Some(entry) = self.entry.get()
             && made.is_new
         {
             let written = entry.created(made.path.clone()).await;
@@ -147,14 +145,17 @@ impl Preparing {
     }
 
     /// The journal of the transaction, if there is a state directory.
-    async fn entry(&mut self) -> Result<Option<&mut Entry>, QmpError> {
-        if let (None, Some(journal)) = (&self.entry, &self.journal) {
-            let actions = std::mem::take(&mut self.actions);
+    async fn entry(&self) -> Result<Option<&Entry>, QmpError> {
+        let Some(journal) = &self.journal else {
+            return Ok(None);
+        };
+        let begin = async {
+            let actions = self.actions.clone();
             let images = |control: &mut Control| Ok(with_images(&control.graph, actions));
             let begun = journal.begin(self.cx.commit(images).await?).await;
-            self.entry = Some(begun.map_err(|error| journal_error(&error))?);
-        }
-        Ok(self.entry.as_mut())
+            begun.map_err(|error| journal_error(&error))
+        };
+        self.entry.get_or_try_init(|| begin).await.map(Some)
     }
 
     /// Writes down which images will be changed, if more than one write will decide the transaction.
@@ -170,7 +171,8 @@ impl Preparing {
                 disk.device
             )));
         }
-        if self.journal.is_none() || (changed.len() < 2 && self.created.is_empty()) {
+        let makes_none = lock(&self.created).is_empty();
+        if self.journal.is_none() || (changed.len() < 2 && makes_none) {
             return Ok(());
         }
         let mut images = Vec::new();
@@ -186,7 +188,8 @@ impl Preparing {
                 ),
             }
         }
-        if let Some(entry) = self.entry().await? {
+        self.entry().await?;
+        if let Some(entry) = self.entry.get_mut() {
             let written = entry.stages(images).await;
             written.map_err(|error| journal_error(&error))?;
         }
@@ -198,7 +201,7 @@ impl Preparing {
         let mut layer = Some(node.below_filters());
         while let Some(node) = layer {
             let file = node.driver().host_file();
-            if file.is_some_and(|file| self.devices.contains(&file)) {
+            if file.is_some_and(|file| lock(&self.devices).contains(&file)) {
                 return true;
             }
             layer = node.link("file");
@@ -208,19 +211,19 @@ impl Preparing {
 
     /// The transaction has happened: files that were made stay.
     pub(super) async fn keep_files(&mut self) {
-        let created = std::mem::take(&mut self.created);
+        let created = std::mem::take(&mut *lock(&self.created));
         let keep = move || created.into_iter().for_each(Created::keep);
         self.blocking(keep).await;
     }
 
     /// The transaction has failed: files that were made go, the last one first. Nobody has them open but those of `but`, which stay.
     pub(super) async fn remove_files(&mut self, but: &[PathBuf]) {
-        let created = std::mem::take(&mut self.created).into_iter().rev();
+        let created = std::mem::take(&mut *lock(&self.created)).into_iter().rev();
         let (keep, remove): (Vec<Created>, Vec<Created>) =
             created.partition(|created| but.iter().any(|path| path == created.path()));
         self.blocking(move || {
             keep.into_iter().for_each(Created::keep);
-            drop(remove);
+            Created::take_back(remove);
         })
         .await;
     }
@@ -235,6 +238,10 @@ impl Preparing {
             log::error!("files of a transaction: {error}");
         }
     }
+}
+
+fn lock<T>(place: &Mutex<T>) -> MutexGuard<'_, T> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Says which image each of the disks is when it is an action's turn.

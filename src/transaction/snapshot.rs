@@ -8,7 +8,7 @@ use block::error::{Error, ErrorKind};
 use block::graph::{Link, Node};
 use qapi::rt::QmpError;
 
-use super::{Action, Effect, Held, Plan};
+use super::{Action, Concerns, Effect, Held, Plan};
 use crate::daemon::{Control, internal_error};
 use crate::journal::{ActionKind, JournaledAction};
 
@@ -227,6 +227,12 @@ impl Action for SnapshotAction {
         }
         self.disk = Some(SnapshotDisk { node, views });
         Ok(())
+    }
+
+    fn concerns(&self) -> Concerns {
+        Concerns::Resolved {
+            names: vec![self.device.clone()],
+        }
     }
 
     fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {

@@ -52,7 +52,7 @@ impl Action for Recorder {
         self.run("resolve")
     }
 
-    fn prepare<'a>(&'a mut self, _: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+    fn prepare<'a>(&'a mut self, _: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(async { self.run("prepare") })
     }
 
@@ -358,7 +358,7 @@ impl Action for Asks {
         Ok(())
     }
 
-    fn prepare<'a>(&'a mut self, _: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+    fn prepare<'a>(&'a mut self, _: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(async {
             self.node.read(0, 1).await.unwrap();
             Ok(())
@@ -460,10 +460,13 @@ impl Action for Covers {
         Ok(())
     }
 
-    fn prepare<'a>(&'a mut self, with: &'a mut Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+    fn enter<'a>(
+        &'a mut self,
+        _: &'a Preparing,
+        plan: &'a mut Plan,
+    ) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(async {
-            with.plan
-                .lead(self.below.as_ref().unwrap(), &self.above, WayBack::Open);
+            plan.lead(self.below.as_ref().unwrap(), &self.above, WayBack::Open);
             Ok(())
         })
     }

@@ -1,6 +1,6 @@
 //! Overlays put on disks while guests write: every layer that is left behind shows one moment, and is readable at once.
 //!
-//! `QBLOCKD_OVERLAYS` is how many are put on each disk, one after the other.
+//! `QBLOCKD_OVERLAYS` is how many are put on each disk, one after the other; `QBLOCKD_DISKS` on how many disks at once.
 
 use std::fs;
 use std::path::Path;
@@ -166,5 +166,73 @@ fn layers_that_guests_leave_behind_show_one_moment_of_all_disks() {
         "{overlays} overlays on each of {} disks under {} writes; the slowest transaction took {slowest:.1?}",
         DISKS.len(),
         last.iter().sum::<u64>()
+    );
+}
+
+/// Disks that get an overlay in one transaction, in an ordinary run.
+const MANY_DISKS: usize = 48;
+
+#[test]
+fn many_disks_get_overlays_in_one_transaction_or_none_does() {
+    let Some(()) = harness::need(&["qemu-img"]) else {
+        return;
+    };
+    let disks = std::env::var("QBLOCKD_DISKS").ok();
+    let disks = disks.map_or(MANY_DISKS, |count| count.parse().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let first = folder.path().join("0.qcow2");
+    tool(folder.path(), "qemu-img create -q -f qcow2 0.qcow2 1M");
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &["--state-dir", "state"]);
+    let mut qmp = daemon.qmp();
+    for disk in 0..disks {
+        let image = folder.path().join(format!("{disk}.qcow2"));
+        if disk > 0 {
+            fs::copy(&first, &image).unwrap();
+        }
+        let file = json!({"driver": "file", "filename": image});
+        let node = json!({"driver": "qcow2", "node-name": format!("d{disk}"), "file": file});
+        qmp.ok("blockdev-add", node);
+    }
+    let overlay = |disk: usize| {
+        let data = json!({
+            "node-name": format!("d{disk}"),
+            "snapshot-file": folder.path().join(format!("{disk}.overlay")),
+            "snapshot-node-name": format!("o{disk}"),
+        });
+        json!({"type": "blockdev-snapshot-sync", "data": data})
+    };
+    let mut actions: Vec<Value> = (0..disks).map(overlay).collect();
+    let overlays = || {
+        let names = fs::read_dir(folder.path()).unwrap();
+        let names = names.map(|entry| entry.unwrap().path());
+        names
+            .filter(|path| path.extension().is_some_and(|end| end == "overlay"))
+            .count()
+    };
+    let nodes = |qmp: &mut Qmp| {
+        let nodes = qmp.ok("query-named-block-nodes", json!({"flat": true}));
+        nodes.as_array().unwrap().len()
+    };
+
+    // The last one fails, when all others are there.
+    actions.push(json!({"type": "abort", "data": {}}));
+    let begin = Instant::now();
+    let error = qmp.error("transaction", json!({"actions": actions}));
+    let failed = begin.elapsed();
+    assert_eq!(error.1, "Transaction aborted using Abort action");
+    assert_eq!((overlays(), nodes(&mut qmp)), (0, 2 * disks));
+
+    actions.pop();
+    let begin = Instant::now();
+    qmp.ok("transaction", json!({"actions": actions}));
+    let took = begin.elapsed();
+    assert_eq!((overlays(), nodes(&mut qmp)), (disks, 4 * disks));
+    qmp.ok("quit", json!({}));
+    assert!(daemon.exited().success());
+    for disk in 0..disks {
+        tool(folder.path(), &format!("qemu-img check -q {disk}.overlay"));
+    }
+    eprintln!(
+        "overlays on {disks} disks took {took:.1?}, and {failed:.1?} where the last action failed"
     );
 }

@@ -56,10 +56,15 @@ impl FileTarget {
         &self.filename
     }
 
+    /// Whether what is opened may bring others along: what its header names.
+    pub(super) fn refers_to_others(&self) -> bool {
+        self.mode == TargetMode::Existing
+    }
+
     /// Makes the image if it has to, and opens it. Answers what it holds, too.
     pub(super) async fn open(
         &self,
-        with: &mut Preparing,
+        with: &Preparing,
         source: &Arc<Node>,
         sync: SyncMode,
     ) -> Result<OpenedTarget, QmpError> {

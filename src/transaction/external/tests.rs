@@ -7,6 +7,7 @@ use std::process::Command;
 use block::driver::{SnapshotSelector, WriteFlags};
 use block::graph::{Edge, NewDrive};
 use block::io::Data;
+use block::open::Opener;
 use futures_util::FutureExt as _;
 use tempfile::TempDir;
 

@@ -1,0 +1,199 @@
+//! What is prepared at the same time, and what is not.
+
+use std::time::Duration;
+
+use super::*;
+use crate::daemon::Cx;
+use crate::daemon::testing;
+use crate::transaction::tests::fake::Log;
+use crate::transaction::{Completion, Effect, Stays, dry_run, run};
+
+/// Takes so long to prepare, and asks the control loop meanwhile.
+struct Slow {
+    number: usize,
+    about: String,
+    file: Option<String>,
+    fails_in: &'static str,
+    log: Log,
+}
+
+impl Slow {
+    fn note(&self, what: &str) -> Result<(), QmpError> {
+        self.log.note(format!("{what} {}", self.number));
+        match self.fails_in == what {
+            true => Err(QmpError::generic(format!("{what} {}", self.number))),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Action for Slow {
+    fn resolve(&mut self, _: &mut Control, _: &mut Plan) -> Result<(), QmpError> {
+        self.note("resolve")
+    }
+
+    fn concerns(&self) -> Concerns {
+        Concerns::These {
+            names: vec![self.about.clone()],
+            files: self.file.clone().into_iter().collect(),
+        }
+    }
+
+    fn prepare<'a>(&'a mut self, with: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(async {
+            for _ in 0..3 {
+                with.cx.commit(|_| Ok(())).await?;
+            }
+            // The later, the sooner.
+            let wait = Duration::from_millis(100_u64.saturating_sub(self.number as u64));
+            tokio::time::sleep(wait).await;
+            self.note("prepare")
+        })
+    }
+
+    fn enter<'a>(
+        &'a mut self,
+        with: &'a Preparing,
+        _: &'a mut Plan,
+    ) -> BoxFuture<'a, Result<(), QmpError>> {
+        Box::pin(async {
+            with.cx.commit(|_| Ok(())).await?;
+            self.note("enter")
+        })
+    }
+
+    fn abort<'a>(&'a mut self, _: &'a Cx) -> BoxFuture<'a, Option<Stays>> {
+        Box::pin(async {
+            let _ = self.note("abort");
+            None
+        })
+    }
+}
+
+fn slow(number: usize, log: &Log) -> Slow {
+    Slow {
+        number,
+        about: format!("disk{number}"),
+        file: None,
+        fails_in: "",
+        log: log.clone(),
+    }
+}
+
+fn boxed(actions: Vec<Slow>) -> Vec<Box<dyn Action>> {
+    let boxed = |action| -> Box<dyn Action> { Box::new(action) };
+    actions.into_iter().map(boxed).collect()
+}
+
+/// What was noted of this kind, in order.
+fn of_kind(log: &str, kind: &str) -> Vec<usize> {
+    let notes = log.split(", ").filter_map(|note| note.strip_prefix(kind));
+    notes
+        .filter_map(|number| number.trim().parse().ok())
+        .collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn they_are_prepared_together_and_enter_in_their_order() {
+    const ACTIONS: usize = 3 * limits::TRANSACTION_PREPARING;
+    let (cx, log) = (testing::running(), Log::default());
+    let actions = (0..ACTIONS).map(|number| slow(number, &log)).collect();
+    let begin = tokio::time::Instant::now();
+    run(&cx, boxed(actions), Completion::Individual)
+        .await
+        .unwrap();
+    assert!(
+        begin.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        begin.elapsed()
+    );
+    let log = log.take();
+    assert_eq!(of_kind(&log, "enter"), Vec::from_iter(0..ACTIONS));
+    let prepared = of_kind(&log, "prepare");
+    assert!(!prepared.is_sorted(), "{prepared:?}");
+    // Never more than are allowed.
+    let (mut now, mut most) = (0, 0);
+    for note in log.split(", ") {
+        now += usize::from(note.starts_with("resolve"));
+        most = most.max(now);
+        now -= usize::from(note.starts_with("enter"));
+    }
+    assert_eq!(most, limits::TRANSACTION_PREPARING);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_about_the_same_waits() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    std::fs::write(path("there"), "x").unwrap();
+    std::fs::hard_link(path("there"), path("other name")).unwrap();
+    std::os::unix::fs::symlink(folder.path(), path("folder")).unwrap();
+    let long = "x".repeat(220);
+    for (one, other, waits) in [
+        (("a", None), ("b", None), false),
+        (("a", None), ("a", None), true),
+        (("a", Some("new")), ("b", Some("new2")), false),
+        (("a", Some("new")), ("b", Some("folder/new")), true),
+        (("a", Some("there")), ("b", Some("other name")), true),
+        // What is made beside them has the beginning of their names.
+        (
+            ("a", Some(&*format!("{long}1"))),
+            ("b", Some(&*format!("{long}2"))),
+            true,
+        ),
+        (("a", Some("folder")), ("b", None), true),
+    ] {
+        let (cx, log) = (testing::running(), Log::default());
+        let action = |number, (about, file): (&str, Option<&str>)| Slow {
+            about: about.to_owned(),
+            file: file.map(path),
+            ..slow(number, &log)
+        };
+        let actions = boxed(vec![action(1, one), action(2, other)]);
+        run(&cx, actions, Completion::Individual).await.unwrap();
+        let log = log.take();
+        let alone = "resolve 1, prepare 1, enter 1, resolve 2, prepare 2, enter 2";
+        assert_eq!(log == alone, waits, "{one:?} {other:?}: {log}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_that_fails_is_answered_and_all_are_aborted_in_reverse() {
+    for (places, answered) in [
+        (vec![(2, "prepare"), (5, "prepare")], "prepare 2"),
+        (vec![(2, "enter"), (5, "resolve")], "enter 2"),
+        (vec![(2, "prepare"), (4, "resolve")], "prepare 2"),
+        (vec![(4, "resolve"), (5, "prepare")], "resolve 4"),
+    ] {
+        let (cx, log) = (testing::running(), Log::default());
+        let action = |number| {
+            let fails_in = places.iter().find(|(place, _)| *place == number);
+            Slow {
+                fails_in: fails_in.map_or("", |(_, what)| *what),
+                ..slow(number, &log)
+            }
+        };
+        let actions = boxed((0..8).map(action).collect());
+        let error = run(&cx, actions, Completion::Individual).await.unwrap_err();
+        assert_eq!(error.desc, answered);
+        let log = log.take();
+        let aborted = of_kind(&log, "abort");
+        assert!(aborted.is_sorted_by(|one, other| one > other), "{log}");
+        let mut begun = of_kind(&log, "prepare");
+        begun.sort_unstable_by(|one, other| other.cmp(one));
+        assert_eq!(aborted, begun, "{log}");
+        let entered = of_kind(&log, "enter");
+        let first: usize = answered.split(' ').next_back().unwrap().parse().unwrap();
+        assert!(entered.iter().all(|number| *number <= first), "{log}");
+
+        let actions = boxed((0..8).map(action).collect());
+        let previews = dry_run(&cx, actions, Completion::Individual).await.unwrap();
+        for (number, preview) in previews.iter().enumerate() {
+            let fails = places.iter().find(|(place, _)| *place == number);
+            let fails = fails.map(|(_, what)| format!("{what} {number}"));
+            let error = preview.error.as_ref().map(|error| error.desc.clone());
+            assert_eq!(error, fails);
+            assert_eq!(preview.effect, Effect::default());
+        }
+    }
+}

@@ -185,8 +185,10 @@ impl Case {
         }
         // What the first cluster of the refcount table can count.
         let counted = (cluster / 8) * block;
-        if counted <= 2 << 20 && random.u8(..5) == 0 {
-            case.file_size = counted - cluster * random.u64(1..60);
+        if counted <= 2 << 20 && random.bool() {
+            // So near to the end of it that a few clusters more need a larger table.
+            let most = 1 << random.u32(..6);
+            case.file_size = counted - cluster * random.u64(1..=most);
         }
         case.small_caches = random.bool();
         case.discard = random.u8(..4) > 0;

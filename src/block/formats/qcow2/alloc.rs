@@ -8,7 +8,7 @@
 //! given back. Giving back needs no order on disk, because nothing on disk ever pointed to the run.
 //!
 //! Refcount blocks are written back by `write_back` before any table that points to new clusters, which also leads the refcount table
-//! to new blocks (`new_blocks`). A grown refcount table is durable before the header that points to it.
+//! to new blocks (`new_blocks`), or the header to a larger refcount table (`grow`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
@@ -27,7 +27,9 @@ use crate::units::{ClusterIndex, HostOffset};
 
 use block::Block;
 use greatest::Greatest;
+use grow::Grown;
 
+pub(crate) use grow::TableSwitch;
 pub(crate) use run::{Dropped, Reserved, Returned, Run, push_run};
 
 mod block;
@@ -51,9 +53,14 @@ pub(crate) struct Allocator {
     header: Arc<HeaderCell>,
     owners: Arc<Owners>,
     metadata: Metadata,
-    /// Where the refcount table lies, and its entries.
-    table_offset: HostOffset,
+    /// The refcount table.
     table: Vec<u64>,
+    /// Where it lies in the file, which the header leads to.
+    live: Run,
+    /// A larger one that takes its place with the next write-back.
+    grown: Option<Grown>,
+    /// The one that a write-back is about to lead the header to.
+    switching: Option<Run>,
     /// Blocks that the table in the file does not lead to yet.
     unlinked: BTreeSet<usize>,
     blocks: HashMap<usize, Block>,
@@ -95,11 +102,16 @@ impl Allocator {
             // A device is mostly longer than its image: the search begins where the last counters are.
             false => last_block.unwrap_or(0) as u64 * g.refcounts_per_block(),
         };
-        let table_offset = header.get().refcount_table_offset;
+        let live = Run {
+            start: g.host_cluster(header.get().refcount_table_offset),
+            count: g.clusters_for(table.len() as u64 * ENTRY_SIZE),
+        };
         Allocator {
             fresh_from: growable.then_some(end),
-            table_offset,
             table,
+            live,
+            grown: None,
+            switching: None,
             unlinked: BTreeSet::new(),
             blocks: HashMap::new(),
             order: VecDeque::new(),

@@ -5,7 +5,8 @@
 //! ```
 //!
 //! New refcount blocks, which there are every 2 GiB or so, take one flush more: they are durable before the refcount table leads to them,
-//! and that is durable before anything points to clusters that they count.
+//! and that is durable before anything points to clusters that they count. So does a refcount table that has grown: it is durable before
+//! the header leads to it.
 //!
 //! The copies are taken first. Whatever they point to was written before (guest data, new L2 tables) or is in the refcounts
 //! that are written next, so the first fdatasync makes all of it durable before anything on disk points to it; it is one of
@@ -24,7 +25,7 @@ use futures_util::future::try_join;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
-use super::alloc::Run;
+use super::alloc::{Run, TableSwitch};
 use super::image::Image;
 use super::l1::L1Table;
 use super::l2::TakenTable;
@@ -195,6 +196,11 @@ impl Image {
     /// Leads the refcount table to new blocks that have been written. Each is durable before its entry is, and so is the entry of the block
     /// that counts its cluster; mostly all of them are linked behind the first flush. Requests that allocate go on.
     async fn link_blocks(&self, new: &[usize]) -> Result<()> {
+        let switch = self.alloc.lock().await.begin_switch(new);
+        if let Some(switch) = switch {
+            let switched = self.switch_table(&switch).await;
+            return self.alloc.lock().await.end_switch(switch, switched).await;
+        }
         loop {
             let next = self.alloc.lock().await.linkable(new);
             if next.is_empty() {
@@ -203,6 +209,22 @@ impl Image {
             self.file.flush().await?;
             self.alloc.lock().await.link(&next).await?;
         }
+    }
+
+    /// Leads the header to a refcount table that has grown, and so to all blocks that have been written. Who allocates goes on.
+    async fn switch_table(&self, switch: &TableSwitch) -> Result<()> {
+        let Run { start, count } = switch.table();
+        let at = self.g.host_offset(start);
+        self.metadata
+            .write(Owner::RefcountTable, at, switch.entries())
+            .await?;
+        self.file.flush().await?;
+        self.header
+            .update(|header| {
+                header.refcount_table_offset = at;
+                header.refcount_table_clusters = count as u32;
+            })
+            .await
     }
 
     /// Makes durable what was written: to the image's file, and to an external data file.

@@ -75,13 +75,6 @@ impl Allocator {
         !self.dirty.is_empty() || !self.unlinked.is_empty()
     }
 
-    /// Writes all dirty counters to the file; durable after the file's next flush, in blocks that the refcount table leads to. On error
-    /// what was not written stays dirty.
-    pub(crate) async fn write_back(&mut self) -> Result<()> {
-        let blocks = self.dirty_blocks();
-        self.write_blocks(&blocks).await
-    }
-
     /// The blocks that `write_blocks` is to be called with, a few at a time, so that all counters as they are now are in the file.
     pub(crate) fn dirty_blocks(&self) -> Vec<usize> {
         self.dirty.iter().copied().collect()

@@ -1,4 +1,14 @@
 //! Growth of the refcount table.
+//!
+//! Who allocates gets a larger table at once, in memory and with its space in the file. The header is led to it by the next write-back, so
+//! that nobody who allocates waits for a flush:
+//!
+//! ```text
+//! counters of blocks | the new table, without blocks whose counters are not written | flush | header | flush
+//! ```
+//!
+//! What the table has no entry for yet is linked by a later write-back, as any new block. The table that it replaces is in use until the
+//! header is durable, and free from then on.
 
 use super::block::Counters;
 use super::*;
@@ -39,11 +49,39 @@ pub(super) fn plan(g: Geometry, old_entries: u64, region: u64) -> Result<Growth>
     }
 }
 
+/// A table that has space in the file, which the header does not lead to yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Grown {
+    table: Run,
+    /// The parts of the image that its clusters and those of the blocks in front of them lie in, all of them new.
+    regions: Range<usize>,
+}
+
+/// The header is to lead to a grown table.
+#[derive(Debug)]
+pub(crate) struct TableSwitch {
+    grown: Grown,
+    /// The blocks that it leads to and the table in use does not.
+    linked: Vec<usize>,
+    entries: Vec<u8>,
+}
+
+impl TableSwitch {
+    /// Where the table lies.
+    pub(crate) fn table(&self) -> Run {
+        self.grown.table
+    }
+
+    /// What is to be written there.
+    pub(crate) fn entries(&self) -> Data {
+        Data::from(self.entries.clone())
+    }
+}
+
 impl Allocator {
-    /// Replaces the refcount table by a larger one that has an entry for `region`.
+    /// Makes the refcount table so large that it has an entry for `region`.
     ///
-    /// The new blocks and the new table are written to the first clusters that the old table cannot count, and made durable;
-    /// then one header write switches. On error nothing points to them.
+    /// The new blocks and the new table lie in the first clusters that the old table cannot count. On error nothing has changed.
     pub(super) async fn grow_table(&mut self, region: usize) -> Result<()> {
         let g = self.g;
         let old_entries = self.table.len();
@@ -56,20 +94,29 @@ impl Allocator {
         self.metadata.check_unused(area)?;
         self.claim_area(area, growth.blocks)?;
         let (blocks, table) = self.build(&growth, area);
-        let offset = g.host_offset(area.start + growth.blocks);
-        if let Err(error) = self.switch_table(area, &blocks, &table, offset).await {
-            // Where the header may point there, nothing else is put.
-            if self.header.check().is_ok() {
-                self.owners.release(area.start, area.count);
-            }
+        if let Err(error) = self.take_space(area, &blocks, &table).await {
+            self.owners.release(area.start, area.count);
             return Err(error);
         }
-        let old = Run {
-            start: g.host_cluster(self.table_offset),
-            count: g.clusters_for(old_entries as u64 * ENTRY_SIZE),
+        self.table = table;
+        let regions = old_entries..old_entries + blocks.len();
+        for (region, (at, counters)) in regions.clone().zip(area.clusters().zip(blocks)) {
+            self.unlinked.insert(region);
+            self.insert_block(region, g.host_offset(at), counters);
+        }
+        self.note_used(area);
+        let grown = Grown {
+            table: Run {
+                start: area.start + growth.blocks,
+                count: growth.clusters,
+            },
+            regions,
         };
-        self.adopt(area, blocks, table, offset);
-        self.free_old_table(old).await;
+        if let Some(smaller) = self.grown.replace(grown)
+            && self.switching != Some(smaller.table)
+        {
+            self.free_table(smaller.table).await;
+        }
         Ok(())
     }
 
@@ -81,34 +128,17 @@ impl Allocator {
         self.owners.claim(table, clusters, Owner::RefcountTable)
     }
 
-    /// Writes the new blocks and the new table, and makes the header point to it, durably.
-    async fn switch_table(
-        &mut self,
-        area: Run,
-        blocks: &[Counters],
-        table: &[u64],
-        offset: HostOffset,
-    ) -> Result<()> {
-        let g = self.g;
+    /// Writes the new blocks and the new table, so that a full disk shows here and not when a guest flushes.
+    async fn take_space(&self, area: Run, blocks: &[Counters], table: &[u64]) -> Result<()> {
         let counters: Vec<u8> = blocks.iter().flat_map(|b| b.as_bytes()).copied().collect();
-        let entries: Vec<u8> = table.iter().flat_map(|entry| entry.to_be_bytes()).collect();
-        let at = g.host_offset(area.start);
+        let at = self.g.host_offset(area.start);
+        let behind = at + counters.len() as u64;
         let metadata = &self.metadata;
         metadata
             .write(Owner::RefcountBlock, at, Data::from(counters))
             .await?;
         metadata
-            .write(Owner::RefcountTable, offset, Data::from(entries))
-            .await?;
-        // The new table leads to all blocks, also to new ones whose clusters others count: those counters come first.
-        self.write_back().await?;
-        self.file.flush().await?;
-        let clusters = (area.count - blocks.len() as u64) as u32;
-        self.header
-            .update(|header| {
-                header.refcount_table_offset = offset;
-                header.refcount_table_clusters = clusters;
-            })
+            .write(Owner::RefcountTable, behind, Data::from(to_bytes(table)))
             .await
     }
 
@@ -129,28 +159,75 @@ impl Allocator {
         (blocks, table)
     }
 
-    fn adopt(&mut self, area: Run, blocks: Vec<Counters>, table: Vec<u64>, offset: HostOffset) {
-        let first = self.table.len();
-        self.table = table;
-        self.table_offset = offset;
-        self.unlinked.clear();
-        for (index, counters) in blocks.into_iter().enumerate() {
-            let host = self.g.host_offset(area.start + index as u64);
-            self.insert_block(first + index, host, counters);
-        }
-        self.note_used(area);
+    /// Whether the header is to be led to a larger table.
+    #[cfg(test)]
+    pub(crate) fn has_grown(&self) -> bool {
+        self.grown.is_some()
     }
 
-    /// The switch is durable and nobody else reads the table, so its clusters are free at once.
-    async fn free_old_table(&mut self, old: Run) {
-        match self.subtract(old, 1).await {
+    /// Begins to replace the table in the file, if it has grown. `blocks` are blocks whose counters have been written.
+    ///
+    /// The caller writes the new table, flushes the file, changes the header, and calls `end_switch`.
+    pub(crate) fn begin_switch(&mut self, blocks: &[usize]) -> Option<TableSwitch> {
+        let grown = self.grown.clone()?;
+        self.switching = Some(grown.table);
+        let mut linked = blocks.to_vec();
+        linked.retain(|region| self.unlinked.contains(region));
+        // Those that count the table were written when they were made.
+        linked.extend(grown.regions.clone());
+        let mut entries = self.table.clone();
+        for region in &self.unlinked {
+            if !linked.contains(region) {
+                entries[*region] = 0;
+            }
+        }
+        Some(TableSwitch {
+            grown,
+            linked,
+            entries: to_bytes(&entries),
+        })
+    }
+
+    /// The header leads to the table, durably, or does not after all.
+    pub(crate) async fn end_switch(
+        &mut self,
+        switch: TableSwitch,
+        switched: Result<()>,
+    ) -> Result<()> {
+        let TableSwitch { grown, linked, .. } = switch;
+        self.switching = None;
+        let is_last = self.grown.as_ref() == Some(&grown);
+        let unused = match switched {
+            Ok(()) => {
+                for region in linked {
+                    self.unlinked.remove(&region);
+                }
+                self.grown.take_if(|_| is_last);
+                Some(std::mem::replace(&mut self.live, grown.table))
+            }
+            // Where the header may point there, nothing else is put.
+            Err(_) => (!is_last && self.header.check().is_ok()).then_some(grown.table),
+        };
+        if let Some(table) = unused {
+            self.free_table(table).await;
+        }
+        switched
+    }
+
+    /// Nothing durable leads to a table, and nobody else reads it, so its clusters are free at once.
+    async fn free_table(&mut self, table: Run) {
+        match self.subtract(table, 1).await {
             Ok(freed) => {
                 for run in freed {
                     self.owners.release(run.start, run.count);
                     self.add_free(run);
                 }
             }
-            Err(error) => log::warn!("qcow2: the old refcount table is leaked: {error}"),
+            Err(error) => log::warn!("qcow2: an old refcount table is leaked: {error}"),
         }
     }
+}
+
+fn to_bytes(table: &[u64]) -> Vec<u8> {
+    table.iter().flat_map(|entry| entry.to_be_bytes()).collect()
 }

@@ -79,8 +79,13 @@ impl Allocator {
         self.write_entry(region, 0).await
     }
 
+    /// Writes an entry of the table in use. Where that has none, the one that takes its place has its space already.
     async fn write_entry(&self, region: usize, entry: u64) -> Result<()> {
-        let at = self.table_offset + region as u64 * ENTRY_SIZE;
+        let place = region as u64 * ENTRY_SIZE;
+        if place >= self.live.count * self.g.cluster_size() {
+            return Ok(());
+        }
+        let at = self.g.host_offset(self.live.start) + place;
         let bytes = Data::from(entry.to_be_bytes().to_vec());
         self.metadata.write(Owner::RefcountTable, at, bytes).await
     }
@@ -104,14 +109,12 @@ impl Allocator {
         blocks.iter().copied().filter(is_linkable).collect()
     }
 
-    /// Lets the table lead to blocks; durable after the file's next flush. On error those that were not written stay unlinked.
+    /// Lets the table in use, which has entries for them, lead to blocks; durable after the file's next flush. On error those that were
+    /// not written stay unlinked.
     pub(crate) async fn link(&mut self, blocks: &[usize]) -> Result<()> {
         for region in blocks {
-            // A larger table that has replaced this one meanwhile leads to all.
-            if self.unlinked.contains(region) {
-                self.write_entry(*region, self.table[*region]).await?;
-                self.unlinked.remove(region);
-            }
+            self.write_entry(*region, self.table[*region]).await?;
+            self.unlinked.remove(region);
         }
         Ok(())
     }

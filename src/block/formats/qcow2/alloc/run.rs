@@ -20,6 +20,11 @@ impl Run {
         Run { start, count: 1 }
     }
 
+    /// Each of them.
+    pub(crate) fn clusters(self) -> impl Iterator<Item = ClusterIndex> {
+        (self.start.0..self.end()).map(ClusterIndex)
+    }
+
     /// The number behind the last cluster.
     pub(crate) fn end(self) -> u64 {
         self.start.0 + self.count

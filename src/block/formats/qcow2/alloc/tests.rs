@@ -137,7 +137,8 @@ fn the_greatest_count_is_found_piece_by_piece_and_kept_up() {
             {
                 let mut alloc = image.image.alloc.lock().await;
                 alloc.raise(&[at(1500)], 6).await.unwrap();
-                alloc.write_back().await.unwrap();
+                let dirty = alloc.dirty_blocks();
+                alloc.write_blocks(&dirty).await.unwrap();
                 let new = alloc.unlinked();
                 alloc.link(&new).await.unwrap();
             }

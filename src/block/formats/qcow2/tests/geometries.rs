@@ -206,6 +206,7 @@ async fn the_refcount_table_grows_while_data_are_written() {
             .await
             .unwrap();
     }
+    image.flush().await.unwrap();
     assert!(image.image.header.get().refcount_table_clusters > 8);
     verify(&disk, image, &model).await;
 }

@@ -117,14 +117,67 @@ async fn a_grown_table_leads_to_no_block_without_a_count() {
     let crashed = disk.fork();
     disk.start_log();
     let table = image.image.header.get().refcount_table_clusters;
+    disk.hold(OpKind::Flush);
     write(&image, BLOCK, vec![2; 5 * BLOCK as usize])
         .await
         .unwrap();
-    assert!(image.image.header.get().refcount_table_clusters > table);
+    // Nobody who allocates waits for it.
+    assert_eq!(image.image.header.get().refcount_table_clusters, table);
+    disk.release_all();
     image.flush().await.unwrap();
-    assert_losses_do_no_harm(&crashed, &disk.log()).await;
+    assert!(image.image.header.get().refcount_table_clusters > table);
+    assert!(assert_losses_do_no_harm(&crashed, &disk.log()).await > 2);
     image.close().await.unwrap();
     assert_clean(&disk).await;
+}
+
+/// What the second cluster of a refcount table makes room for.
+const TABLE: u64 = 64 * BLOCK;
+
+/// Lets an image outgrow its table, and the next one while the header is being led to that. Answers the disk as it was before.
+async fn grow_while_switching(disk: &Arc<Memory>, image: &Arc<Qcow2>) -> Arc<Memory> {
+    write(image, 0, vec![1; TABLE as usize]).await.unwrap();
+    assert!(image.image.alloc.lock().await.has_grown());
+    let crashed = disk.fork();
+    disk.start_log();
+    // That of the counters, and that of the table in front of the header.
+    disk.hold(OpKind::Flush);
+    let flushing = tokio::spawn({
+        let image = image.clone();
+        async move { image.flush().await }
+    });
+    disk.wait_held(1).await;
+    write(image, TABLE, vec![2; 3 * TABLE as usize])
+        .await
+        .unwrap();
+    disk.release_all();
+    let _ = flushing.await.unwrap();
+    crashed
+}
+
+#[tokio::test]
+async fn a_table_grows_again_while_the_header_is_led_to_it() {
+    let mut options = options();
+    options.size = 4 * TABLE;
+    for fault in [None, Some(0), Some(1), Some(2)] {
+        let disk = new_image(&options).await;
+        let image = open(&disk).await;
+        if let Some(nth) = fault {
+            disk.fail_once(OpKind::Flush, nth, Fault::Io);
+        }
+        let crashed = grow_while_switching(&disk, &image).await;
+        let before = image.image.header.get().refcount_table_clusters;
+        image.flush().await.unwrap();
+        assert!(image.image.header.get().refcount_table_clusters > before);
+        if fault.is_none() {
+            assert!(assert_losses_do_no_harm(&crashed, &disk.log()).await > 3);
+        }
+        let mut expected = vec![1; 4 * TABLE as usize];
+        expected[TABLE as usize..].fill(2);
+        assert_same(&read(&image, 0, 4 * TABLE).await, &expected);
+        image.close().await.unwrap();
+        assert_clean(&disk).await;
+    }
 }
 
 #[tokio::test]

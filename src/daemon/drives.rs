@@ -10,7 +10,7 @@ use block::formats::qcow2::create::CreateOptions;
 use block::graph::NewDrive;
 use block::open::{
     CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent, NewImage, NodeOptions,
-    NodeRef, Opener, Qcow2Options, RawOptions, create_image, open,
+    NodeRef, Opener, Qcow2Options, RawOptions, create_image, open, plain_path,
 };
 use qapi::rt::QmpError;
 use qapi::types::{BlockExportOptions, BlockExportOptionsBranch, BlockExportOptionsNbd};
@@ -53,6 +53,7 @@ pub(super) async fn add(cx: &Cx, options: DriveOptions, number: usize) -> Result
         .unwrap_or_else(|| format!("drive{number}"));
     let mut opened = None;
     if let Some(file) = &options.file {
+        let file = plain_path(file).map_err(from_engine)?;
         let opener = cx
             .commit(|control| Ok((control.io.clone(), Opener::new(&control.io, &control.graph))))
             .await?;

@@ -413,8 +413,9 @@ impl Action for BackupAction {
     fn resolve(&mut self, control: &mut Control, plan: &mut Plan) -> Result<(), QmpError> {
         let graph = &control.graph;
         let source = plan.device(graph, &self.options.device)?;
-        if let BackupTarget::Node(name) = &self.options.target {
-            self.target = Some(lookup::device(graph, name)?);
+        match &mut self.options.target {
+            BackupTarget::Node(name) => self.target = Some(lookup::device(graph, name)?),
+            BackupTarget::File(file) => file.resolve()?,
         }
         graph.check_no_target(&source).map_err(from_engine)?;
         self.check(&source, graph.drive(&self.options.device))?;

@@ -17,7 +17,7 @@ use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests
 use block::graph::{Busy, Graph, Node, NodeChange, Opened, User, write_down};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
-    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open,
+    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open, plain_path,
 };
 use qapi::rt::QmpError;
 use tokio::time::timeout;
@@ -306,7 +306,7 @@ impl Action for ExternalSnapshot {
         let (device, node_name) = (self.device.as_deref(), self.node_name.as_deref());
         let below = plan.device_or_node(graph, device, node_name)?;
         check_below(graph, plan, &below)?;
-        match &self.overlay {
+        match &mut self.overlay {
             Overlay::Node(name) => {
                 let missing = || match graph.drive(name) {
                     Some(_) => in_use(),
@@ -331,6 +331,7 @@ impl Action for ExternalSnapshot {
                 if file.node_name.as_ref().is_some_and(taken) {
                     return Err(QmpError::generic("New overlay node-name already in use"));
                 }
+                file.filename = plain_path(&file.filename).map_err(from_engine)?.to_owned();
                 self.effect.filename = Some(file.filename.clone());
                 self.effect.node_name.clone_from(&file.node_name);
             }

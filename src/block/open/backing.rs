@@ -74,8 +74,8 @@ pub(super) fn resolve(reference: Reference<'_>) -> Result<String> {
     let Reference {
         image, filename, ..
     } = reference;
-    let plain = filename.strip_prefix("file:").unwrap_or(filename);
-    if has_protocol(plain) {
+    // In a header, not even behind `file:`.
+    if !plain_path(filename).is_ok_and(|plain| protocol(plain).is_none()) {
         return Err(refused(
             reference,
             "only plain files are opened for an image's header; give other kinds in 'backing'",
@@ -94,10 +94,26 @@ pub fn backing_path(image: &str, filename: &str) -> PathBuf {
     folder.join(plain)
 }
 
-/// Whether a colon comes before the first slash: `nbd://...`, `json:{...}`.
-fn has_protocol(filename: &str) -> bool {
+/// The path in a name as QEMU's commands take it: `file:` may stand before it, and no other protocol may. A path with a colon before
+/// its first slash begins with `./`.
+///
+/// # Errors
+/// `InvalidInput` with QEMU's text for a name with a protocol, such as `nbd://...` or `json:{...}`.
+pub fn plain_path(filename: &str) -> Result<&str> {
+    match (filename.strip_prefix("file:"), protocol(filename)) {
+        (Some(plain), _) => Ok(plain),
+        (None, None) => Ok(filename),
+        (None, Some(protocol)) => Err(Error::new(
+            ErrorKind::InvalidInput,
+            format!("Unknown protocol '{protocol}'"),
+        )),
+    }
+}
+
+/// What comes before a colon that is in front of the first slash: `nbd://...`, `json:{...}`.
+fn protocol(filename: &str) -> Option<&str> {
     let first = filename.split('/').next().unwrap_or(filename);
-    first.contains(':')
+    first.split_once(':').map(|(protocol, _)| protocol)
 }
 
 fn refused(reference: Reference<'_>, reason: &str) -> Error {

@@ -37,7 +37,7 @@ use crate::limits::{MAX_CHAIN_DEPTH, MAX_DISK_SIZE, MAX_NULL_LATENCY_NS, NESTED_
 use crate::protocols::file::{File, FileAccess};
 use crate::protocols::null::Null;
 
-pub use backing::backing_path;
+pub use backing::{backing_path, plain_path};
 pub use create::{
     Created, Existing, NewContent, NewImage, OverDevice, Overwritten, PutBack, beside, create_image,
 };

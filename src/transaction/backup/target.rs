@@ -9,7 +9,7 @@ use block::graph::{Node, Opened};
 use block::io::FileIdentity;
 use block::open::{
     Aio, BackingOption, DiscardMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
-    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open,
+    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open, plain_path,
 };
 use qapi::rt::QmpError;
 
@@ -51,7 +51,13 @@ impl FileTarget {
         }
     }
 
-    /// As the client named it.
+    /// Finds the path in the client's name for it.
+    pub(super) fn resolve(&mut self) -> Result<(), QmpError> {
+        self.filename = plain_path(&self.filename).map_err(from_engine)?.to_owned();
+        Ok(())
+    }
+
+    /// Its path, as the client named it.
     pub(super) fn filename(&self) -> &str {
         &self.filename
     }

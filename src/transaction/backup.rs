@@ -20,6 +20,7 @@ use block::filters::copy_before_write::CopyBeforeWrite;
 use block::graph::{
     Access, Behaviour, Drive, Graph, Link, Node, NodeName, OnError, Opened, User, is_well_formed,
 };
+use block::open::whole_sectors;
 use qapi::rt::QmpError;
 
 use super::preparing::final_path;
@@ -175,7 +176,9 @@ impl BackupAction {
             let text = format!("Compression is not supported for this drive {name}");
             return Err(QmpError::generic(text));
         }
-        if source.size() != target.size() {
+        // A new image has whole sectors.
+        let is_new = self.is_target_new && target.size() == whole_sectors(source.size());
+        if source.size() != target.size() && !is_new {
             return Err(QmpError::generic(
                 "Source and target image have different sizes",
             ));

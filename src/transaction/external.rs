@@ -17,7 +17,7 @@ use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests
 use block::graph::{Busy, Graph, Node, NodeChange, Opened, User, write_down};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
-    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open, plain_path,
+    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open, plain_path, whole_sectors,
 };
 use qapi::rt::QmpError;
 use tokio::time::timeout;
@@ -167,7 +167,7 @@ impl ExternalSnapshot {
                     "Error: Trying to create an image with the same filename as the backing file",
                 ));
             }
-            let content = NewContent::of_format(&format, below.size(), backing);
+            let content = NewContent::for_disk(&format, below.size(), backing);
             let image = NewImage {
                 filename: filename.clone(),
                 content: content.map_err(from_engine)?,
@@ -185,7 +185,7 @@ impl ExternalSnapshot {
             return Err(internal_error());
         };
         let is_made = matches!(&self.overlay, Overlay::File(file) if !file.is_there);
-        let size = held.size(below);
+        let size = whole_sectors(held.size(below));
         if !is_made || above.size() == size {
             return Ok(());
         }

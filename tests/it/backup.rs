@@ -84,3 +84,36 @@ fn one_transaction_may_copy_a_disk_several_times_between_its_snapshots() {
         super::harness::tool(folder.path(), &compare);
     }
 }
+
+/// A raw file may end within a sector; images with a format consist of whole ones.
+#[test]
+fn a_disk_that_ends_within_a_sector_gets_backups_and_overlays() {
+    let Some(()) = super::harness::need(&["qemu-img", "qemu-io"]) else {
+        return;
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let make = "head -c 1000001 /dev/urandom > d.raw";
+    super::harness::tool(folder.path(), make);
+    let drive = ["--drive", "id=d,file=d.raw,format=raw"];
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &drive);
+    let mut qmp = daemon.qmp();
+    for (id, format) in [("a", "qcow2"), ("b", "raw")] {
+        let target = format!("{id}.{format}");
+        let backup = json!({"device": "d", "job-id": id, "sync": "full", "target": target, "format": format});
+        qmp.ok("drive-backup", backup);
+        until(&mut qmp, id, None);
+        assert!(has_completed(&qmp, id), "{:?}", qmp.events);
+    }
+    let overlay = json!({"device": "d", "snapshot-file": "over.qcow2"});
+    qmp.ok("blockdev-snapshot-sync", overlay);
+    let drives = qmp.ok("query-block", json!({}));
+    assert_eq!(drives[0]["inserted"]["image"]["virtual-size"], 1000448);
+    assert!(daemon.terminate().success());
+    for compare in [
+        "qemu-img compare -q -f raw -F qcow2 d.raw a.qcow2",
+        "cmp d.raw b.raw",
+        "qemu-img compare -q -f raw -F qcow2 d.raw over.qcow2",
+    ] {
+        super::harness::tool(folder.path(), compare);
+    }
+}

@@ -51,7 +51,20 @@ pub enum NewContent {
     Qcow2(Box<CreateOptions>),
 }
 
+/// The disk of an image with a format consists of sectors of so many bytes.
+const SECTOR: u64 = 512;
+
 impl NewContent {
+    /// As `of_format`, for what is in a disk of `size` bytes or lies on it: where the format has whole sectors only, the new disk is as
+    /// large as those that hold all of it.
+    pub fn for_disk(format: &str, size: u64, backing: BackingFile) -> Result<NewContent> {
+        let size = match format {
+            "raw" => size,
+            _ => whole_sectors(size),
+        };
+        Self::of_format(format, size, backing)
+    }
+
     /// A disk of `size` bytes in the format that users call `format`, with defaults for all else. Texts are QEMU's.
     pub fn of_format(format: &str, size: u64, backing: BackingFile) -> Result<NewContent> {
         match format {
@@ -73,6 +86,11 @@ impl NewContent {
             )),
         }
     }
+}
+
+/// The bytes of the sectors that hold so many.
+pub fn whole_sectors(size: u64) -> u64 {
+    size.checked_next_multiple_of(SECTOR).unwrap_or(size)
 }
 
 /// What becomes of a file that is there already.

@@ -138,7 +138,7 @@ impl FileTarget {
         };
         Ok(NewImage {
             filename: self.filename.clone(),
-            content: NewContent::of_format(format, size, backing).map_err(from_engine)?,
+            content: NewContent::for_disk(format, size, backing).map_err(from_engine)?,
         })
     }
 

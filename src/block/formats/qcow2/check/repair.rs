@@ -1,8 +1,8 @@
 //! What is wrong put right: refcounts and COPIED flags, from the references that there are.
 //!
 //! ```text
-//! count references -> refcount structures sound?  yes: correct blocks in place (`in_place`)
-//!                                                 no:  make new ones next to the old (`rebuild`)
+//! flush -> count references -> refcount structures sound?  yes: correct blocks in place (`in_place`)
+//!                                                          no:  make new ones next to the old (`rebuild`)
 //!   -> COPIED flags (`flags`) -> flush -> header: dirty and corrupt bits off, flush
 //! ```
 //!
@@ -46,6 +46,9 @@ const BATCH_BYTES: u64 = 16 << 20;
 /// only if nothing else was wrong. Errors: `Corrupt` for what counting does not cure, with the place of the first such thing; the image
 /// is left as it was then. After another error, or a crash, it can be repaired again. Cancellation: as a crash.
 pub async fn repair(file: &Child, what: Repair, options: &CheckOptions) -> Result<RepairReport> {
+    // A killed process may have left tables, and the dirty bit, in the page cache alone. What is counted must not be lost when
+    // something has been done by it.
+    file.flush().await?;
     let mut scan = Scan::counted(file, options).await?;
     let mut report = RepairReport::default();
     if what == Repair::All && complete_snapshot_table(&mut scan).await? {

@@ -14,6 +14,12 @@ use crate::formats::qcow2::testing::{
 use crate::formats::qcow2::{OpenOptions, Qcow2};
 use crate::protocols::memory::{Change, Fault, Memory, OpKind};
 
+/// Whether nothing has been written since the log was begun.
+fn is_unchanged(disk: &Memory) -> bool {
+    let is_flush = |change: &Change| matches!(change, Change::Flush);
+    disk.log().iter().all(|record| is_flush(&record.change))
+}
+
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 
@@ -133,7 +139,7 @@ fn dirty_images_are_repaired_in_place_to_what_qemu_makes_of_them() {
             disk.start_log();
             let second = repaired(&disk, Repair::All).unwrap();
             assert_eq!(second, RepairReport::default(), "{what}");
-            assert!(disk.log().is_empty(), "{what}");
+            assert!(is_unchanged(&disk), "{what}");
         }
     }
 }
@@ -402,10 +408,10 @@ fn what_counting_does_not_cure_is_named_and_left_as_it_was() {
                     error.message().contains(&text),
                     "{value:#x} at {at:#x}: {error}"
                 );
-                assert!(disk.log().is_empty(), "{text}");
+                assert!(is_unchanged(&disk), "{text}");
                 let error = repaired(&disk, Repair::Leaks).unwrap_err();
                 assert!(error.message().contains(&text), "{error}");
-                assert!(disk.log().is_empty() && !text.is_empty(), "{text}");
+                assert!(is_unchanged(&disk) && !text.is_empty(), "{text}");
             }
         }
     }
@@ -459,7 +465,7 @@ fn counts_beyond_the_refcount_width_are_named() {
         (first & OFFSET) / 4096
     );
     assert!(error.message().contains(&wanted), "{error}");
-    assert!(disk.log().is_empty());
+    assert!(is_unchanged(&disk));
 }
 
 #[test]

@@ -20,7 +20,7 @@ use block::driver::{Child, Driver as _, HeaderSwitch, Requests as _, WriteFlags}
 use block::error::{Error, ErrorKind};
 use block::formats::qcow2::check::{CheckOptions, Repair, repair};
 use block::formats::qcow2::{is_marked_dirty, is_same_marked_dirty};
-use block::io::{IoContext, Names};
+use block::io::{HostFile, IoContext, Names};
 use block::open::{Aio, CacheMode, FileOptions, Locking, PutBack};
 use block::protocols::file::{File, FileAccess};
 
@@ -69,8 +69,12 @@ pub async fn recover(journal: &Journal, io: &IoContext) -> io::Result<Vec<Recove
         let report = match plan.earlier.clone() {
             Some(report) if !report.is_worth_another_try() => report,
             _ => {
+                let file = entry::open(io, &path).await?;
+                // A killed process may have left its last record in the page cache alone: what that decides must not be lost when it
+                // has been done in part.
+                file.sync().await?;
                 let report = plan.carry_out(io).await;
-                write_down(io, &path, &report).await?;
+                write_down(&file, &path, &report).await?;
                 report
             }
         };
@@ -85,12 +89,11 @@ pub async fn recover(journal: &Journal, io: &IoContext) -> io::Result<Vec<Recove
 }
 
 /// Puts the report behind what there is, durably.
-async fn write_down(io: &IoContext, path: &Path, report: &Report) -> io::Result<()> {
+async fn write_down(file: &HostFile, path: &Path, report: &Report) -> io::Result<()> {
     let end = Record::decode_all(&fs::read(path)?).1;
     let record = Record::Recovered {
         report: report.clone(),
     };
-    let file = entry::open(io, path).await?;
     file.write(end as u64, record.encode().into(), false)
         .await?;
     file.sync().await
@@ -398,9 +401,9 @@ async fn switch_image(
         Err(failed) => return failed,
     };
     let result = switch_header(&file, switch, direction).await;
-    // Written bytes are durable, or the result is an error.
-    let _ = file.close().await;
-    match result {
+    // This makes it durable, also where it was there: a killed process may have left it in the page cache alone.
+    let closed = file.close().await;
+    match result.and_then(|result| closed.map(|()| result)) {
         Ok(result) => result,
         Err(error) => (ImageResult::Failed, Some(error.to_string())),
     }
@@ -429,8 +432,9 @@ async fn switch_header(
     if sector[..] == wanted[..] {
         return Ok((ImageResult::Unchanged, None));
     }
-    // It has been put back, and its refcounts were not right yet: the next who opens it puts them right.
-    if direction == Direction::Back && is_same_marked_dirty(&sector, wanted) {
+    // It has been put back. Where its refcounts were not right yet, the next who opens it puts them right; or that has been done already.
+    let is_same = is_same_marked_dirty(&sector, wanted) || is_same_marked_dirty(wanted, &sector);
+    if direction == Direction::Back && is_same {
         return Ok((ImageResult::Unchanged, None));
     }
     if sector[..] != is[..] {
@@ -452,7 +456,6 @@ async fn switch_header(
         WriteFlags::default(),
     )
     .await?;
-    file.flush().await?;
     Ok((result, None))
 }
 
@@ -506,10 +509,10 @@ async fn put_back(io: &IoContext, creation: &Creation, front: &Front) -> io::Res
     let file = open_locked(io, &path).await.map_err(io::Error::other)?;
     let names = io.names();
     let done = io.call(move || overwritten.put_back_after_crash(&names, &path));
-    let done = done.await;
-    // What was put there is durable, or there is an error.
-    let _ = file.close().await;
-    Ok(match done? {
+    let done = done.await?;
+    // What was there, too, may be in the page cache alone.
+    file.close().await.map_err(io::Error::other)?;
+    Ok(match done {
         PutBack::Done => FileResult::Restored,
         PutBack::WasThere => FileResult::Unchanged,
         PutBack::Changed => FileResult::Replaced,

@@ -192,6 +192,32 @@ async fn a_freed_cluster_waits_for_those_who_read_it() {
     image.close().await.unwrap();
 }
 
+/// The write-back has copied the tables before.
+#[tokio::test]
+async fn a_cluster_unlinked_in_the_middle_of_a_write_back_waits_for_the_next_one() {
+    let disk = new_image(&options(4096)).await;
+    let image = open(&disk).await;
+    write(&image, 0, vec![1; 4096]).await.unwrap();
+    image.flush().await.unwrap();
+    write(&image, 8192, vec![2; 4096]).await.unwrap();
+    disk.hold(OpKind::Flush);
+    let flush = {
+        let image = image.clone();
+        tokio::spawn(async move { image.flush().await })
+    };
+    disk.wait_held(1).await;
+    image.discard(0, 4096).await.unwrap();
+    disk.release_all();
+    flush.await.unwrap().unwrap();
+    for index in 3..20 {
+        write(&image, index * 4096, vec![0xbb; 4096]).await.unwrap();
+    }
+    // A crash: the old entry still leads to the cluster.
+    let crashed = open(&disk.fork()).await;
+    assert_same(&read(&crashed, 0, 4096).await, &[1; 4096]);
+    image.close().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn resizes_among_requests_wait_for_them() {
     let disk = new_image(&options(512)).await;

@@ -9,16 +9,14 @@ use crate::units::HostOffset;
 #[derive(Clone)]
 pub(in super::super) struct Layer {
     bytes: Vec<u8>,
-    base: Vec<u8>,
 }
 
 impl Layer {
     /// A disk of `size` bytes that shows `base`, and zeroes behind its end.
     pub(in super::super) fn new(size: u64, base: Option<Vec<u8>>) -> Self {
-        let base = base.unwrap_or_default();
-        let mut bytes = base.clone();
+        let mut bytes = base.unwrap_or_default();
         bytes.resize(size as usize, 0);
-        Layer { bytes, base }
+        Layer { bytes }
     }
 
     pub(in super::super) fn len(&self) -> u64 {
@@ -31,14 +29,6 @@ impl Layer {
 
     pub(in super::super) fn slice(&self, at: u64, len: usize) -> &[u8] {
         &self.bytes[at as usize..][..len]
-    }
-
-    /// Whether `bytes` are what the backing has at `at`.
-    pub(in super::super) fn is_base(&self, at: u64, bytes: &[u8]) -> bool {
-        bytes.iter().enumerate().all(|(nth, byte)| {
-            let base = self.base.get(at as usize + nth);
-            base.copied().unwrap_or(0) == *byte
-        })
     }
 
     pub(in super::super) fn grow(&mut self, size: u64) {

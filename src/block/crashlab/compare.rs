@@ -158,6 +158,7 @@ impl Comparison {
             discard: true,
             extended_l2: false,
             bitmaps: false,
+            old_snapshots: false,
             data: DataPlace::Own,
             storage: Storage::Sectors,
             base: None,

@@ -109,9 +109,7 @@ pub(super) async fn record(script: &Script) -> Result<Recording, Problem> {
     for op in script.before.iter().chain([&Op::Flush]) {
         runner.step(op).await?;
     }
-    if script.case.bitmaps {
-        runner.get_bitmaps().await?;
-    }
+    runner.get_what_others_left().await?;
     let base = runner.start_log();
     for op in &script.ops {
         runner.step(op).await?;

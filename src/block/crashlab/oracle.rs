@@ -7,7 +7,7 @@ use super::audit::{Audit, Bitmap, Verdict, bitmaps_differ};
 use super::content::{Content, SECTOR, Versions};
 use super::qemu::Qemu;
 use super::run::{Kind, Moment, Problem, Runner, Snapshot, World, open, snapshots_differ};
-use super::script::{Case, Script, Storage};
+use super::script::{BackingName, Case, Script, Storage};
 use super::states::{Effort, State, epochs, whole_sectors};
 use crate::driver::BoxFuture;
 use crate::formats::qcow2::check::{CheckReport, check};
@@ -279,6 +279,9 @@ impl Oracle {
             bitmaps_differ(bitmaps, &world.active, &after, &runner.world.active)
         })
         .map_err(|problem| format!("after the recovery and {}: {problem}", ops(&runner)))?;
+        if state.is_kill && self.is_sampled(self.samples.second.div_ceil(4)) && depth > 1 {
+            self.try_killed(recording, state, &world).await?;
+        }
         if second {
             let recording = Recording {
                 case: case.clone(),
@@ -287,15 +290,16 @@ impl Oracle {
                 next_stamp: runner.next_stamp(),
                 moments: std::mem::take(&mut runner.moments),
             };
-            self.try_second(&recording).await?;
+            self.try_second(&recording, 0).await?;
         }
         Ok(())
     }
 
-    /// Tries some states of a crash that comes while an image recovers from another, or soon after.
+    /// Tries some states of a crash that comes while an image recovers from another, or soon after: behind the record `from`.
     fn try_second<'a>(
         &'a mut self,
         recording: &'a Recording,
+        from: usize,
     ) -> BoxFuture<'a, Result<(), Problem>> {
         const STATES: usize = 12;
         Box::pin(async move {
@@ -307,6 +311,9 @@ impl Oracle {
             let mut states = Vec::new();
             let log = recording.volatile_log()?;
             for epoch in epochs(&recording.base, &log).map_err(text)? {
+                if !epoch.ends_behind(from) {
+                    continue;
+                }
                 for choice in epoch.choices(effort, &mut self.random) {
                     states.push(epoch.state(&choice).map_err(text)?);
                 }
@@ -319,6 +326,53 @@ impl Oracle {
             }
             Ok(())
         })
+    }
+
+    /// A process was killed; a power cut comes while the next one opens the image, or soon after. What the first one had not flushed is in
+    /// the page cache alone until then.
+    async fn try_killed(
+        &mut self,
+        killed: &Recording,
+        state: &State,
+        world: &World,
+    ) -> Result<(), Problem> {
+        let disk = state.disk.fork();
+        disk.start_log();
+        let runner = Runner::resume(&disk, &killed.case, world.clone(), killed.next_stamp).await?;
+        runner.close().await?;
+        let mut log = killed.log[..state.completed].to_vec();
+        let now = log.iter().map(|record| record.completed).max();
+        let later = now.unwrap_or(0) + 1;
+        let mut moments = killed.moments.clone();
+        moments.retain(|moment| moment.begun < log.len());
+        for moment in moments.iter_mut() {
+            let is_answered = moment.answered <= log.len();
+            moment.answered = if is_answered {
+                moment.answered
+            } else {
+                usize::MAX
+            };
+        }
+        moments.push(Moment {
+            op: "the next start".to_owned(),
+            begun: log.len(),
+            answered: usize::MAX,
+            durable: false,
+            ..Moment::start(world)
+        });
+        log.extend(disk.log().into_iter().map(|record| Record {
+            issued: record.issued + later,
+            completed: record.completed + later,
+            ..record
+        }));
+        let recording = Recording {
+            case: killed.case.clone(),
+            base: killed.base.clone(),
+            log,
+            next_stamp: killed.next_stamp,
+            moments,
+        };
+        self.try_second(&recording, state.completed).await
     }
 
     fn is_sampled(&mut self, one_of: u32) -> bool {
@@ -452,6 +506,16 @@ fn observe(
 ) -> Result<(World, Observed), Problem> {
     let audit = case.audit(bytes, data)?;
     let verdict = audit.verdict()?;
+    if case.base.is_some() {
+        let (name, format) = audit.backing_name()?;
+        // The program that has left bitmaps has left no format.
+        let knows_format = case.bitmaps || format.as_deref() == Some("raw");
+        if !BackingName::is_one(&name) || !knows_format {
+            return Err(format!(
+                "the backing file is '{name}', of format {format:?}"
+            ));
+        }
+    }
     let world = World::of(&audit)?;
     audit.check_raw(&world.active)?;
     let mut problems = Vec::new();

@@ -38,6 +38,8 @@ pub struct Case {
     pub extended_l2: bool,
     /// Another program has left persistent bitmaps.
     pub bitmaps: bool,
+    /// Another program has taken the snapshots of an image of version 2, long ago.
+    pub old_snapshots: bool,
     /// Where the guest's data lie.
     pub data: DataPlace,
     /// What a power cut leaves of requests.
@@ -206,6 +208,7 @@ impl Case {
             windows.push(case.size..size.max(case.size));
             case.base = Some(Base::random(random, size.max(512), &windows));
         }
+        case.old_snapshots = case.compat == Compat::V0_10 && random.bool();
         case
     }
 
@@ -247,6 +250,7 @@ impl Case {
             discard: false,
             extended_l2,
             bitmaps,
+            old_snapshots: false,
             data,
             storage: *pick(
                 random,
@@ -279,6 +283,35 @@ pub enum End {
     Drop,
 }
 
+/// How much longer the name of the backing file becomes, so that it moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackingName {
+    /// As at the beginning.
+    Short,
+    /// By a third of a sector.
+    Long,
+    /// By most of a sector.
+    Longest,
+}
+
+impl BackingName {
+    /// The name.
+    pub fn name(self) -> String {
+        let folders = match self {
+            BackingName::Short => 0,
+            BackingName::Long => 80,
+            BackingName::Longest => 240,
+        };
+        "./".repeat(folders) + BASE_FILE
+    }
+
+    /// Whether it is one of these.
+    pub fn is_one(name: &str) -> bool {
+        let all = [BackingName::Short, BackingName::Long, BackingName::Longest];
+        all.iter().any(|one| one.name() == name)
+    }
+}
+
 /// A change of the format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Amendment {
@@ -286,6 +319,8 @@ pub enum Amendment {
     Upgrade,
     /// Whether refcounts may be updated late; refused in version 2.
     LazyRefcounts(bool),
+    /// The same backing file by another name.
+    Backing(BackingName),
 }
 
 /// An operation of a script.
@@ -484,6 +519,10 @@ fn random_op(random: &mut fastrand::Rng, case: &Case, theme: Theme) -> Op {
     };
     if case.compat == Compat::V0_10 && random.u8(..12) == 0 {
         return Op::Amend(Amendment::Upgrade);
+    }
+    if case.base.is_some() && random.u8(..20) == 0 {
+        let names = [BackingName::Short, BackingName::Long, BackingName::Longest];
+        return Op::Amend(Amendment::Backing(*pick(random, &names)));
     }
     let dice = random.u8(..100);
     if dice < guest {

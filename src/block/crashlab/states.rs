@@ -91,6 +91,8 @@ pub struct State {
     pub completed: usize,
     /// The last record that has left a trace, plus one: what began later has not.
     pub reached: usize,
+    /// Everything that had completed is there, and nothing else: the page cache behind a process that was killed.
+    pub is_kill: bool,
     /// Which state it is, for people.
     pub what: String,
 }
@@ -166,6 +168,11 @@ pub fn epochs<'a>(base: &Memory, log: &'a [Record]) -> Result<Vec<Epoch<'a>>> {
 }
 
 impl Epoch<'_> {
+    /// Whether more than this many records have completed when the power goes.
+    pub fn ends_behind(&self, records: usize) -> bool {
+        self.end > records
+    }
+
     /// How many writes may be lost.
     pub fn volatile(&self) -> usize {
         self.volatile.len()
@@ -266,6 +273,12 @@ impl Epoch<'_> {
             disk: all,
             completed: self.end,
             reached,
+            is_kill: choice.torn.is_none()
+                && self
+                    .volatile
+                    .iter()
+                    .zip(&choice.keep)
+                    .all(|(at, keep)| *keep == (*at < self.end)),
             what: self.describe(choice),
         })
     }

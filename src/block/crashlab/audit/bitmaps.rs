@@ -97,25 +97,12 @@ pub fn bitmaps_differ(
 }
 
 impl Audit<'_> {
-    /// Place and length of the bitmaps extension's data.
-    fn bitmaps_extension(&self) -> Result<Option<u64>, Problem> {
-        let mut at = u64::from(be32(self.bytes, 100)?);
-        loop {
-            let (kind, len) = (be32(self.bytes, at)?, be32(self.bytes, at + 4)?);
-            match kind {
-                0 => return Ok(None),
-                EXTENSION => return Ok(Some(at + 8)),
-                _ => at = (at + 8 + u64::from(len)).next_multiple_of(8),
-            }
-        }
-    }
-
     /// Reads the directory, if the autoclear bit vouches for it.
     pub(super) fn read_bitmaps(&mut self) -> Result<(), Problem> {
         if be64(self.bytes, 88)? & AUTOCLEAR == 0 {
             return Ok(());
         }
-        let Some(extension) = self.bitmaps_extension()? else {
+        let Some((extension, _)) = self.extension(EXTENSION)? else {
             return Err("the autoclear bit of bitmaps without their extension".to_owned());
         };
         let len = be64(self.bytes, extension + 8)?;
@@ -200,7 +187,7 @@ impl Audit<'_> {
 /// A closed image that has none with bitmaps, as another program would have left them: one is enabled, one is disabled, one is in
 /// use. Nothing where the image has no room for them that its refcount blocks count.
 pub fn with_bitmaps(bytes: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
-    const GRANULARITY_BITS: u8 = 12;
+    const GRANULARITY_BITS: u8 = 9;
     const BITMAPS: [(&str, u32); 3] = [("enabled", AUTO), ("disabled", 0), ("lost", AUTO | IN_USE)];
     let audit = Audit::new(bytes)?;
     let cluster = audit.cluster_size();
@@ -216,7 +203,14 @@ pub fn with_bitmaps(bytes: &[u8]) -> Result<Option<Vec<u8>>, Problem> {
         // The first cluster of bits is stored; of the others every second is all ones.
         let table =
             (0..entries).flat_map(|nth| if nth == 0 { bits_at } else { nth & 1 }.to_be_bytes());
-        put(&mut image, table_at, table, cluster);
+        // What is behind a table may be anything.
+        put(
+            &mut image,
+            table_at,
+            [0xff].repeat(cluster as usize),
+            cluster,
+        );
+        put(&mut image, table_at, table, 0);
         put(&mut image, bits_at, [1], cluster);
         directory.extend(table_at.to_be_bytes());
         directory.extend((entries as u32).to_be_bytes());

@@ -202,14 +202,27 @@ impl<'a> Layer<'a> {
             return Ok(());
         }
         let place = entry.place();
+        let outside = match place {
+            Some(at) if self.outside => {
+                let data = self.data.ok_or("the data file is missing")?;
+                Some(data.peek(at, cluster)).filter(|data| !data.is_known_zero())
+            }
+            _ => None,
+        };
+        let is_hole = self.outside && place.is_some() && outside.is_none();
+        if !self.extended && (is_hole || entry.word & 1 == 1) {
+            // Raw data files have entries for all of the disk.
+            content.zero(first * SECTOR, cluster);
+            return Ok(());
+        }
         for sector in 0..cluster / SECTOR {
             let bytes = match (self.shows(entry, sector), place) {
                 (Shown::Backing, _) => continue,
                 (Shown::Zeroes, _) | (Shown::Data, None) => Vec::new(),
-                (Shown::Data, Some(at)) if self.outside => {
-                    let data = self.data.ok_or("the data file is missing")?;
-                    data.peek(at + sector * SECTOR, SECTOR).to_bytes().to_vec()
-                }
+                (Shown::Data, Some(_)) if self.outside => match &outside {
+                    Some(data) => data.slice(sector * SECTOR, SECTOR).to_bytes().to_vec(),
+                    None => Vec::new(),
+                },
                 (Shown::Data, Some(at)) => {
                     let from = (at + sector * SECTOR) as usize;
                     // A file may end in the middle of its last cluster, which reads as zeroes from there on.

@@ -5,6 +5,7 @@
 
 mod bitmaps;
 mod layer;
+mod names;
 
 use std::sync::Arc;
 
@@ -13,6 +14,7 @@ use crate::protocols::memory::Memory;
 
 pub use bitmaps::{Bitmap, bitmaps_differ, with_bitmaps};
 pub use layer::Layer;
+pub use names::with_old_snapshots;
 
 /// Why an image cannot be read, or what is wrong with it.
 pub type Problem = String;

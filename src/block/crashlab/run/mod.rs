@@ -6,12 +6,12 @@ mod together;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::audit::{Audit, with_bitmaps};
+use super::audit::{Audit, with_bitmaps, with_old_snapshots};
 use super::content::{Content, SECTOR, Versions, stamp};
 use super::script::{Amendment, Case, End, Op, Step};
 use crate::driver::{
-    self, AmendOptions, Driver, NewSnapshot, Preallocation, Requests, SnapshotChange, SnapshotInfo,
-    SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
+    self, AmendOptions, BackingFile, Driver, NewSnapshot, Preallocation, Requests, SnapshotChange,
+    SnapshotInfo, SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
 };
 use crate::error::{Error, ErrorKind};
 use crate::formats::qcow2::create::{create, create_with_data_file};
@@ -236,10 +236,15 @@ impl Runner {
         })
     }
 
-    /// The image is closed, gets bitmaps by another program, if it has room for them, and is opened again.
-    pub async fn get_bitmaps(&mut self) -> Result<(), Problem> {
+    /// The image is closed, gets what another program has left in it, if it has room for that, and is opened again.
+    pub async fn get_what_others_left(&mut self) -> Result<(), Problem> {
+        let change = match (self.case.bitmaps, self.case.old_snapshots) {
+            (true, _) => with_bitmaps,
+            (_, true) => with_old_snapshots,
+            _ => return Ok(()),
+        };
         self.close().await?;
-        if let Some(bytes) = with_bitmaps(&self.disk.content())? {
+        if let Some(bytes) = change(&self.disk.content())? {
             self.disk = Memory::with_content(&bytes);
         }
         self.driver = open(&self.disk, &self.case).await.map_err(text)?;
@@ -540,10 +545,17 @@ impl Runner {
         match amendment {
             Amendment::Upgrade => options.compat = Some(driver::Compat::V1_1),
             Amendment::LazyRefcounts(on) => options.lazy_refcounts = Some(on),
+            Amendment::Backing(name) => {
+                options.backing = Some(BackingFile {
+                    name: Some(name.name()),
+                    format: Some("raw".to_owned()),
+                });
+            }
         }
+        let refused = [ErrorKind::InvalidInput, ErrorKind::Unsupported];
         match self.driver.amend(options).await {
             Ok(()) => Ok(Done::sectors(false)),
-            Err(error) if error.kind() == ErrorKind::InvalidInput => Ok(Done::nothing()),
+            Err(error) if refused.contains(&error.kind()) => Ok(Done::nothing()),
             Err(error) => Err(error.to_string()),
         }
     }

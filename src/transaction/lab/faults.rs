@@ -267,7 +267,7 @@ impl<'p> Trial<'p> {
             }
         };
         let edges = self.runner.edges().await;
-        guests::beside(command, edges, &self.tape, 1).await
+        guests::beside(command, edges, &self.tape, [1; DISKS]).await
     }
 
     /// Whether disks, from this one on, show what their guests have written last. What has failed may be there in part.

@@ -4,11 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use block::crashlab::content::{Content, SECTOR};
-use block::driver::{Requests as _, WriteFlags};
+use block::driver::{BoxFuture, Requests as _, WriteFlags};
+use block::error::Result;
 use block::graph::Edge;
+use futures_util::FutureExt as _;
 use futures_util::future::{join, join_all};
 
-use super::script::DISK_BYTES;
+use super::script::{DISK_BYTES, DISKS};
 use super::tape::Tape;
 
 /// Where they write.
@@ -25,12 +27,12 @@ pub(super) struct Written {
     pub(super) flushed: Option<usize>,
 }
 
-/// Runs a command, and the guests of disks while it does; `first` is the byte of their first write. Answers what they have written.
+/// Runs a command, and the guests of disks while it does; `firsts` are the bytes of their first writes. Answers what they have written.
 pub(super) async fn beside<T>(
     command: impl Future<Output = T>,
     edges: Vec<Edge>,
     tape: &Tape,
-    first: u8,
+    firsts: [u8; DISKS],
 ) -> (T, Vec<Vec<Written>>) {
     let done = AtomicBool::new(false);
     let command = async {
@@ -38,44 +40,107 @@ pub(super) async fn beside<T>(
         done.store(true, Ordering::SeqCst);
         answer
     };
-    let guests = edges
-        .into_iter()
-        .map(|edge| write_on(edge, &done, tape, first));
+    let guests = edges.iter().zip(firsts);
+    let guests = guests.map(|(edge, first)| Guest::new(edge, tape, first).write_on(&done));
     join(command, join_all(guests)).await
 }
 
-/// How many bytes a guest takes for one command.
-pub(super) const WRITES: u8 = 3;
+/// How often a guest writes for one command, at most.
+const WRITES: usize = 12;
 
-/// A guest writes when a command begins, and again as soon as that has led it elsewhere, with flushes in between.
-async fn write_on(edge: Edge, done: &AtomicBool, tape: &Tape, first: u8) -> Vec<Written> {
-    let mut all = Vec::new();
-    let before = edge.node();
-    for nth in 0..WRITES {
-        let is_last = nth + 1 == WRITES;
-        while is_last && Arc::ptr_eq(&edge.node(), &before) && !done.load(Ordering::SeqCst) {
+/// A guest: a write when a command begins, and others wherever that leads it and when a flush has been answered. While a flush is held
+/// back it goes on writing.
+struct Guest<'e> {
+    edge: &'e Edge,
+    tape: &'e Tape,
+    first: u8,
+    written: Vec<Written>,
+    /// A flush that is not answered, and the last write that it covers.
+    flush: Option<(usize, BoxFuture<'e, Result<()>>)>,
+}
+
+impl<'e> Guest<'e> {
+    fn new(edge: &'e Edge, tape: &'e Tape, first: u8) -> Guest<'e> {
+        Guest {
+            edge,
+            tape,
+            first,
+            written: Vec::new(),
+            flush: None,
+        }
+    }
+
+    async fn write_on(mut self, done: &AtomicBool) -> Vec<Written> {
+        self.write().await;
+        self.begin_flush();
+        self.write().await;
+        let mut led = self.edge.node();
+        loop {
+            let is_over = done.load(Ordering::SeqCst);
+            let is_answered = self.flush_is_answered();
+            let now = self.edge.node();
+            let is_led = !Arc::ptr_eq(&now, &led);
+            led = now;
+            if is_over && self.flush.is_none() {
+                break;
+            }
+            if (is_led || is_answered) && self.written.len() < WRITES {
+                self.write().await;
+                self.begin_flush();
+                self.write().await;
+            }
             tokio::task::yield_now().await;
         }
-        let byte = first + nth;
-        let begun = tape.len();
+        self.write().await;
+        self.begin_flush();
+        while self.flush.is_some() {
+            tokio::task::yield_now().await;
+            self.flush_is_answered();
+        }
+        self.written
+    }
+
+    async fn write(&mut self) {
+        let byte = self.first + self.written.len() as u8;
+        let begun = self.tape.len();
         let data = vec![byte; SECTOR as usize];
-        let written = edge.write(PLACE, data.into(), WriteFlags::default()).await;
-        let mut written = Written {
+        let written = self.edge.write(PLACE, data.into(), WriteFlags::default());
+        let is_done = written.await.is_ok();
+        self.written.push(Written {
             byte,
-            is_done: written.is_ok(),
+            is_done,
             begun,
             flushed: None,
-        };
-        if nth != 1 && edge.flush().await.is_ok() && written.is_done {
-            written.flushed = Some(tape.len());
-        }
-        all.push(written);
+        });
     }
-    all
+
+    /// Flushes, unless a flush is under way.
+    fn begin_flush(&mut self) {
+        let last = self.written.iter().rposition(|written| written.is_done);
+        if let (Some(last), None) = (last, &self.flush) {
+            let edge = self.edge;
+            self.flush = Some((last, Box::pin(async move { edge.flush().await })));
+        }
+    }
+
+    /// Looks whether the flush has been answered.
+    fn flush_is_answered(&mut self) -> bool {
+        let Some((last, flush)) = &mut self.flush else {
+            return false;
+        };
+        let Some(answer) = flush.now_or_never() else {
+            return false;
+        };
+        if answer.is_ok() {
+            self.written[*last].flushed = Some(self.tape.len());
+        }
+        self.flush = None;
+        true
+    }
 }
 
 /// The byte that a disk has where its guest writes, and the disk without it. An error if the sector is torn.
-pub(super) fn split(mut content: Content) -> Result<(u8, Content), String> {
+pub(super) fn split(mut content: Content) -> std::result::Result<(u8, Content), String> {
     let bytes = content.bytes(PLACE, SECTOR);
     content.zero(PLACE, SECTOR);
     match bytes.iter().all(|byte| *byte == bytes[0]) {

@@ -15,12 +15,15 @@ use super::Problem;
 use super::guests::{self, Written};
 use super::run::{Moment, Place, Runner};
 use super::script::{Act, DISK_BYTES, DISKS, Disk, Image, Op, Other, Script, Snapshot, World};
-use super::state::{Forgotten, Recording, clear, restore};
-use super::tape::Tape;
-use crate::journal::{self, Journal, Outcome};
+use super::state::{Forgotten, Recording, clear, renamings, restore};
+use super::tape::{Fault, Tape};
+use crate::journal::{self, Journal, Outcome, Report};
 
 /// Snapshots of this prefix are of backups that were cut off.
 const TEMPORARY: &str = "x-qblockd-temporary:";
+
+/// What a start asks of the host, at most, but for few.
+const LONGEST_RECOVERY: u64 = 40;
 
 /// Figures of what was tried.
 #[derive(Debug, Clone, Copy, Default)]
@@ -121,6 +124,9 @@ impl Oracle<'_> {
 
     async fn verify(&mut self, recording: &Recording, state: &State) -> Result<(), Problem> {
         self.figures.states += 1;
+        if state.is_kill && is_one_of(&mut self.random, self.samples.second.div_ceil(4)) {
+            self.try_killed(recording, state).await?;
+        }
         restore(self.place, recording, &state.disk);
         let second = is_one_of(&mut self.random, self.samples.second);
         let seed = self.random.u64(1..);
@@ -130,13 +136,15 @@ impl Oracle<'_> {
             let _ = fs::remove_dir_all(&cellar);
             fs::create_dir(&cellar).unwrap();
             tape.start(&cellar);
+            if self.random.bool() {
+                self.recover_and_fail(&tape).await;
+            }
         }
-        let outcomes = recover(self.place, &tape).await?;
-        for outcome in outcomes {
-            match outcome {
+        for report in recover_reporting(self.place, &tape).await? {
+            match report.outcome {
                 Outcome::RolledForward => self.figures.finished += 1,
                 Outcome::Removed => self.figures.taken_back += 1,
-                Outcome::Degraded => return Err("the recovery says 'degraded'".to_owned()),
+                Outcome::Degraded => return Err(format!("the recovery says: {report:?}")),
             }
         }
         let (world, what) = observe(self.place, recording, state)?;
@@ -151,6 +159,51 @@ impl Oracle<'_> {
             self.figures.written += 1;
             let written = self.go_on(world, recording.next).await;
             written.map_err(|problem| format!("{what}, and written to then: {problem}"))?;
+        }
+        Ok(())
+    }
+
+    /// A start in which something fails that it asks of the host: the next one puts all right.
+    async fn recover_and_fail(&mut self, tape: &Arc<Tape>) {
+        tape.fail(self.random.u64(..LONGEST_RECOVERY), Fault::Io);
+        let _ = recover(self.place, tape).await;
+        tape.no_fault();
+    }
+
+    /// A process was killed; a power cut comes while the next one recovers. What the first one had not flushed is in the page cache alone
+    /// until then.
+    async fn try_killed(&mut self, recording: &Recording, state: &State) -> Result<(), Problem> {
+        const STATES: usize = 8;
+        restore(self.place, recording, &state.disk);
+        let tape = Tape::new(&self.place.images, &self.place.state, 0);
+        let done = [0, 1].map(|folder| renamings(state.disk.numbered(folder)));
+        tape.go_on(recording, done);
+        recover(self.place, &tape).await?;
+        let killed = recording.continued(state, &tape);
+        let log = whole_sectors(&killed.base, &killed.log).map_err(text)?;
+        let mut states = Vec::new();
+        for epoch in epochs(&killed.base, &log).map_err(text)? {
+            if !epoch.ends_behind(state.completed) {
+                continue;
+            }
+            let choices = epoch.choices(Effort::default(), &mut self.random);
+            for choice in choices.iter().take(STATES) {
+                states.push(epoch.state(choice).map_err(text)?);
+            }
+        }
+        self.random.shuffle(&mut states);
+        for again in states.iter().take(STATES) {
+            self.figures.second += 1;
+            restore(self.place, &killed, &again.disk);
+            let tape = Tape::new(&self.place.images, &self.place.state, 0);
+            let tried = match recover(self.place, &tape).await {
+                Ok(_) => observe(self.place, &killed, again).map(drop),
+                Err(problem) => Err(problem),
+            };
+            tried.map_err(|problem| {
+                let problem = format!("a kill, and a power cut behind it: {problem}");
+                describe(&killed, again, &problem)
+            })?;
         }
         Ok(())
     }
@@ -261,17 +314,23 @@ fn is_dirty(bytes: &[u8]) -> bool {
     Audit::new(bytes).is_ok_and(|audit| audit.is_dirty())
 }
 
-/// A start of the daemon, as far as transactions are concerned.
+/// A start of the daemon, as far as transactions are concerned: how each has ended.
 pub(super) async fn recover(place: &Place, tape: &Arc<Tape>) -> Result<Vec<Outcome>, Problem> {
+    let reports = recover_reporting(place, tape).await?;
+    Ok(reports.into_iter().map(|report| report.outcome).collect())
+}
+
+/// The same, with all that is reported.
+async fn recover_reporting(place: &Place, tape: &Arc<Tape>) -> Result<Vec<Report>, Problem> {
     let io = IoContext::witnessed(tape.clone());
     let journal = Journal::open(&place.state, &io).map_err(|error| error.to_string())?;
     let recovered = journal::recover(&journal, &io).await;
-    let mut outcomes = Vec::new();
+    let mut reports = Vec::new();
     for recovered in recovered.map_err(|error| error.to_string())? {
-        outcomes.push(recovered.report.outcome);
+        reports.push(recovered.report.clone());
         recovered.seen();
     }
-    Ok(outcomes)
+    Ok(reports)
 }
 
 /// The last moment that had been answered, and the last that can have left a trace.

@@ -25,7 +25,7 @@ use super::script::{
     Act, Copying, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, There,
     World, image_name,
 };
-use super::tape::{Fault, Tape};
+use super::tape::{Failure, Tape};
 use crate::daemon::{Control, Cx, StopCause, testing};
 use crate::jobs::Cancel;
 use crate::journal::Journal;
@@ -354,10 +354,8 @@ impl<'p> Runner<'p> {
                 self.edge(*disk).await.flush().await.map_err(text)?;
                 attempt.durable[*disk] = true;
             }
-            Op::Transaction(acts) => attempt = self.transaction(acts, None).await?,
-            Op::Failing(acts, skip, fault) => {
-                attempt = self.transaction(acts, Some((*skip, *fault))).await?;
-            }
+            Op::Transaction(acts) => attempt = self.transaction(acts, &[]).await?,
+            Op::Failing(acts, failures) => attempt = self.transaction(acts, failures).await?,
             Op::Idle => tokio::time::sleep(Duration::from_secs(30)).await,
         }
         self.note(format!("{op:?}"), begun, attempt);
@@ -386,11 +384,11 @@ impl<'p> Runner<'p> {
         });
     }
 
-    /// Asks for a transaction. What comes behind so much else of what it asks of the host fails, if that is said.
+    /// Asks for a transaction, in which this fails.
     async fn transaction(
         &mut self,
         acts: &[Act],
-        fault: Option<(u64, Fault)>,
+        failures: &[Failure],
     ) -> Result<Attempt, Problem> {
         let mut planned = Planned {
             world: self.world.clone(),
@@ -414,16 +412,14 @@ impl<'p> Runner<'p> {
         let fails = acts.contains(&Act::Abort);
         let actions = std::mem::take(&mut planned.actions);
         let cx = self.cx.clone();
-        if let Some((skip, fault)) = fault {
-            self.tape.fail(skip, fault);
-        }
+        self.tape.plan(failures);
         let command = crate::transaction::run(&cx, actions, Completion::Individual);
         let done = match self.has_guests {
             false => command.await,
             true => {
-                let first = 1 + self.guests[0].len() as u8;
+                let firsts = [0, 1, 2].map(|disk: usize| 1 + self.guests[disk].len() as u8);
                 let edges = self.edges().await;
-                let (done, written) = guests::beside(command, edges, &self.tape, first).await;
+                let (done, written) = guests::beside(command, edges, &self.tape, firsts).await;
                 for (all, written) in self.guests.iter_mut().zip(written) {
                     all.extend(written);
                 }
@@ -436,6 +432,7 @@ impl<'p> Runner<'p> {
             Ok(_) => {}
             Err(_) if fails => return Ok(Attempt::default()),
             Err(_) if has_failed => {
+                self.find_what_stays(&planned.world).await;
                 return Ok(Attempt {
                     passing: Some(planned.world),
                     ..Attempt::default()
@@ -445,15 +442,39 @@ impl<'p> Runner<'p> {
         }
         self.world = planned.world;
         // Something may have failed behind the answer, so that a job does not get to its end.
-        match fault {
-            Some(_) => self.cancel_jobs().await?,
-            None => self.jobs = planned.jobs,
+        match failures {
+            [] => self.jobs = planned.jobs,
+            _ => self.cancel_jobs().await?,
         }
         Ok(Attempt {
             durable: planned.durable,
             at_once: planned.at_once,
             passing: None,
         })
+    }
+
+    /// A transaction has failed, and overlays have stayed that guests have written to: what they have could not be written to what is
+    /// below.
+    async fn find_what_stays(&mut self, planned: &World) {
+        for (disk, planned) in planned.disks.iter().enumerate() {
+            let node = self.edge(disk).await.node().below_filters();
+            let top = node.driver().info().filename;
+            let chain = &mut self.world.disks[disk].chain;
+            let is_top = |image: &Image| self.place.filename(&image.file) == top;
+            let Some(height) = planned.chain.iter().position(is_top) else {
+                continue;
+            };
+            let content = chain[chain.len() - 1].content.clone();
+            for image in &planned.chain[chain.len()..=height.max(chain.len() - 1)] {
+                // What was there is gone.
+                self.world.others.remove(&image.file);
+                chain.push(Image {
+                    file: image.file.clone(),
+                    snapshots: Vec::new(),
+                    content: content.clone(),
+                });
+            }
+        }
     }
 
     /// Adds an image as a node of its name.

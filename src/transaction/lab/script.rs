@@ -7,9 +7,7 @@ use block::copy::SyncMode;
 use block::crashlab::content::Content;
 use block::formats::qcow2::create::{Compat, CreateOptions};
 
-use super::tape::Fault;
-
-use super::tape::DEVICE;
+use super::tape::{Behind, DEVICE, Failure, Fault};
 
 /// The disks.
 pub(super) const DISKS: usize = 3;
@@ -25,8 +23,9 @@ pub(super) fn image_name(disk: usize, level: usize) -> String {
     format!("disk{disk}-{level}")
 }
 
-/// What a transaction asks of the host, at most, but for few.
+/// What a transaction asks of the host, at most, but for few: all of it, and behind the journal's last records.
 const LONGEST_TRANSACTION: u64 = 130;
+const LONGEST_END: u64 = 40;
 
 /// What somebody else has put where a file is to be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,8 +78,8 @@ pub(super) enum Op {
     /// A guest of this disk flushes.
     Flush(usize),
     Transaction(Vec<Act>),
-    /// One in which something fails that it asks of the host: what comes behind so much else. Nothing comes behind it.
-    Failing(Vec<Act>, u64, Fault),
+    /// One in which something fails that it asks of the host, or its guests. Nothing comes behind it.
+    Failing(Vec<Act>, Vec<Failure>),
     /// Time for what goes on behind answers.
     Idle,
 }
@@ -123,25 +122,16 @@ impl Script {
             if random.u8(..3) == 0 {
                 ops.push(Op::Flush(random.usize(..DISKS)));
             }
-            let mut acts = acts(random, ops.len());
-            for act in acts.iter_mut().filter(|_| has_guests) {
-                if let Act::Revert(disk, _) = *act {
-                    *act = Act::Create(disk);
-                }
-            }
-            ops.push(Op::Transaction(acts));
+            ops.push(Op::Transaction(acts(random, ops.len(), has_guests)));
         }
         ops.push(write(random));
         ops.push(Op::Flush(random.usize(..DISKS)));
         match random.u8(..4) {
             0 | 1 => ops.push(Op::Idle),
-            // What has failed of a guest's write may be there in part.
-            2 if !has_guests => {
-                let mut acts = acts(random, ops.len());
+            2 => {
+                let mut acts = acts(random, ops.len(), has_guests);
                 acts.retain(|act| *act != Act::Abort);
-                // Not in the middle: a header's first sector is written whole or not at all.
-                let fault = [Fault::Io, Fault::NoSpace][random.usize(..2)];
-                ops.push(Op::Failing(acts, random.u64(..LONGEST_TRANSACTION), fault));
+                ops.push(Op::Failing(acts, failures(random)));
             }
             _ => {}
         }
@@ -155,6 +145,50 @@ impl Script {
     }
 }
 
+impl Script {
+    /// One transaction that lets guests go on undecided, and fails behind the journal's commit: on one disk an overlay, on the
+    /// others snapshots.
+    pub(super) fn taken_back(seed: u64) -> Script {
+        /// What is done to the host from the commit to the end, with what guests do meanwhile.
+        const LONGEST: u64 = 24;
+        let mut script = Script::random(seed);
+        let mut random = fastrand::Rng::with_seed(!seed);
+        let random = &mut random;
+        for image in &mut script.images {
+            (image.compat, image.refcount_bits) = (Compat::V1_1, 16);
+        }
+        script.has_guests = true;
+        let covered = random.usize(..DISKS);
+        let mut acts: Vec<Act> = (0..DISKS)
+            .map(|disk| match disk == covered {
+                true => {
+                    let there = [There::Nothing, There::Empty, There::Bytes][random.usize(..3)];
+                    let name = format!("new-{disk}");
+                    Act::External(disk, NewFile { name, there })
+                }
+                false => Act::Create(disk),
+            })
+            .collect();
+        if random.bool() {
+            // Over the one that is there then.
+            let there = There::Nothing;
+            let name = "new-above".to_owned();
+            acts.push(Act::External(
+                random.usize(..DISKS),
+                NewFile { name, there },
+            ));
+        }
+        let mut failures = failures(random);
+        failures[0].behind = Behind::Commit;
+        for failure in &mut failures {
+            failure.skip %= LONGEST;
+        }
+        let write = write(random);
+        script.ops = vec![write, Op::Failing(acts, failures)];
+        script
+    }
+}
+
 fn write(random: &mut fastrand::Rng) -> Op {
     let len = 512 * random.u64(1..=LONGEST_WRITE / 512);
     Op::Write {
@@ -165,8 +199,32 @@ fn write(random: &mut fastrand::Rng) -> Op {
     }
 }
 
-/// The actions of the transaction that is the operation `nth`.
-fn acts(random: &mut fastrand::Rng, nth: usize) -> Vec<Act> {
+/// What fails, and perhaps something more when that is taken back.
+fn failures(random: &mut fastrand::Rng) -> Vec<Failure> {
+    // Not in the middle: a header's first sector is written whole or not at all.
+    let fault = |random: &mut fastrand::Rng| [Fault::Io, Fault::NoSpace][random.usize(..2)];
+    let (behind, longest) = match random.u8(..4) {
+        0 => (Behind::Now, LONGEST_TRANSACTION),
+        1 => (Behind::Stages, LONGEST_END),
+        _ => (Behind::Commit, LONGEST_END),
+    };
+    let mut failures = vec![Failure {
+        behind,
+        skip: random.u64(..longest),
+        fault: fault(random),
+    }];
+    if random.u8(..3) == 0 {
+        failures.push(Failure {
+            behind: Behind::Now,
+            skip: random.u64(..LONGEST_END / 2),
+            fault: fault(random),
+        });
+    }
+    failures
+}
+
+/// The actions of the transaction that is the operation `nth`. With guests it reverts nothing.
+fn acts(random: &mut fastrand::Rng, nth: usize, has_guests: bool) -> Vec<Act> {
     let file = |random: &mut fastrand::Rng, act: usize| {
         let there = match random.u8(..7) {
             0 | 1 => There::Nothing,
@@ -199,6 +257,7 @@ fn acts(random: &mut fastrand::Rng, nth: usize) -> Vec<Act> {
         acts.push(match random.u8(..12) {
             0..4 => Act::Create(disk),
             4 | 5 => Act::Delete(disk, random.usize(..4)),
+            6 | 7 if has_guests => Act::Create(disk),
             6 | 7 => Act::Revert(disk, random.usize(..4)),
             8..10 => {
                 let file = file(random, act);
@@ -297,7 +356,7 @@ impl Script {
         let mut tops = [0, 1, 2].map(|disk: usize| Script::first_top(self, disk));
         let mut nodes = Vec::new();
         for op in &self.ops {
-            let (Op::Transaction(acts) | Op::Failing(acts, ..)) = op else {
+            let (Op::Transaction(acts) | Op::Failing(acts, _)) = op else {
                 continue;
             };
             let mut after = tops.clone();
@@ -329,7 +388,7 @@ impl Script {
     /// The files that transactions make.
     pub(super) fn files(&self) -> impl Iterator<Item = &NewFile> {
         let acts = self.ops.iter().flat_map(|op| match op {
-            Op::Transaction(acts) | Op::Failing(acts, ..) => &acts[..],
+            Op::Transaction(acts) | Op::Failing(acts, _) => &acts[..],
             _ => &[],
         });
         acts.filter_map(|act| match act {

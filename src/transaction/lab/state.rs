@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use block::crashlab::content::SECTOR;
+use block::crashlab::states::State;
 use block::driver::Requests as _;
 use block::protocols::memory::{Change, Memory, Record};
 
@@ -21,8 +22,8 @@ pub(super) struct Recording {
     pub(super) base: Arc<Memory>,
     pub(super) log: Vec<Record>,
     /// Where all files have a name, and how many they are.
-    cellar: PathBuf,
-    files: usize,
+    pub(super) cellar: PathBuf,
+    pub(super) files: usize,
     pub(super) folders: [Folder; FOLDERS],
     /// What had been answered when.
     pub(super) moments: Vec<Moment>,
@@ -152,8 +153,47 @@ impl Folder {
     }
 }
 
+impl Recording {
+    /// A process was killed at this state, where nothing that it had sent is lost yet; then this was done.
+    pub(super) fn continued(&self, state: &State, tape: &Tape) -> Recording {
+        let Recorded { log, folders, .. } = tape.take();
+        let mut all = self.log[..state.completed].to_vec();
+        let now = all.iter().map(|record| record.completed).max();
+        let later = now.unwrap_or(0) + 1;
+        all.extend(log.into_iter().map(|record| Record {
+            issued: record.issued + later,
+            completed: record.completed + later,
+            ..record
+        }));
+        let mut moments = self.moments.clone();
+        for moment in &mut moments {
+            if moment.answered > state.completed {
+                moment.answered = usize::MAX;
+            }
+        }
+        moments.retain(|moment| moment.begun < state.completed || moment.answered == 0);
+        let mut guests = self.guests.clone();
+        for written in guests.iter_mut() {
+            written.retain(|write| write.begun < state.completed);
+            for write in written {
+                write.flushed.take_if(|at| *at > state.completed);
+            }
+        }
+        Recording {
+            base: self.base.clone(),
+            log: all,
+            cellar: self.cellar.clone(),
+            files: self.files,
+            folders,
+            moments,
+            next: self.next,
+            guests,
+        }
+    }
+}
+
 /// How many renamings have reached the disk, without a gap: they are in the file system's journal, which has an order.
-fn renamings(disk: &Memory) -> usize {
+pub(super) fn renamings(disk: &Memory) -> usize {
     let sectors = 0..disk.size() / SECTOR;
     let is_there = |at: &u64| !disk.peek(at * SECTOR, 8).is_known_zero() && word(disk, *at) > 0;
     sectors.take_while(is_there).count()

@@ -1,6 +1,6 @@
 //! Writes down what is done to the files of a folder, and makes parts of it fail. Some of the files stand for block devices.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{DirEntryExt as _, MetadataExt as _};
@@ -10,6 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use block::crashlab::content::SECTOR;
 use block::io::{Data, Deed, FileIdentity, Handle, Verdict, Witness};
 use block::protocols::memory::{Change, Memory, Record};
+
+use super::state::Recording;
 
 /// The first disks of a log are the names in folders; the files follow.
 pub(super) const FOLDERS: usize = 2;
@@ -36,6 +38,37 @@ pub(crate) enum Fault {
     NoSpace,
     /// ENOSPC behind the first half of it.
     Short,
+}
+
+/// What a deed that goes wrong comes behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Behind {
+    /// The moment when that is planned; or, where another has failed before, that.
+    Now,
+    /// The names of images in the journal.
+    Stages,
+    /// The journal's commit.
+    Commit,
+}
+
+/// A failure that is to come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Failure {
+    pub(crate) behind: Behind,
+    /// So many deeds later.
+    pub(crate) skip: u64,
+    pub(crate) fault: Fault,
+}
+
+impl Behind {
+    /// What a journal has then.
+    fn record(self) -> Option<&'static [u8]> {
+        match self {
+            Behind::Now => None,
+            Behind::Stages => Some(br#"{"record":"stages""#),
+            Behind::Commit => Some(br#"{"record":"commit""#),
+        }
+    }
 }
 
 /// Which names a folder had, and then got.
@@ -80,9 +113,11 @@ struct State {
     /// Where all files have a name for as long as the tape exists.
     cellar: Option<PathBuf>,
     log: Option<Vec<Record>>,
-    /// How many deeds until one fails, and how.
-    fault: Option<(u64, Fault)>,
-    /// The deed that has failed.
+    /// What is to fail, one behind the other.
+    failures: VecDeque<Failure>,
+    /// Names are removed, and made durable, whatever else fails: nothing could be done about it, and an old file is left.
+    spares_names: bool,
+    /// The last deed that has failed.
     failed: Option<Deed>,
     /// Deeds that could have failed.
     deeds: u64,
@@ -106,7 +141,8 @@ impl Tape {
             numbers: HashMap::new(),
             cellar: None,
             log: None,
-            fault: None,
+            failures: VecDeque::new(),
+            spares_names: false,
             failed: None,
             deeds: 0,
         })))
@@ -127,6 +163,24 @@ impl Tape {
                 let number = state.add_file(&path, content);
                 state.names[folder].before.insert(path, number);
             }
+        }
+        state.log = Some(Vec::new());
+    }
+
+    /// As `start`, but goes on where a recording was cut off: its files keep their numbers, and the names of folders have been changed
+    /// so often.
+    pub(super) fn go_on(&self, cut: &Recording, renamings: [usize; FOLDERS]) {
+        let mut state = self.state();
+        for number in 0..cut.files {
+            let metadata = fs::metadata(cut.cellar.join(number.to_string())).unwrap();
+            state.numbers.insert(metadata.ino(), number);
+            let (size, before) = (metadata.len(), Vec::new());
+            state.files.push(File { size, before });
+        }
+        state.cellar = Some(cut.cellar.clone());
+        for (number, count) in renamings.into_iter().enumerate() {
+            state.names[number] = cut.folders[number].clone();
+            state.names[number].renamings.truncate(count);
         }
         state.log = Some(Vec::new());
     }
@@ -158,15 +212,27 @@ impl Tape {
 
     /// Makes the deed fail that comes behind `skip` others.
     pub(crate) fn fail(&self, skip: u64, fault: Fault) {
+        let behind = Behind::Now;
+        self.plan(&[Failure {
+            behind,
+            skip,
+            fault,
+        }]);
+        self.state().spares_names = false;
+    }
+
+    /// Makes deeds fail, one behind the other, but none that removes a name or makes names durable.
+    pub(super) fn plan(&self, failures: &[Failure]) {
         let mut state = self.state();
         state.deeds = 0;
-        state.fault = Some((skip, fault));
+        state.failures = failures.iter().copied().collect();
+        state.spares_names = true;
     }
 
     /// Nothing fails any more. Answers what has failed.
     pub(crate) fn no_fault(&self) -> Option<Deed> {
         let mut state = self.state();
-        state.fault = None;
+        state.failures.clear();
         state.failed.take()
     }
 
@@ -224,10 +290,21 @@ impl State {
         }
         let len = len.min(size.saturating_sub(offset));
         if len > 0 {
-            let data = handle.read(offset, len as usize).unwrap().into();
+            let data: Data = handle.read(offset, len as usize).unwrap().into();
+            self.arm(&data.to_bytes());
             let fua = false;
             let write = Change::Write { offset, data, fua };
             self.record(FOLDERS + number, issued, write);
+        }
+    }
+
+    /// What is to fail behind a record of a journal, if that is what was written.
+    fn arm(&mut self, written: &[u8]) {
+        if let Some(failure) = self.failures.front_mut()
+            && let Some(record) = failure.behind.record()
+            && written.windows(record.len()).any(|part| part == record)
+        {
+            failure.behind = Behind::Now;
         }
     }
 
@@ -257,15 +334,27 @@ impl State {
     /// What becomes of a deed, by the fault that is planned.
     fn verdict(&mut self, deed: &Deed) -> Verdict {
         self.deeds += 1;
-        let fault = match &mut self.fault {
-            Some((0, fault)) => *fault,
-            Some((skip, _)) => {
+        let is_of_names = matches!(deed, Deed::Remove { .. } | Deed::SyncFolder { .. });
+        if self.spares_names && is_of_names {
+            return usual(deed);
+        }
+        let fault = match self.failures.front_mut() {
+            Some(Failure {
+                behind: Behind::Now,
+                skip: 0,
+                fault,
+            }) => *fault,
+            Some(Failure {
+                behind: Behind::Now,
+                skip,
+                ..
+            }) => {
                 *skip -= 1;
                 return usual(deed);
             }
-            None => return usual(deed),
+            _ => return usual(deed),
         };
-        self.fault = None;
+        self.failures.pop_front();
         self.failed = Some(deed.clone());
         let no_space = || io::Error::from_raw_os_error(rustix::io::Errno::NOSPC.raw_os_error());
         match (fault, deed) {

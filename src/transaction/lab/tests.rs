@@ -15,7 +15,7 @@ pub(super) fn setting(name: &str, absent: u64) -> u64 {
 
 /// Tries a script on a runtime of its own, whose time is the script's.
 fn try_script(
-    seed: u64,
+    script: &Script,
     samples: Samples,
     forgotten: Option<Forgotten>,
 ) -> (Figures, Result<(), String>) {
@@ -28,18 +28,18 @@ fn try_script(
     let mut oracle = Oracle {
         place: &place,
         samples,
-        random: fastrand::Rng::with_seed(seed),
+        random: fastrand::Rng::with_seed(script.seed),
         figures: Figures::default(),
         forgotten,
     };
-    let result = runtime.block_on(oracle.try_script(&Script::random(seed)));
+    let result = runtime.block_on(oracle.try_script(script));
     (oracle.figures, result)
 }
 
-#[test]
-fn power_cuts_leave_transactions_over_several_disks_done_or_not_done() {
+/// Tries scripts, a few if nothing else is said.
+fn try_scripts(few: u64, script: fn(u64) -> Script) {
     let _alone = without_children();
-    let scripts = setting("QBLOCKD_POWER_CUTS", 6);
+    let scripts = setting("QBLOCKD_POWER_CUTS", few);
     let first = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..1_000_000_000));
     println!("QBLOCKD_CRASH_SEED={first}");
     let samples = Samples {
@@ -50,16 +50,24 @@ fn power_cuts_leave_transactions_over_several_disks_done_or_not_done() {
     };
     let mut all = Figures::default();
     for seed in first..first + scripts {
-        let (figures, result) = try_script(seed, samples, None);
+        let script = script(seed);
+        let (figures, result) = try_script(&script, samples, None);
         all.add(&figures);
         if let Err(problem) = result {
-            panic!(
-                "QBLOCKD_CRASH_SEED={seed}: {problem}\n{:?}",
-                Script::random(seed)
-            );
+            panic!("QBLOCKD_CRASH_SEED={seed}: {problem}\n{script:?}");
         }
     }
     println!("{all:?}");
+}
+
+#[test]
+fn power_cuts_leave_transactions_over_several_disks_done_or_not_done() {
+    try_scripts(5, Script::random);
+}
+
+#[test]
+fn power_cuts_leave_what_is_taken_back_not_done_while_guests_write() {
+    try_scripts(5, Script::taken_back);
 }
 
 #[test]
@@ -73,7 +81,11 @@ fn the_laboratory_finds_flushes_that_are_missing() {
     };
     for forgotten in [Forgotten::Images, Forgotten::Journals, Forgotten::Names] {
         let mut tried = 0..40;
-        let found = tried.find(|seed| try_script(*seed, samples, Some(forgotten)).1.is_err());
+        let found = tried.find(|seed| {
+            try_script(&Script::random(*seed), samples, Some(forgotten))
+                .1
+                .is_err()
+        });
         println!("{forgotten:?}: found by script {found:?}");
         assert!(found.is_some(), "{forgotten:?}");
     }

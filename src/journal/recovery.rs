@@ -117,12 +117,15 @@ fn log_report(report: &Report, path: &Path) {
             path.display()
         ),
     }
-    let detail = |detail: &Option<String>| detail.clone().unwrap_or_default();
+    let because = |detail: &Option<String>| match detail {
+        Some(detail) => format!(": {detail}"),
+        None => String::new(),
+    };
     for image in images.iter().filter(|image| !image.result.is_right()) {
-        let (path, result) = (image.path.display(), image.result);
+        let (path, result) = (image.path.display(), image.result.said());
         log::error!(
-            "transaction {uuid}: image '{path}': {result:?} {}",
-            detail(&image.detail)
+            "transaction {uuid}: image '{path}' {result}{}",
+            because(&image.detail)
         );
     }
     let text = |path: &Option<PathBuf>| match path {
@@ -147,10 +150,10 @@ fn log_report(report: &Report, path: &Path) {
         }
     }
     for file in files.iter().filter(|file| !file.result.is_right()) {
-        let (path, result) = (file.path.display(), file.result);
+        let (path, result) = (file.path.display(), file.result.said());
         log::error!(
-            "transaction {uuid}: file '{path}': {result:?} {}",
-            detail(&file.detail)
+            "transaction {uuid}: file '{path}' {result}{}",
+            because(&file.detail)
         );
     }
 }

@@ -129,6 +129,19 @@ impl ImageResult {
         }
     }
 
+    /// For a sentence about the image.
+    pub(super) fn said(self) -> &'static str {
+        match self {
+            ImageResult::Switched => "has been switched",
+            ImageResult::Unchanged => "was what it has to be",
+            ImageResult::SwitchedBack => "has been switched back",
+            ImageResult::Missing => "is not there",
+            ImageResult::Replaced => "is another file by now",
+            ImageResult::Changed => "was changed by somebody else",
+            ImageResult::Failed => "cannot be used",
+        }
+    }
+
     /// Whether another start may find it otherwise.
     fn is_worth_another_try(self) -> bool {
         matches!(self, ImageResult::Missing | ImageResult::Failed)
@@ -136,6 +149,18 @@ impl ImageResult {
 }
 
 impl FileResult {
+    /// For a sentence about the file.
+    pub(super) fn said(self) -> &'static str {
+        match self {
+            FileResult::Kept => "stays",
+            FileResult::Removed => "has been removed",
+            FileResult::Restored => "is again what it was",
+            FileResult::Unchanged => "was what it has to be",
+            FileResult::Replaced => "is not what the transaction made",
+            FileResult::Failed => "cannot be removed",
+        }
+    }
+
     /// Whether the file is as the outcome of the transaction says.
     pub fn is_right(self) -> bool {
         match self {

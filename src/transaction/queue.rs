@@ -91,8 +91,8 @@ impl Keys {
         }
     }
 
-    /// With the nodes that the names refer to at present.
-    fn with_nodes(self, graph: &Graph) -> Keys {
+    /// With the nodes that the names refer to at present. Layers that are put on each other are about what is below them all.
+    fn with_nodes(self, graph: &Graph, plan: &Plan) -> Keys {
         let Keys::These(mut keys) = self else {
             return Keys::All;
         };
@@ -100,7 +100,10 @@ impl Keys {
             Key::Name(name) => lookup::device(graph, name).ok(),
             _ => None,
         });
-        let nodes = named.flat_map(|node| [place(&node), place(&node.below_filters())]);
+        let nodes = named.flat_map(|node| {
+            let (origin, _) = plan.origin(&node);
+            [place(&node), place(&node.below_filters()), place(&origin)]
+        });
         let nodes: Vec<usize> = nodes.collect();
         keys.extend(nodes.into_iter().map(Key::Node));
         Keys::These(keys)
@@ -232,7 +235,7 @@ impl Entering<'_> {
     ) -> Resolved {
         let (mut plan, about) = (std::mem::take(self.plan), std::mem::take(&mut queue.about));
         let resolve = move |control: &mut Control| {
-            let keys = keys.with_nodes(&control.graph);
+            let keys = keys.with_nodes(&control.graph, &plan);
             if about.iter().any(|other| other.meet(&keys)) {
                 return Ok((plan, about, Resolved::Waits(action)));
             }

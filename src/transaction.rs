@@ -451,19 +451,16 @@ impl Running {
             stay.extend(action.abort(&self.with.cx).await);
         }
         let files: Vec<PathBuf> = stay.iter().map(|stays| stays.file.clone()).collect();
-        if let Some(entry) = self.with.entry.get_mut()
-            && !(files.is_empty() && self.left.is_empty())
-        {
-            let images = self.left.iter().filter_map(|disk| disk.journaled);
-            let images: Vec<usize> = images.collect();
-            if let Err(error) = limited(entry.leaves(&images, &files)).await {
-                log_wrong(entry, &error);
-            }
+        if !(files.is_empty() && self.left.is_empty()) {
+            self.note_what_is_left(&files).await;
         }
         // What guests have written is safe from the next start, too.
         self.flushes.clear();
-        self.with.remove_files(&files).await;
-        if let Some(entry) = self.with.entry.take()
+        let are_gone = self.with.remove_files(&files).await;
+        if !are_gone {
+            // The next start tries it again, and leaves alone the images, which have gone on.
+            self.note_what_is_left(&files).await;
+        } else if let Some(entry) = self.with.entry.take()
             && self.left.is_empty()
         {
             end(entry).await;
@@ -471,6 +468,20 @@ impl Running {
         let left = self.left.into_iter().map(|disk| disk.device);
         left.chain(stay.into_iter().map(|stays| stays.device))
             .collect()
+    }
+}
+
+impl Running {
+    /// Says in the journal which images are left, and that these files stay.
+    async fn note_what_is_left(&mut self, files: &[PathBuf]) {
+        let Some(entry) = self.with.entry.get_mut() else {
+            return;
+        };
+        let images = self.left.iter().filter_map(|disk| disk.journaled);
+        let images: Vec<usize> = images.collect();
+        if let Err(error) = limited(entry.leaves(&images, files)).await {
+            log_wrong(entry, &error);
+        }
     }
 }
 

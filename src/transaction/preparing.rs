@@ -217,26 +217,28 @@ impl Preparing {
     }
 
     /// The transaction has failed: files that were made go, the last one first. Nobody has them open but those of `but`, which stay.
-    pub(super) async fn remove_files(&mut self, but: &[PathBuf]) {
+    /// Answers whether there is what was there before; else the log says what is wrong.
+    pub(super) async fn remove_files(&mut self, but: &[PathBuf]) -> bool {
         let created = std::mem::take(&mut *lock(&self.created)).into_iter().rev();
         let (keep, remove): (Vec<Created>, Vec<Created>) =
             created.partition(|created| but.iter().any(|path| path == created.path()));
         self.blocking(move || {
             keep.into_iter().for_each(Created::keep);
-            Created::take_back(remove);
+            Created::take_back(remove)
         })
-        .await;
+        .await
+        .unwrap_or(false)
     }
 
     /// Does what waits for a disk where waiting does no harm.
-    async fn blocking(&self, work: impl FnOnce() + Send + 'static) {
-        let done = self.io.call(move || {
-            work();
-            Ok(())
-        });
-        if let Err(error) = done.await {
-            log::error!("files of a transaction: {error}");
-        }
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let done = self.io.call(move || Ok(work()));
+        let done = done.await;
+        done.inspect_err(|error| log::error!("files of a transaction: {error}"))
+            .ok()
     }
 }
 

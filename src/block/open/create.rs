@@ -159,8 +159,9 @@ impl Created {
         }
     }
 
-    /// Takes images back, in this order, durably.
-    pub fn take_back(created: impl IntoIterator<Item = Created>) {
+    /// Takes images back, in this order, durably. Answers whether all of them are; what is wrong is logged.
+    pub fn take_back(created: impl IntoIterator<Item = Created>) -> bool {
+        let mut are_back = true;
         // Each folder is made durable once, whatever was in it.
         let mut folders: BTreeMap<PathBuf, Names> = BTreeMap::new();
         for mut created in created {
@@ -172,18 +173,21 @@ impl Created {
                 Ok(Some(folder)) => {
                     folders.insert(folder, created.names.clone());
                 }
-                Err(error) => log::warn!(
-                    "'{}', which was to be taken back, stays: {error}",
-                    created.path.display()
-                ),
+                Err(error) => {
+                    are_back = false;
+                    let path = created.path.display();
+                    log::warn!("'{path}', which was to be taken back, stays: {error}");
+                }
             }
         }
         for (folder, names) in folders {
             if let Err(error) = names.sync_folder(&folder) {
                 let folder = folder.display();
                 log::warn!("images in '{folder}' that were taken back may come back: {error}");
+                are_back = false;
             }
         }
+        are_back
     }
 
     /// Answers the folder whose names have changed, if one has.

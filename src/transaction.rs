@@ -460,6 +460,12 @@ impl Running {
         if !are_gone {
             // The next start tries it again, and leaves alone the images, which have gone on.
             self.note_what_is_left(&files).await;
+            if let Some(entry) = self.with.entry.get_mut() {
+                let uuid = entry.uuid();
+                log::error!(
+                    "transaction {uuid}: what stays will be taken back by the next start; nobody is to use it until then"
+                );
+            }
         } else if let Some(entry) = self.with.entry.take()
             && self.left.is_empty()
         {
@@ -469,9 +475,7 @@ impl Running {
         left.chain(stay.into_iter().map(|stays| stays.device))
             .collect()
     }
-}
 
-impl Running {
     /// Says in the journal which images are left, and that these files stay.
     async fn note_what_is_left(&mut self, files: &[PathBuf]) {
         let Some(entry) = self.with.entry.get_mut() else {

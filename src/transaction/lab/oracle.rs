@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use block::crashlab::audit::Audit;
 use block::crashlab::content::{Content, Versions};
-use block::crashlab::states::{Effort, State, epochs, whole_sectors};
+use block::crashlab::states::{Effort, Epoch, State, epochs, whole_sectors};
 use block::io::IoContext;
 use block::protocols::memory::{Memory, Record};
 
@@ -173,7 +173,6 @@ impl Oracle<'_> {
     /// A process was killed; a power cut comes while the next one recovers. What the first one had not flushed is in the page cache alone
     /// until then.
     async fn try_killed(&mut self, recording: &Recording, state: &State) -> Result<(), Problem> {
-        const STATES: usize = 8;
         restore(self.place, recording, &state.disk);
         let tape = Tape::new(&self.place.images, &self.place.state, 0);
         let done = [0, 1].map(|folder| renamings(state.disk.numbered(folder)));
@@ -181,28 +180,12 @@ impl Oracle<'_> {
         recover(self.place, &tape).await?;
         let killed = recording.continued(state, &tape);
         let log = whole_sectors(&killed.base, &killed.log).map_err(text)?;
-        let mut states = Vec::new();
-        for epoch in epochs(&killed.base, &log).map_err(text)? {
-            if !epoch.ends_behind(state.completed) {
-                continue;
-            }
-            let choices = epoch.choices(Effort::default(), &mut self.random);
-            for choice in choices.iter().take(STATES) {
-                states.push(epoch.state(choice).map_err(text)?);
-            }
-        }
-        self.random.shuffle(&mut states);
-        for again in states.iter().take(STATES) {
-            self.figures.second += 1;
-            restore(self.place, &killed, &again.disk);
-            let tape = Tape::new(&self.place.images, &self.place.state, 0);
-            let tried = match recover(self.place, &tape).await {
-                Ok(_) => observe(self.place, &killed, again).map(drop),
-                Err(problem) => Err(problem),
-            };
+        let is_later = |epoch: &Epoch<'_>| epoch.ends_behind(state.completed);
+        for again in self.draw_again(&killed, &log, is_later)? {
+            let tried = self.recover_again(&killed, &again, (&killed, &again)).await;
             tried.map_err(|problem| {
                 let problem = format!("a kill, and a power cut behind it: {problem}");
-                describe(&killed, again, &problem)
+                describe(&killed, &again, &problem)
             })?;
         }
         Ok(())
@@ -215,24 +198,9 @@ impl Oracle<'_> {
         state: &State,
         second: &Recording,
     ) -> Result<(), Problem> {
-        const STATES: usize = 8;
         let log = whole_sectors(&second.base, &second.log).map_err(text)?;
-        let mut states = Vec::new();
-        for epoch in epochs(&second.base, &log).map_err(text)? {
-            let choices = epoch.choices(Effort::default(), &mut self.random);
-            for choice in choices.iter().take(STATES) {
-                states.push(epoch.state(choice).map_err(text)?);
-            }
-        }
-        self.random.shuffle(&mut states);
-        for again in states.iter().take(STATES) {
-            self.figures.second += 1;
-            restore(self.place, second, &again.disk);
-            let tape = Tape::new(&self.place.images, &self.place.state, 0);
-            let tried = match recover(self.place, &tape).await {
-                Ok(_) => observe(self.place, recording, state).map(drop),
-                Err(problem) => Err(problem),
-            };
+        for again in self.draw_again(second, &log, |_| true)? {
+            let tried = self.recover_again(second, &again, (recording, state)).await;
             let at = |problem| format!("a second crash, {}: {problem}", again.what);
             tried.map_err(at)?;
         }
@@ -240,6 +208,43 @@ impl Oracle<'_> {
         let end = states_end(second, &log)?;
         restore(self.place, second, &end);
         Ok(())
+    }
+
+    /// A few of the states that a crash in a recovery, with this log, can leave.
+    fn draw_again(
+        &mut self,
+        recovery: &Recording,
+        log: &[Record],
+        is_wanted: impl Fn(&Epoch<'_>) -> bool,
+    ) -> Result<Vec<State>, Problem> {
+        const STATES: usize = 8;
+        let mut states = Vec::new();
+        for epoch in epochs(&recovery.base, log).map_err(text)? {
+            if !is_wanted(&epoch) {
+                continue;
+            }
+            let choices = epoch.choices(Effort::default(), &mut self.random);
+            for choice in choices.iter().take(STATES) {
+                states.push(epoch.state(choice).map_err(text)?);
+            }
+        }
+        self.random.shuffle(&mut states);
+        states.truncate(STATES);
+        Ok(states)
+    }
+
+    /// Starts once more behind a crash in a recovery; what is there then has to be right for a crash at `crash`.
+    async fn recover_again(
+        &mut self,
+        recovery: &Recording,
+        again: &State,
+        crash: (&Recording, &State),
+    ) -> Result<(), Problem> {
+        self.figures.second += 1;
+        restore(self.place, recovery, &again.disk);
+        let tape = Tape::new(&self.place.images, &self.place.state, 0);
+        recover(self.place, &tape).await?;
+        observe(self.place, crash.0, crash.1).map(drop)
     }
 
     fn ask_qemu(&mut self, world: &World) -> Result<(), Problem> {

@@ -109,6 +109,7 @@ MIXES = {
     "snapshots": [[snapshot]],
     "overlays": [[overlay]],
     "backups": [[backup]],
+    "reverts": [[revert]],
     "overlays, backups": [[overlay], [backup]],
     "snapshots, backups": [[snapshot, backup]],
     "snapshots, overlays": [[snapshot], [overlay]],

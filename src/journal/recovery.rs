@@ -273,7 +273,7 @@ impl Plan {
         if self.direction == Direction::Back {
             for image in &self.staged {
                 // On a device that is what had been there before.
-                if !self.makes(&image.path) {
+                if !self.makes(&image.path) && is_as_it_was(&images, &image.path) {
                     reclaim(io, image).await;
                 }
             }
@@ -469,6 +469,13 @@ fn is_newer(switch: &ImageSwitch) -> Result<bool, Error> {
         .map_err(|error| Error::io(format!("Could not look at '{}'", path.display()), &error))?;
     // A power failure may have kept an older time. A killed process may have left the time of a switch, but not the switch.
     Ok(modified(&metadata) > switch.until)
+}
+
+/// Whether an image has the header that it is to keep. What another one does not lead to is no leak: the next start may put back the
+/// header that does.
+fn is_as_it_was(images: &[RecoveredImage], path: &Path) -> bool {
+    let mut wrong = images.iter().filter(|image| !image.result.is_right());
+    wrong.all(|image| image.path != *path)
 }
 
 /// Gives back what a change that does not happen has taken in an image. A leak does no harm, so errors are logged.

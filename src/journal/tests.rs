@@ -10,7 +10,7 @@ use block::driver::{Child, Driver as _, HeaderSwitch, NewSnapshot, Requests as _
 use block::formats::qcow2::check::check;
 use block::formats::qcow2::create::{CreateOptions, create};
 use block::formats::qcow2::{OpenOptions, Qcow2, is_marked_dirty};
-use block::io::IoContext;
+use block::io::{Deed, IoContext, Verdict, Witness};
 use block::open::{Aio, CacheMode, FileOptions, Locking, beside};
 use block::protocols::file::{File, FileAccess};
 
@@ -73,7 +73,7 @@ impl Lab {
         Journal::open(&self.path("state"), &self.io).unwrap()
     }
 
-    /// Makes an image and prepares a snapshot `new` of it.
+    /// Makes an image that has data and a snapshot `old`, and prepares a snapshot `new` of it.
     async fn stage(&self, name: &str) -> Staged {
         self.stage_as(name, Guest::Waits).await
     }
@@ -87,10 +87,12 @@ impl Lab {
             .unwrap();
         file.close().await.unwrap();
         let (image, file) = open_image(&self.io, &path).await;
-        if guest == Guest::GoesOn {
-            let data = vec![1; 4096].into();
-            image.write(0, data, Default::default()).await.unwrap();
-        }
+        let data = vec![1; 4096].into();
+        image.write(0, data, Default::default()).await.unwrap();
+        image.create(NewSnapshot::named("old")).await.unwrap();
+        image.close().await.unwrap();
+        file.close().await.unwrap();
+        let (image, file) = open_image(&self.io, &path).await;
         let mut change = image.change().await.unwrap();
         change.create(NewSnapshot::named("new")).await.unwrap();
         if guest == Guest::GoesOn {
@@ -146,7 +148,7 @@ impl Lab {
         report
     }
 
-    /// Whether an image, which must be sound and without leaks, has the snapshot.
+    /// Whether an image, which must be sound and without leaks, has the snapshot `new`, too.
     async fn has_snapshot(&self, name: &str) -> bool {
         let path = self.path(name);
         let (image, file) = open_image(&self.io, &path).await;
@@ -157,7 +159,31 @@ impl Lab {
             "{name}"
         );
         file.close().await.unwrap();
-        !list.is_empty()
+        let names: Vec<&str> = list.iter().map(|snapshot| &*snapshot.name).collect();
+        assert_eq!(names[0], "old", "{name}");
+        names.contains(&"new")
+    }
+}
+
+/// No header can be written.
+#[derive(Debug)]
+struct NoHeaders;
+
+impl Witness for NoHeaders {
+    fn begins(&self, deed: &Deed) -> (u64, Verdict) {
+        let verdict = match deed {
+            Deed::Change { offset: 1..512, .. } => {
+                Verdict::Fail(io::ErrorKind::PermissionDenied.into())
+            }
+            _ => Verdict::Do,
+        };
+        (0, verdict)
+    }
+
+    fn ends(&self, _: u64, _: &Deed) {}
+
+    fn pause(&self) -> u32 {
+        0
     }
 }
 
@@ -472,6 +498,24 @@ async fn what_is_left_of_an_abort_is_put_back_and_what_guests_have_written_stays
     assert_eq!(files, [FileResult::Removed, FileResult::Kept]);
     assert!(!lab.has_snapshot("b").await);
     assert!(lab.path("overlay").exists() && !lab.path("target").exists());
+}
+
+#[tokio::test]
+async fn an_image_that_cannot_be_put_back_keeps_what_the_next_start_puts_back() {
+    let mut lab = Lab::new();
+    let staged = lab.stage("a").await;
+    let mut entry = lab.commits(std::slice::from_ref(&staged)).await;
+    entry.revoke().await.unwrap();
+    drop(entry);
+    put(&staged, &staged.switch.after);
+    let works = std::mem::replace(&mut lab.io, IoContext::witnessed(Arc::new(NoHeaders)));
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Degraded);
+    assert_eq!(results(&report), [ImageResult::Failed]);
+    lab.io = works;
+    let report = lab.recover().await;
+    assert_eq!(results(&report), [ImageResult::SwitchedBack]);
+    assert!(!lab.has_snapshot("a").await);
 }
 
 /// An action of the kind on a disk whose image this is.

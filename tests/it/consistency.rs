@@ -19,9 +19,8 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use super::durability::setting;
 use super::guest::{Guest, Request};
-use super::harness;
+use super::harness::{self, setting};
 
 /// The disks, with images that differ in all that snapshots depend on.
 pub(crate) const DISKS: [(&str, &str); 3] = [
@@ -250,8 +249,7 @@ fn what_one_transaction_keeps_of_several_disks_shows_one_moment_of_a_guest_that_
         return;
     };
     let cuts = setting("QBLOCKD_CUTS", 100);
-    let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..1_000_000_000));
-    println!("QBLOCKD_CRASH_SEED={seed}");
+    let seed = harness::seed();
     let begin = Instant::now();
     let mut figures = round::Figures::default();
     for number in 0.. {

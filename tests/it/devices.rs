@@ -176,8 +176,7 @@ fn a_killed_transaction_leaves_a_device_as_it_was() {
     let Some(place) = Place::new() else {
         return;
     };
-    let seed = fastrand::u64(..);
-    println!("seed {seed}");
+    let seed = harness::seed();
     let mut random = fastrand::Rng::with_seed(seed);
     let mut usual = Duration::from_millis(5);
     let mut recovered = 0;

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::harness::{self, Daemon, Program};
+use super::harness::{self, Daemon, Program, setting};
 use churn::{Asked, Churn, Done, Snapshots};
 use load::{BLOCK, Clock, History, NEVER, Shared, Window, Writer, lock};
 
@@ -341,10 +341,6 @@ fn snapshot_content(folder: &Path, name: &str) -> Vec<u8> {
     std::fs::read(folder.join("snapshot.raw")).unwrap()
 }
 
-pub(crate) fn setting(name: &str, default: u64) -> u64 {
-    std::env::var(name).map_or(default, |text| text.parse().expect(name))
-}
-
 /// Geometries under load: small clusters for much metadata, the default, refcounts of both kinds of width, subclusters, and data
 /// in a file of their own.
 const IMAGES: &[&str] = &[
@@ -363,8 +359,7 @@ fn a_killed_daemon_keeps_every_flushed_write_and_every_snapshot() {
         return;
     };
     let rounds = setting("QBLOCKD_CRASH_ROUNDS", 5);
-    let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..));
-    println!("QBLOCKD_CRASH_SEED={seed}");
+    let seed = harness::seed();
     for options in IMAGES {
         let mut victim = Victim::new(options, seed);
         for _ in 0..rounds {
@@ -395,8 +390,7 @@ fn an_end_under_load_keeps_everything_and_leaks_nothing() {
     let Some(()) = harness::need(&["qemu-img"]) else {
         return;
     };
-    let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..));
-    println!("QBLOCKD_CRASH_SEED={seed}");
+    let seed = harness::seed();
     let ends = [End::Terminate, End::Quit, End::Quit, End::Terminate];
     for (options, end) in IMAGES.iter().zip(ends.into_iter().cycle()) {
         let mut victim = Victim::new(options, seed);

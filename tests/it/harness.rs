@@ -38,6 +38,18 @@ impl Program {
     }
 }
 
+/// A number of the environment.
+pub(crate) fn setting(name: &str, absent: u64) -> u64 {
+    std::env::var(name).map_or(absent, |text| text.parse().expect(name))
+}
+
+/// What random choices begin with: `QBLOCKD_CRASH_SEED`. Without one it is always the same, so that the same code does the same.
+pub(crate) fn seed() -> u64 {
+    let seed = setting("QBLOCKD_CRASH_SEED", 1);
+    println!("QBLOCKD_CRASH_SEED={seed}");
+    seed
+}
+
 /// Whether these programs are installed. If one is not, the test says so and passes.
 pub(crate) fn need(tools: &[&str]) -> Option<()> {
     let path = std::env::var_os("PATH")?;

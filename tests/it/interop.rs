@@ -291,7 +291,7 @@ fn images_of_qemu_img_are_used_here() {
     let Some(()) = harness::need(TOOLS) else {
         return;
     };
-    let seed = fastrand::u64(..);
+    let seed = harness::seed();
     for make in MAKE {
         println!("seed {seed}: {make}");
         use_image(make, &mut fastrand::Rng::with_seed(seed));
@@ -348,7 +348,7 @@ fn images_with_subclusters_go_round() {
 
 /// Three turns on an empty image: each program writes, takes a snapshot and deletes the one before it, which was another's.
 fn go_round(folder: &Path) {
-    let seed = fastrand::u64(..);
+    let seed = harness::seed();
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let mut model = Model::read(folder);
@@ -401,7 +401,7 @@ fn images_with_a_data_file_go_round() {
     let Some(()) = harness::need(TOOLS) else {
         return;
     };
-    let seed = fastrand::u64(..);
+    let seed = harness::seed();
     let mut random = fastrand::Rng::with_seed(seed);
     for options in [
         "data_file=data.raw",

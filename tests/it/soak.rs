@@ -14,9 +14,8 @@ use fastrand::Rng;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::durability::setting;
 use super::guest::{Guest, Request};
-use super::harness::{Daemon, Program, Qmp, need, tool};
+use super::harness::{self, Daemon, Program, Qmp, need, setting, tool};
 use deed::{Deed, Disk, OnDisk, World};
 
 /// Bytes of a disk at first, what it grows by, and up to where.
@@ -514,8 +513,7 @@ fn disks_live_through_everything() {
     let Some(()) = need(&["qemu-img"]) else {
         return;
     };
-    let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..1_000_000_000));
-    println!("QBLOCKD_CRASH_SEED={seed}");
+    let seed = harness::seed();
     let mut soak = Soak::new(seed);
     for _ in 0..setting("QBLOCKD_SOAK", 120) {
         soak.step();

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::until;
 use crate::durability::full::SmallDisk;
-use crate::harness::{Daemon, Program, Qmp, need, tool};
+use crate::harness::{self, Daemon, Program, Qmp, need, tool};
 
 /// A drive `d` of 16 MiB, half written, with a copy of it beside.
 fn disk(folder: &Path, arguments: &[&str]) -> (Daemon, Qmp) {
@@ -34,11 +34,7 @@ fn verbs_at_random_moments() {
     let Some(()) = need(&["qemu-img", "qemu-io"]) else {
         return;
     };
-    let seed = match std::env::var("BACKUP_SEED") {
-        Ok(seed) => seed.parse().unwrap(),
-        Err(_) => fastrand::u64(..),
-    };
-    eprintln!("BACKUP_SEED={seed}");
+    let seed = harness::seed();
     let mut rng = Rng::with_seed(seed);
     let folder = tempfile::tempdir().unwrap();
     let (daemon, mut qmp) = disk(folder.path(), &[]);

@@ -15,8 +15,7 @@ use super::super::consistency::{
     DISK_BYTES, DISKS, NUMBERS, Progress, Shown, Stopper, WRITERS, advance, answered, has_flushed,
     sent, shows_one_moment, write_numbers,
 };
-use super::super::harness::{self, Daemon, Program, Qmp, tool};
-use super::setting;
+use super::super::harness::{self, Daemon, Program, Qmp, setting, tool};
 
 /// What is known over all kills.
 struct Victim {
@@ -302,8 +301,7 @@ fn a_daemon_killed_in_transactions_leaves_each_of_them_done_or_not_done() {
         return;
     };
     let kills = setting("QBLOCKD_TRANSACTION_KILLS", 12);
-    let seed = setting("QBLOCKD_CRASH_SEED", fastrand::u64(..));
-    println!("QBLOCKD_CRASH_SEED={seed}");
+    let seed = harness::seed();
     let mut victim = Victim {
         folder: tempfile::tempdir().unwrap(),
         random: fastrand::Rng::with_seed(seed),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::client::*;
 use super::{Fixture, SIZE};
+use crate::harness;
 
 /// A stream that a good client could send.
 fn conversation(random: &mut fastrand::Rng) -> Vec<u8> {
@@ -62,9 +63,7 @@ fn resident_kilobytes() -> u64 {
 
 #[test]
 fn hostile_streams_end_and_others_are_served() {
-    let seed =
-        std::env::var("QBLOCKD_SEED").map_or(fastrand::u64(..), |seed| seed.parse().unwrap());
-    println!("QBLOCKD_SEED={seed}");
+    let seed = harness::seed();
     let mut random = fastrand::Rng::with_seed(seed);
     let mut fixture = Fixture::new();
     let before = resident_kilobytes();

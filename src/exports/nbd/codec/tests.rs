@@ -258,9 +258,7 @@ fn system_errors_become_the_protocols() {
 
 #[test]
 fn noise_and_broken_messages_decode_or_fail_but_do_nothing_else() {
-    let seed = fastrand::u64(..);
-    println!("seed {seed}");
-    let mut random = fastrand::Rng::with_seed(seed);
+    let mut random = fastrand::Rng::with_seed(1);
     let disk = counted(b"disk");
     let good: Vec<(u32, Vec<u8>)> = vec![
         (7, [&disk[..], &[0, 2, 0, 1, 0, 3]].concat()),

@@ -25,6 +25,9 @@ const TEMPORARY: &str = "x-qblockd-temporary:";
 /// What a start asks of the host, at most, but for few.
 const LONGEST_RECOVERY: u64 = 40;
 
+/// Starts that fail, one behind the other.
+const FAILING_STARTS: usize = 3;
+
 /// Figures of what was tried.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Figures {
@@ -37,6 +40,8 @@ pub(super) struct Figures {
     pub(super) taken_back: u64,
     /// Of a crash while another was recovered from.
     pub(super) second: u64,
+    /// Starts in which something has failed.
+    pub(super) failed: u64,
     /// Those that were written to, and looked at again.
     pub(super) written: u64,
     /// Those that QEMU has looked at too.
@@ -52,6 +57,7 @@ impl Figures {
         self.finished += other.finished;
         self.taken_back += other.taken_back;
         self.second += other.second;
+        self.failed += other.failed;
         self.written += other.written;
         self.by_qemu += other.by_qemu;
     }
@@ -64,6 +70,8 @@ pub(super) struct Samples {
     pub(super) second: u32,
     pub(super) written: u32,
     pub(super) qemu: u32,
+    /// Of the starts behind a crash, this many percent fail, and another one follows.
+    pub(super) failing: u8,
 }
 
 pub(super) struct Oracle<'p> {
@@ -136,9 +144,7 @@ impl Oracle<'_> {
             let _ = fs::remove_dir_all(&cellar);
             fs::create_dir(&cellar).unwrap();
             tape.start(&cellar);
-            if self.random.bool() {
-                self.recover_and_fail(&tape).await;
-            }
+            self.recover_and_fail(&tape).await;
         }
         for report in recover_reporting(self.place, &tape).await? {
             match report.outcome {
@@ -163,11 +169,18 @@ impl Oracle<'_> {
         Ok(())
     }
 
-    /// A start in which something fails that it asks of the host: the next one puts all right.
+    /// Perhaps starts in which something fails that they ask of the host: the next one puts all right.
     async fn recover_and_fail(&mut self, tape: &Arc<Tape>) {
-        tape.fail(self.random.u64(..LONGEST_RECOVERY), Fault::Io);
-        let _ = recover(self.place, tape).await;
-        tape.no_fault();
+        for _ in 0..FAILING_STARTS {
+            if self.random.u8(..100) >= self.samples.failing {
+                break;
+            }
+            self.figures.failed += 1;
+            let fault = [Fault::Io, Fault::NoSpace][self.random.usize(..2)];
+            tape.fail(self.random.u64(..LONGEST_RECOVERY), fault);
+            let _ = recover(self.place, tape).await;
+            tape.no_fault();
+        }
     }
 
     /// A process was killed; a power cut comes while the next one recovers. What the first one had not flushed is in the page cache alone
@@ -177,6 +190,7 @@ impl Oracle<'_> {
         let tape = Tape::new(&self.place.images, &self.place.state, 0);
         let done = [0, 1].map(|folder| renamings(state.disk.numbered(folder)));
         tape.go_on(recording, done);
+        self.recover_and_fail(&tape).await;
         recover(self.place, &tape).await?;
         let killed = recording.continued(state, &tape);
         let log = whole_sectors(&killed.base, &killed.log).map_err(text)?;
@@ -243,6 +257,7 @@ impl Oracle<'_> {
         self.figures.second += 1;
         restore(self.place, recovery, &again.disk);
         let tape = Tape::new(&self.place.images, &self.place.state, 0);
+        self.recover_and_fail(&tape).await;
         recover(self.place, &tape).await?;
         observe(self.place, crash.0, crash.1).map(drop)
     }

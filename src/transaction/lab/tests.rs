@@ -1,7 +1,8 @@
 //! The suite's part of the laboratory.
 //!
-//! `QBLOCKD_POWER_CUTS` is how many scripts are tried (few if absent), `QBLOCKD_CRASH_SEED` the seed of the
-//! first: the same one if absent, so that what the suite says depends on the code alone.
+//! `QBLOCKD_POWER_CUTS` is how many scripts are tried (few if absent), `QBLOCKD_CRASH_SEED` the seed of the first: the same one if
+//! absent, so that what the suite says depends on the code alone. `QBLOCKD_CRASH_DENSITY` is how many times as many states of
+//! each are tried, with second crashes and starts that fail among them.
 
 use super::oracle::{Figures, Oracle, Samples};
 use super::run::Place;
@@ -37,18 +38,26 @@ fn try_script(
     (oracle.figures, result)
 }
 
+impl Samples {
+    /// What the suite tries, for 1; more of it, for more.
+    fn of_density(density: u32) -> Samples {
+        Samples {
+            per_epoch: 8 * density as usize,
+            second: (12 / density).max(1),
+            written: (12 / density).max(1),
+            qemu: 60,
+            failing: (25 * density).min(75) as u8,
+        }
+    }
+}
+
 /// Tries scripts, a few if nothing else is said.
 fn try_scripts(few: u64, script: fn(u64) -> Script) {
     let _alone = without_children();
     let scripts = setting("QBLOCKD_POWER_CUTS", few);
     let first = setting("QBLOCKD_CRASH_SEED", 1);
     println!("QBLOCKD_CRASH_SEED={first}");
-    let samples = Samples {
-        per_epoch: 8,
-        second: 12,
-        written: 12,
-        qemu: 60,
-    };
+    let samples = Samples::of_density(setting("QBLOCKD_CRASH_DENSITY", 1) as u32);
     let mut all = Figures::default();
     for seed in first..first + scripts {
         let script = script(seed);
@@ -79,6 +88,7 @@ fn the_laboratory_finds_flushes_that_are_missing() {
         second: 0,
         written: 0,
         qemu: 0,
+        failing: 0,
     };
     for forgotten in [Forgotten::Images, Forgotten::Journals, Forgotten::Names] {
         let mut tried = 0..40;

@@ -68,6 +68,7 @@ fn event(report: &Report) -> XTransactionRecovered {
             FileResult::Restored => types::RecoveredFileResult::Restored,
             FileResult::Unchanged => types::RecoveredFileResult::Unchanged,
             FileResult::Replaced => types::RecoveredFileResult::Replaced,
+            FileResult::Changed => types::RecoveredFileResult::Changed,
             FileResult::Failed => types::RecoveredFileResult::Failed,
         },
         desc: file.detail.clone(),

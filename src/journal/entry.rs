@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::driver::HeaderSwitch;
@@ -11,7 +12,8 @@ use block::open::Overwritten;
 use tokio::sync::Mutex;
 
 use super::record::{
-    Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage, VERSION, modified,
+    Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage, VERSION,
+    last_change, modified,
 };
 use super::{Journal, SUFFIX};
 use crate::limits;
@@ -35,6 +37,8 @@ pub struct Entry {
     /// Up to where records of several at once are durable. Held while that is done, for all who wait for it.
     durable: Mutex<io::Result<u64>>,
     staged: Vec<StagedImage>,
+    /// The files that were made.
+    made: std::sync::Mutex<Vec<PathBuf>>,
     /// A commit may be there.
     is_committed: bool,
 }
@@ -69,6 +73,7 @@ impl Journal {
             at: Mutex::default(),
             durable: Mutex::new(Ok(0)),
             staged: Vec::new(),
+            made: std::sync::Mutex::default(),
             is_committed: false,
         };
         let time = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -141,6 +146,9 @@ impl Entry {
     /// Says which file was made there.
     pub async fn created(&self, path: PathBuf) -> io::Result<()> {
         let at = path.clone();
+        let made = self.made.lock();
+        made.unwrap_or_else(PoisonError::into_inner)
+            .push(path.clone());
         let file = self.io.call(move || Ok(Identity::of(&fs::metadata(at)?)));
         let file = file.await?;
         let created = Record::Created { path, file };
@@ -228,9 +236,13 @@ impl Entry {
     /// removed, which says the same of them, and leaves the images to the user.
     pub async fn leaves(&mut self, images: &[usize], files: &[PathBuf]) -> io::Result<()> {
         let staged = images.iter().filter_map(|place| self.staged.get(*place));
+        let made = self.made.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let goes = |path: &PathBuf| !files.contains(path);
+        let gone: Vec<PathBuf> = made.iter().filter(|path| goes(path)).cloned().collect();
         let leaves = Record::Leaves {
             images: staged.map(|image| image.path.clone()).collect(),
             files: files.to_vec(),
+            time: Some(self.io.call(move || Ok(last_change(&gone))).await?),
         };
         match self.append(leaves, Durable::Yes).await {
             Err(error) if !files.is_empty() => self.vanish(&error).await,

@@ -1,8 +1,9 @@
 //! The lines of a journal.
 
-use std::fs::Metadata;
+use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use block::io::FileIdentity;
 use block::open::Overwritten;
@@ -33,11 +34,24 @@ impl Identity {
     }
 }
 
-/// When a file was changed last: seconds since 1970, and nanoseconds. `None` for a device, which does not tell.
-pub(super) fn modified(metadata: &Metadata) -> Option<(i64, i64)> {
+/// Seconds since 1970, and nanoseconds.
+pub(super) type Time = (i64, i64);
+
+/// When a file was changed last. `None` for a device, which does not tell.
+pub(super) fn modified(metadata: &Metadata) -> Option<Time> {
     metadata
         .is_file()
         .then(|| (metadata.mtime(), metadata.mtime_nsec()))
+}
+
+/// A time that files of these paths were not changed behind: now, or later where their clock is ahead of ours.
+pub(super) fn last_change(paths: &[PathBuf]) -> Time {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    let since = since.unwrap_or_default();
+    let now = (since.as_secs() as i64, i64::from(since.subsec_nanos()));
+    let files = paths.iter().filter_map(|path| fs::metadata(path).ok());
+    let times = files.filter_map(|metadata| modified(&metadata));
+    times.fold(now, Time::max)
 }
 
 /// An image that a transaction will change.
@@ -58,7 +72,7 @@ pub struct ImageSwitch {
     pub image: StagedImage,
     /// When its file is changed by this transaction for the last time. What is changed later is changed by somebody else. `None` for
     /// a device, which does not tell.
-    pub until: Option<(i64, i64)>,
+    pub until: Option<Time>,
     /// Its first sector as it is.
     #[serde(with = "hex")]
     pub before: Vec<u8>,
@@ -198,15 +212,23 @@ pub(super) enum Record {
     Commit { switches: Vec<ImageSwitch> },
     /// From here on nothing is.
     Abort,
-    /// All has been taken back but these images. These files stay.
+    /// All has been taken back but these images. These files stay. The others go, unless they were written to after this time:
+    /// somebody uses them.
     Leaves {
         images: Vec<PathBuf>,
         files: Vec<PathBuf>,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        time: Option<Time>,
     },
     /// Nothing is left to do.
     Done,
-    /// A start has done what was to be done.
-    Recovered { report: Report },
+    /// A start has done what was to be done. What it has failed to do the next one tries again, but not where somebody has written
+    /// after this time.
+    Recovered {
+        report: Report,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        time: Option<Time>,
+    },
 }
 
 /// The present form.
@@ -302,6 +324,19 @@ mod tests {
     #[test]
     fn the_crc_is_the_usual_one() {
         assert_eq!(crc32(b"123456789"), 0xcbf4_3926);
+    }
+
+    #[test]
+    fn a_record_of_an_older_daemon_has_no_time() {
+        let json = r#"{"record":"leaves","images":[],"files":["/a"]}"#;
+        let line = format!("{:08x} {json}\n", crc32(json.as_bytes()));
+        let leaves = Record::Leaves {
+            images: Vec::new(),
+            files: vec!["/a".into()],
+            time: None,
+        };
+        assert_eq!(leaves.encode(), line.as_bytes());
+        assert_eq!(Record::decode_all(line.as_bytes()).0, [leaves]);
     }
 
     #[test]

@@ -27,8 +27,8 @@ use block::protocols::file::{File, FileAccess};
 use super::Journal;
 use super::entry;
 use super::record::{
-    ActionKind, Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage,
-    modified,
+    ActionKind, Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage, Time,
+    last_change, modified,
 };
 use super::report::{
     ActionResult, FileResult, ImageResult, Outcome, RecoveredAction, RecoveredFile, RecoveredImage,
@@ -91,8 +91,12 @@ pub async fn recover(journal: &Journal, io: &IoContext) -> io::Result<Vec<Recove
 /// Puts the report behind what there is, durably.
 async fn write_down(file: &HostFile, path: &Path, report: &Report) -> io::Result<()> {
     let end = Record::decode_all(&fs::read(path)?).1;
+    let images = report.images.iter().map(|image| image.path.clone());
+    let files = report.files.iter().map(|file| file.path.clone());
+    let paths: Vec<PathBuf> = images.chain(files).collect();
     let record = Record::Recovered {
         report: report.clone(),
+        time: Some(last_change(&paths)),
     };
     file.write(end as u64, record.encode().into(), false)
         .await?;
@@ -178,6 +182,17 @@ struct Plan {
     kept: Vec<PathBuf>,
     /// What an earlier start has done.
     earlier: Option<Report>,
+    /// Whoever has written to a file that is to go, or to an image that is to go back, later than this uses it.
+    unused_until: Unused,
+}
+
+/// Times up to which nobody can have used what a failed transaction has left, as far as they are known.
+#[derive(Debug, Clone, Copy, Default)]
+struct Unused {
+    /// Files that it made.
+    files: Option<Time>,
+    /// Its images. Those that the daemon itself could not put back its guests have gone on with.
+    images: Option<Time>,
 }
 
 impl Plan {
@@ -209,6 +224,7 @@ impl Plan {
             direction: Direction::Back,
             kept: Vec::new(),
             earlier: None,
+            unused_until: Unused::default(),
         };
         for record in records {
             match record {
@@ -226,14 +242,26 @@ impl Plan {
                     plan.direction = Direction::Forward;
                 }
                 Record::Abort => plan.direction = Direction::Back,
-                Record::Leaves { images, files } => {
+                Record::Leaves {
+                    images,
+                    files,
+                    time,
+                } => {
                     plan.kept = files;
+                    plan.unused_until.files = time;
                     plan.staged.retain(|image| images.contains(&image.path));
                     let switches = &mut plan.switches;
                     switches.retain(|switch| images.contains(&switch.image.path));
                 }
                 Record::Done => return Ok(None),
-                Record::Recovered { report } => plan.earlier = Some(report),
+                Record::Recovered { report, time } => {
+                    plan.earlier = Some(report);
+                    let Unused { files, images } = plan.unused_until;
+                    plan.unused_until = Unused {
+                        files: files.or(time),
+                        images: images.or(time),
+                    };
+                }
             }
         }
         Ok(Some(plan))
@@ -255,12 +283,16 @@ impl Plan {
                 (Some(front), Direction::Back) => put_back(io, creation, front).await,
                 _ => {
                     let (creation, made) = (creation.clone(), *made);
-                    let names = io.names();
-                    io.call(move || settle_file(&names, &creation, made, direction))
-                        .await
+                    let (names, unused) = (io.names(), self.unused_until.files);
+                    io.call(move || match direction {
+                        Direction::Forward => keep_file(&names, &creation),
+                        Direction::Back => take_file_back(&names, &creation, made, unused),
+                    })
+                    .await
                 }
             };
             let (result, detail) = match done {
+                Ok(FileResult::Changed) => (FileResult::Changed, what_was_before(creation)),
                 Ok(result) => (result, None),
                 Err(error) => (FileResult::Failed, Some(error.to_string())),
             };
@@ -348,7 +380,7 @@ impl Plan {
         let goes_with_its_file = self.direction == Direction::Back && self.makes(path);
         let (result, detail) = match goes_with_its_file {
             true => (ImageResult::Unchanged, None),
-            false => switch_image(io, switch, self.direction).await,
+            false => switch_image(io, switch, self.direction, self.unused_until.images).await,
         };
         RecoveredImage {
             path: path.clone(),
@@ -398,12 +430,13 @@ async fn switch_image(
     io: &IoContext,
     switch: &ImageSwitch,
     direction: Direction,
+    unused: Option<Time>,
 ) -> (ImageResult, Option<String>) {
     let file = match open_image(io, &switch.image).await {
         Ok(file) => file,
         Err(failed) => return failed,
     };
-    let result = switch_header(&file, switch, direction).await;
+    let result = switch_header(&file, switch, direction, unused).await;
     // This makes it durable, also where it was there: a killed process may have left it in the page cache alone.
     let closed = file.close().await;
     match result.and_then(|result| closed.map(|()| result)) {
@@ -416,6 +449,7 @@ async fn switch_header(
     file: &File,
     switch: &ImageSwitch,
     direction: Direction,
+    unused: Option<Time>,
 ) -> Result<(ImageResult, Option<String>), Error> {
     let changed = |what: &str| Ok((ImageResult::Changed, Some(what.to_owned())));
     let offset = switch.image.offset;
@@ -444,9 +478,13 @@ async fn switch_header(
         return changed("Its header is neither the old nor the new one");
     }
     // Another program that writes to an image marked dirty repairs it first, and clears the mark: these are writes of our own guests.
-    let ours = is_marked_dirty(&switch.before);
-    if direction == Direction::Forward && !ours && is_newer(switch)? {
-        return changed("It was written to after the crash");
+    let ours = is_marked_dirty(is);
+    let (until, what) = match direction {
+        Direction::Forward => (switch.until, "It was written to after the crash"),
+        Direction::Back => (unused, "It was written to after it could not be put back"),
+    };
+    if !ours && is_newer(&switch.image.path, until)? {
+        return changed(what);
     }
     let write = HeaderSwitch {
         before: is.clone(),
@@ -462,13 +500,12 @@ async fn switch_header(
     Ok((result, None))
 }
 
-/// Whether somebody else has written to the file since, which the switch would mix with what it knows of.
-fn is_newer(switch: &ImageSwitch) -> Result<bool, Error> {
-    let path = &switch.image.path;
+/// Whether somebody has written to a file later than this, as far as that can be known.
+fn is_newer(path: &Path, until: Option<Time>) -> Result<bool, Error> {
     let metadata = fs::metadata(path)
         .map_err(|error| Error::io(format!("Could not look at '{}'", path.display()), &error))?;
     // A power failure may have kept an older time. A killed process may have left the time of a switch, but not the switch.
-    Ok(modified(&metadata) > switch.until)
+    Ok(until.is_some() && modified(&metadata) > until)
 }
 
 /// Whether an image has the header that it is to keep. What another one does not lead to is no leak: the next start may put back the
@@ -529,12 +566,23 @@ async fn put_back(io: &IoContext, creation: &Creation, front: &Front) -> io::Res
     })
 }
 
-/// Makes a file what it has to be, and its name durable.
-fn settle_file(
+/// A file stays: what it has replaced goes, durably.
+fn keep_file(names: &Names, creation: &Creation) -> io::Result<FileResult> {
+    if let (Some(beside), Some(former)) = (&creation.beside, creation.former)
+        && identity(beside)? == Some(former)
+    {
+        names.remove(beside)?;
+    }
+    sync_folder_of(names, &creation.path)?;
+    Ok(FileResult::Kept)
+}
+
+/// Makes a file what it was before, and its name durable. It stays as it is where somebody has written to it after `unused`.
+fn take_file_back(
     names: &Names,
     creation: &Creation,
     made: Option<Identity>,
-    direction: Direction,
+    unused: Option<Time>,
 ) -> io::Result<FileResult> {
     let Creation {
         path,
@@ -543,31 +591,27 @@ fn settle_file(
         beside,
         overwritten: _,
     } = creation;
+    let is_used = || is_newer(path, unused).map_err(io::Error::other);
     let there = identity(path)?;
     let aside = match beside {
         Some(beside) => identity(beside)?.map(|file| (beside, file)),
         None => None,
     };
-    let result = match (direction, former) {
-        (Direction::Forward, _) => {
-            // What was replaced is not needed any more.
-            if let (Some((beside, file)), Some(former)) = (aside, former)
-                && file == *former
-            {
-                names.remove(beside)?;
-            }
-            FileResult::Kept
-        }
-        (Direction::Back, None) => match there {
+    let result = match former {
+        None => match there {
             None => FileResult::Unchanged,
             Some(there) if made.is_some_and(|made| made != there) => FileResult::Replaced,
+            Some(_) if is_used()? => FileResult::Changed,
             Some(_) => {
                 names.remove(path)?;
                 FileResult::Removed
             }
         },
-        (Direction::Back, Some(former)) => match aside {
+        Some(former) => match aside {
             // It has been swapped with what was made.
+            Some((_, file)) if file == *former && there.is_some() && is_used()? => {
+                FileResult::Changed
+            }
             Some((beside, file)) if file == *former => {
                 names.rename(beside, path)?;
                 FileResult::Restored
@@ -579,18 +623,34 @@ fn settle_file(
             }
             Some(_) => FileResult::Replaced,
             None if there == Some(*former) && *was_empty => {
-                names.empty(path)?;
-                FileResult::Restored
+                // By an earlier start, perhaps, which has not made it durable.
+                let is_empty = fs::metadata(path)?.len() == 0;
+                match !is_empty && is_used()? {
+                    true => FileResult::Changed,
+                    false => {
+                        names.empty(path)?;
+                        FileResult::Restored
+                    }
+                }
             }
             // A device of which nothing is overwritten, or nothing was made yet.
             None if there == Some(*former) => FileResult::Unchanged,
             None => FileResult::Replaced,
         },
     };
-    if let Some(folder) = path.parent() {
-        names.sync_folder(folder)?;
-    }
+    sync_folder_of(names, path)?;
     Ok(result)
+}
+
+fn sync_folder_of(names: &Names, path: &Path) -> io::Result<()> {
+    path.parent()
+        .map_or(Ok(()), |folder| names.sync_folder(folder))
+}
+
+/// Where what a file has replaced is to be found, for people.
+fn what_was_before(creation: &Creation) -> Option<String> {
+    let beside = creation.beside.as_ref().filter(|_| !creation.was_empty)?;
+    Some(format!("what it has replaced is '{}'", beside.display()))
 }
 
 /// Which file is there.

@@ -113,6 +113,8 @@ pub enum FileResult {
     Unchanged,
     /// There is another file in its place, or something else on its device.
     Replaced,
+    /// Somebody has written to it since.
+    Changed,
     /// It cannot be removed.
     Failed,
 }
@@ -157,6 +159,7 @@ impl FileResult {
             FileResult::Restored => "is again what it was",
             FileResult::Unchanged => "was what it has to be",
             FileResult::Replaced => "is not what the transaction made",
+            FileResult::Changed => "was written to by somebody else, and stays",
             FileResult::Failed => "cannot be removed",
         }
     }
@@ -168,7 +171,7 @@ impl FileResult {
             | FileResult::Removed
             | FileResult::Restored
             | FileResult::Unchanged => true,
-            FileResult::Replaced | FileResult::Failed => false,
+            FileResult::Replaced | FileResult::Changed | FileResult::Failed => false,
         }
     }
 }

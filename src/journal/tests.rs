@@ -4,11 +4,11 @@ use std::fs;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use block::driver::{Child, Driver as _, HeaderSwitch, NewSnapshot, Requests as _, Snapshots as _};
 use block::formats::qcow2::check::check;
-use block::formats::qcow2::create::{CreateOptions, create};
+use block::formats::qcow2::create::{Compat, CreateOptions, create};
 use block::formats::qcow2::{OpenOptions, Qcow2, is_marked_dirty};
 use block::io::{Deed, IoContext, Verdict, Witness};
 use block::open::{Aio, CacheMode, FileOptions, Locking, beside};
@@ -79,12 +79,15 @@ impl Lab {
     }
 
     async fn stage_as(&self, name: &str, guest: Guest) -> Staged {
+        let options = CreateOptions::new(1 << 20);
+        self.stage_with(name, guest, options).await
+    }
+
+    async fn stage_with(&self, name: &str, guest: Guest, options: CreateOptions) -> Staged {
         let path = self.path(name);
         fs::write(&path, b"").unwrap();
         let file = open_file(&self.io, &path).await;
-        create(&Child::new(file.clone()), &CreateOptions::new(1 << 20))
-            .await
-            .unwrap();
+        create(&Child::new(file.clone()), &options).await.unwrap();
         file.close().await.unwrap();
         let (image, file) = open_image(&self.io, &path).await;
         let data = vec![1; 4096].into();
@@ -131,6 +134,15 @@ impl Lab {
         entry
     }
 
+    /// A start in which this fails.
+    async fn recover_refused(&mut self, refused: fn(&Deed) -> bool) -> Report {
+        let refused = IoContext::witnessed(Arc::new(Refused(refused)));
+        let works = std::mem::replace(&mut self.io, refused);
+        let report = self.recover().await;
+        self.io = works;
+        report
+    }
+
     /// A start: what it reports, and that the next one would do nothing.
     async fn recover(&self) -> Report {
         let journal = self.journal();
@@ -165,17 +177,26 @@ impl Lab {
     }
 }
 
-/// No header can be written.
+/// What it says of fails.
 #[derive(Debug)]
-struct NoHeaders;
+struct Refused(fn(&Deed) -> bool);
 
-impl Witness for NoHeaders {
+/// No header can be written.
+fn is_of_header(deed: &Deed) -> bool {
+    matches!(deed, Deed::Change { offset: 1..512, .. })
+}
+
+/// No name can be removed, or become another file's; and no file can be made empty.
+fn takes_back(deed: &Deed) -> bool {
+    let is_of_names = matches!(deed, Deed::Remove { .. } | Deed::Rename { .. });
+    is_of_names || matches!(deed, Deed::Resize { .. })
+}
+
+impl Witness for Refused {
     fn begins(&self, deed: &Deed) -> (u64, Verdict) {
-        let verdict = match deed {
-            Deed::Change { offset: 1..512, .. } => {
-                Verdict::Fail(io::ErrorKind::PermissionDenied.into())
-            }
-            _ => Verdict::Do,
+        let verdict = match (self.0)(deed) {
+            true => Verdict::Fail(io::ErrorKind::PermissionDenied.into()),
+            false => Verdict::Do,
         };
         (0, verdict)
     }
@@ -195,6 +216,17 @@ fn put(staged: &Staged, sector: &[u8]) {
 
 fn results(report: &Report) -> Vec<ImageResult> {
     report.images.iter().map(|image| image.result).collect()
+}
+
+fn file_results(report: &Report) -> Vec<FileResult> {
+    report.files.iter().map(|file| file.result).collect()
+}
+
+/// Somebody writes to a file, a while from now.
+fn is_used(path: &Path) {
+    let file = fs::OpenOptions::new().write(true).open(path);
+    let later = SystemTime::now() + Duration::from_secs(1);
+    file.unwrap().set_modified(later).unwrap();
 }
 
 #[tokio::test]
@@ -493,9 +525,10 @@ async fn what_is_left_of_an_abort_is_put_back_and_what_guests_have_written_stays
     let report = lab.recover().await;
     assert_eq!(report.outcome, Outcome::Removed);
     assert_eq!(results(&report), [ImageResult::SwitchedBack]);
-    let files = report.files.iter().map(|file| file.result);
-    let files: Vec<FileResult> = files.collect();
-    assert_eq!(files, [FileResult::Removed, FileResult::Kept]);
+    assert_eq!(
+        file_results(&report),
+        [FileResult::Removed, FileResult::Kept]
+    );
     assert!(!lab.has_snapshot("b").await);
     assert!(lab.path("overlay").exists() && !lab.path("target").exists());
 }
@@ -508,14 +541,105 @@ async fn an_image_that_cannot_be_put_back_keeps_what_the_next_start_puts_back() 
     entry.revoke().await.unwrap();
     drop(entry);
     put(&staged, &staged.switch.after);
-    let works = std::mem::replace(&mut lab.io, IoContext::witnessed(Arc::new(NoHeaders)));
-    let report = lab.recover().await;
+    let report = lab.recover_refused(is_of_header).await;
     assert_eq!(report.outcome, Outcome::Degraded);
     assert_eq!(results(&report), [ImageResult::Failed]);
-    lab.io = works;
     let report = lab.recover().await;
     assert_eq!(results(&report), [ImageResult::SwitchedBack]);
     assert!(!lab.has_snapshot("a").await);
+}
+
+/// Files that a failed transaction could not take back, for two reasons: the daemon says so, or the first start does.
+#[tokio::test]
+async fn what_has_been_left_and_used_since_is_nobodys_to_take_back() {
+    use FileResult::{Changed, Failed, Removed, Restored};
+    let names = ["fresh", "full", "empty"];
+    for leaves in [true, false] {
+        for used in [true, false] {
+            let mut lab = Lab::new();
+            fs::write(lab.path("empty"), b"").unwrap();
+            fs::write(lab.path("full"), b"old").unwrap();
+            let mut entry = lab.journal().begin(Vec::new()).await.unwrap();
+            for name in names {
+                make(&mut entry, &lab.path(name), Making::Made).await;
+            }
+            if leaves {
+                entry.leaves(&[], &[]).await.unwrap();
+            }
+            drop(entry);
+            if !leaves {
+                let report = lab.recover_refused(takes_back).await;
+                assert_eq!(file_results(&report), [Failed; 3]);
+            }
+            if used {
+                names.iter().for_each(|name| is_used(&lab.path(name)));
+            }
+            let report = lab.recover().await;
+            let text = |text: &str| Some(text.as_bytes().to_vec());
+            let (expected, results, contents) = match used {
+                true => (
+                    Outcome::Degraded,
+                    [Changed; 3],
+                    [(); 3].map(|()| text("new")),
+                ),
+                false => (
+                    Outcome::Removed,
+                    [Restored, Restored, Removed],
+                    [None, text("old"), text("")],
+                ),
+            };
+            assert_eq!(report.outcome, expected, "{leaves} {used}");
+            assert_eq!(file_results(&report), results, "{leaves} {used}");
+            assert_eq!(
+                names.map(|name| fs::read(lab.path(name)).ok()),
+                contents,
+                "{leaves} {used}"
+            );
+            let entries = fs::read_dir(lab.folder.path()).unwrap();
+            let paths = entries.map(|entry| entry.unwrap().path());
+            let is_aside = |path: &PathBuf| path.to_str().unwrap().contains(".full.");
+            let aside: Vec<PathBuf> = paths.filter(is_aside).collect();
+            let says = report.files[1].detail.as_deref();
+            assert_eq!(aside.len(), usize::from(used));
+            for aside in aside {
+                assert_eq!(fs::read(&aside).unwrap(), b"old");
+                assert!(says.unwrap().contains(aside.to_str().unwrap()), "{says:?}");
+            }
+        }
+    }
+}
+
+/// An image that is not marked dirty does not say whether somebody uses it.
+#[tokio::test]
+async fn an_image_that_has_been_used_since_it_could_not_be_put_back_stays() {
+    for leaves in [true, false] {
+        let mut lab = Lab::new();
+        let options = CreateOptions {
+            compat: Compat::V0_10,
+            ..CreateOptions::new(1 << 20)
+        };
+        let staged = lab.stage_with("a", Guest::Waits, options).await;
+        assert!(!is_marked_dirty(&staged.switch.after));
+        let mut entry = lab.commits(std::slice::from_ref(&staged)).await;
+        entry.revoke().await.unwrap();
+        put(&staged, &staged.switch.after);
+        if leaves {
+            // The guests of the daemon that has left it have gone on, and it is theirs.
+            entry.leaves(&[0], &[]).await.unwrap();
+        } else {
+            lab.recover_refused(is_of_header).await;
+        }
+        drop(entry);
+        is_used(&lab.path("a"));
+        let report = lab.recover().await;
+        let (expected, header) = match leaves {
+            true => (ImageResult::SwitchedBack, &staged.switch.before),
+            false => (ImageResult::Changed, &staged.switch.after),
+        };
+        assert_eq!(results(&report), [expected]);
+        let bytes = fs::read(&staged.path).unwrap();
+        assert!(bytes.starts_with(header), "{leaves}");
+    }
 }
 
 /// An action of the kind on a disk whose image this is.

@@ -6,110 +6,69 @@ use qapi::types;
 use super::on_error;
 use crate::transaction::{BackupOptions, BackupPerf, BackupTarget, FileTarget, TargetMode};
 
+/// What both commands have, taken out of the structure of one of them; the rest of its members make the target.
+macro_rules! options {
+    ($wire:expr, $command:ident { $($own:ident),+ }, $target:expr) => {{
+        let types::$command {
+            job_id,
+            device,
+            sync,
+            speed,
+            compress,
+            on_source_error,
+            on_target_error,
+            auto_finalize,
+            auto_dismiss,
+            filter_node_name,
+            x_perf,
+            $($own),+
+        } = $wire;
+        BackupOptions {
+            device,
+            target: $target,
+            sync: sync_mode(sync),
+            job_id,
+            speed: speed.unwrap_or(0),
+            compress: compress.unwrap_or(false),
+            on_source_error: on_error(on_source_error),
+            on_target_error: on_error(on_target_error),
+            auto_finalize: auto_finalize.unwrap_or(true),
+            auto_dismiss: auto_dismiss.unwrap_or(true),
+            filter_node_name,
+            perf: x_perf.map(perf).unwrap_or_default(),
+        }
+    }};
+}
+
 /// `drive-backup`.
 pub(in crate::commands) fn drive_backup(wire: types::DriveBackup) -> BackupOptions {
-    let types::DriveBackup {
-        job_id,
-        device,
-        sync,
-        speed,
-        compress,
-        on_source_error,
-        on_target_error,
-        auto_finalize,
-        auto_dismiss,
-        filter_node_name,
-        x_perf,
-        target,
-        format,
-        mode,
-    } = wire;
-    let mode = match mode {
-        None | Some(types::NewImageMode::AbsolutePaths) => TargetMode::AbsolutePaths,
-        Some(types::NewImageMode::Existing) => TargetMode::Existing,
-    };
-    let common = types::BackupCommon {
-        job_id,
-        device,
-        sync,
-        speed,
-        compress,
-        on_source_error,
-        on_target_error,
-        auto_finalize,
-        auto_dismiss,
-        filter_node_name,
-        x_perf,
-    };
-    options(
-        common,
-        BackupTarget::File(FileTarget::new(target, format, mode)),
+    options!(
+        wire,
+        DriveBackup {
+            target,
+            format,
+            mode
+        },
+        {
+            let mode = match mode {
+                None | Some(types::NewImageMode::AbsolutePaths) => TargetMode::AbsolutePaths,
+                Some(types::NewImageMode::Existing) => TargetMode::Existing,
+            };
+            BackupTarget::File(FileTarget::new(target, format, mode))
+        }
     )
 }
 
 /// `blockdev-backup`.
 pub(in crate::commands) fn blockdev_backup(wire: types::BlockdevBackup) -> BackupOptions {
-    let types::BlockdevBackup {
-        job_id,
-        device,
-        sync,
-        speed,
-        compress,
-        on_source_error,
-        on_target_error,
-        auto_finalize,
-        auto_dismiss,
-        filter_node_name,
-        x_perf,
-        target,
-    } = wire;
-    let common = types::BackupCommon {
-        job_id,
-        device,
-        sync,
-        speed,
-        compress,
-        on_source_error,
-        on_target_error,
-        auto_finalize,
-        auto_dismiss,
-        filter_node_name,
-        x_perf,
-    };
-    options(common, BackupTarget::Node(target))
+    options!(wire, BlockdevBackup { target }, BackupTarget::Node(target))
 }
 
-fn options(common: types::BackupCommon, target: BackupTarget) -> BackupOptions {
-    let types::BackupCommon {
-        job_id,
-        device,
-        sync,
-        speed,
-        compress,
-        on_source_error,
-        on_target_error,
-        auto_finalize,
-        auto_dismiss,
-        filter_node_name,
-        x_perf,
-    } = common;
-    BackupOptions {
-        device,
-        target,
-        sync: match sync {
-            types::MirrorSyncMode::Full => SyncMode::Full,
-            types::MirrorSyncMode::Top => SyncMode::Top,
-            types::MirrorSyncMode::None => SyncMode::None,
-        },
-        job_id,
-        speed: speed.unwrap_or(0),
-        compress: compress.unwrap_or(false),
-        on_source_error: on_error(on_source_error),
-        on_target_error: on_error(on_target_error),
-        auto_finalize: auto_finalize.unwrap_or(true),
-        auto_dismiss: auto_dismiss.unwrap_or(true),
-        filter_node_name,
-        perf: x_perf.map(perf).unwrap_or_default(),
+fn sync_mode(wire: types::MirrorSyncMode) -> SyncMode {
+    match wire {
+        types::MirrorSyncMode::Full => SyncMode::Full,
+        types::MirrorSyncMode::Top => SyncMode::Top,
+        types::MirrorSyncMode::None => SyncMode::None,
     }
 }
 

@@ -23,7 +23,9 @@
 //! are transactions of one action: there is one way to do it.
 //!
 //! * `plan`: what the actions so far will leave
-//! * `queue`: which actions are prepared at the same time
+//! * `concerns`: which actions have something in common
+//! * `queue`: those that have nothing in common are prepared at the same time
+//! * `aborting`: and taken back at the same time
 //! * `preparing`: what actions prepare with
 //! * `held`: the disks that are held still, with the changes of their internal snapshots
 //! * `dry_run`: what would happen
@@ -31,7 +33,9 @@
 //! * `backup`: the actions that begin a backup
 //! * `external`: the actions that put an overlay on a disk
 
+mod aborting;
 mod backup;
+mod concerns;
 mod dry_run;
 mod external;
 mod held;
@@ -59,6 +63,8 @@ use crate::daemon::{Control, Cx, internal_error};
 use crate::jobs::Audience;
 use crate::journal::{Entry, JournaledAction};
 use crate::limits;
+use aborting::abort_all;
+use concerns::Keys;
 use held::Guests;
 use preparing::journal_error;
 use queue::OnFailure;
@@ -66,12 +72,12 @@ use queue::OnFailure;
 pub(crate) use backup::{
     BackupAction, BackupOptions, BackupPerf, BackupTarget, FileTarget, TargetMode,
 };
+pub(crate) use concerns::Concerns;
 pub(crate) use dry_run::{Preview, dry_run};
 pub(crate) use external::{ExternalSnapshot, Overlay, OverlayFile};
 pub(crate) use held::Held;
 pub(crate) use plan::{Plan, WayBack};
 pub(crate) use preparing::Preparing;
-pub(crate) use queue::Concerns;
 pub(crate) use snapshot::{Operation, SnapshotAction};
 
 /// A part of a transaction.
@@ -85,7 +91,7 @@ pub(crate) trait Action: Send {
     /// wait. After an error nothing else of the action is called.
     fn resolve(&mut self, control: &mut Control, plan: &mut Plan) -> Result<(), QmpError>;
 
-    /// What it is about. Others that are about something else are prepared at the same time.
+    /// What it is about. Others that are about something else are prepared, and taken back, at the same time.
     fn concerns(&self) -> Concerns {
         Concerns::Everything
     }
@@ -265,10 +271,19 @@ fn with_left(error: QmpError, left: &[String]) -> QmpError {
     ))
 }
 
+/// An action that is prepared, or was to be.
+struct Prepared {
+    /// Its place among all.
+    place: usize,
+    action: Box<dyn Action>,
+    /// What it is about, as it was found when it was resolved.
+    about: Keys,
+}
+
 /// A transaction under way.
 struct Running {
-    /// Those that are prepared, or were to be.
-    actions: Vec<Box<dyn Action>>,
+    /// In order.
+    actions: Vec<Prepared>,
     with: Preparing,
     /// What they will leave.
     plan: Plan,
@@ -329,7 +344,7 @@ impl Running {
 
     /// Does all that can fail, and then switches the headers of images. Guests go on as soon as they can.
     async fn stage_and_switch(&mut self, held: &mut Held) -> Result<(), QmpError> {
-        for action in &mut self.actions {
+        for Prepared { action, .. } in &mut self.actions {
             let staged = timeout(limits::TRANSACTION_STEP, guarded(action.stage(held))).await;
             staged.unwrap_or_else(|_| Err(slow()))?;
         }
@@ -386,7 +401,8 @@ impl Running {
     /// Asks the graph whether it would take all commits. Afterwards it is too late to say no.
     async fn check(&mut self, held: &mut Held) -> Result<(), QmpError> {
         self.on_the_loop(held, |control, actions, _| {
-            actions.iter().try_for_each(|action| action.check(control))
+            let mut actions = actions.iter();
+            actions.try_for_each(|Prepared { action, .. }| action.check(control))
         })
         .await
     }
@@ -395,7 +411,7 @@ impl Running {
     async fn commit(&mut self, held: &mut Held) -> Result<(), QmpError> {
         self.is_committed = true;
         self.on_the_loop(held, |control, actions, held| {
-            for action in actions {
+            for Prepared { action, .. } in actions {
                 let committed = AssertUnwindSafe(|| action.commit(control, held));
                 if catch_unwind(committed).is_err() {
                     log::error!("an action of a transaction has failed where it cannot");
@@ -410,9 +426,7 @@ impl Running {
     async fn on_the_loop(
         &mut self,
         held: &mut Held,
-        what: impl FnOnce(&mut Control, &mut [Box<dyn Action>], &Held) -> Result<(), QmpError>
-        + Send
-        + 'static,
+        what: impl FnOnce(&mut Control, &mut [Prepared], &Held) -> Result<(), QmpError> + Send + 'static,
     ) -> Result<(), QmpError> {
         let (mut actions, disks) = (std::mem::take(&mut self.actions), std::mem::take(held));
         let done = self.with.cx.commit(move |control| {
@@ -428,7 +442,7 @@ impl Running {
     /// Guests run. The headers of images stay what the journal says they are until it has ended: after a crash meanwhile, the next
     /// start finds them as it expects.
     async fn finish(mut self, headers: Vec<HeaderHeld>) -> Vec<Effect> {
-        for action in &mut self.actions {
+        for Prepared { action, .. } in &mut self.actions {
             action.start(&self.with.cx).await;
         }
         self.with.keep_files().await;
@@ -438,18 +452,17 @@ impl Running {
         drop(headers);
         let cx = &self.with.cx;
         let actions = self.actions.iter_mut();
-        let finishing: Vec<BoxFuture<'_, ()>> = actions.map(|action| action.finish(cx)).collect();
+        let finishing = actions.map(|Prepared { action, .. }| action.finish(cx));
+        let finishing: Vec<BoxFuture<'_, ()>> = finishing.collect();
         let finishing = stream::iter(finishing).buffer_unordered(limits::TRANSACTION_PREPARING);
         finishing.collect::<()>().await;
-        self.actions.iter().map(|action| action.effect()).collect()
+        let actions = self.actions.iter();
+        actions.map(|prepared| prepared.action.effect()).collect()
     }
 
     /// Takes back what was prepared. Answers the disks on which something is left.
     async fn abort(mut self) -> Vec<String> {
-        let mut stay = Vec::new();
-        for action in self.actions.iter_mut().rev() {
-            stay.extend(action.abort(&self.with.cx).await);
-        }
+        let stay = abort_all(&self.with.cx, &mut self.actions).await;
         let files: Vec<PathBuf> = stay.iter().map(|stays| stays.file.clone()).collect();
         if !(files.is_empty() && self.left.is_empty()) {
             self.note_what_is_left(&files).await;

@@ -370,6 +370,15 @@ impl BackupAction {
 
     /// Takes out what was put in, and closes it. Who uses the filter by now goes on to the source.
     async fn take_back(&mut self, cx: &Cx) {
+        // First: of many jobs that are taken back at the same time clients are told in their order.
+        if let Some(job) = self.job.take() {
+            let abandoned = cx.commit(move |control| {
+                control.jobs.abandon(job);
+                Ok(())
+            });
+            // Without an answer the daemon ends, and its jobs with it.
+            let _ = abandoned.await;
+        }
         self.claim = Claim::none();
         self.opened = None;
         if let BackupTarget::File(_) = self.options.target {
@@ -387,14 +396,6 @@ impl BackupAction {
             for removed in removed.await.unwrap_or_default() {
                 let _ = removed.close().await;
             }
-        }
-        if let Some(job) = self.job.take() {
-            let abandoned = cx.commit(move |control| {
-                control.jobs.abandon(job);
-                Ok(())
-            });
-            // Without an answer the daemon ends, and its jobs with it.
-            let _ = abandoned.await;
         }
     }
 }

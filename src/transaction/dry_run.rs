@@ -9,7 +9,7 @@ use qapi::rt::QmpError;
 
 use super::held::{Guests, Held};
 use super::queue::{Entered, OnFailure};
-use super::{Action, Completion, Effect, Running, guarded};
+use super::{Action, Completion, Effect, Prepared, Running, guarded};
 use crate::daemon::Cx;
 use crate::jobs::Audience;
 
@@ -46,7 +46,6 @@ impl Running {
         let mut errors: Vec<Option<QmpError>> = vec![None; actions.len()];
         let mut effects = vec![Effect::default(); actions.len()];
         let Entered {
-            places,
             errors: failed,
             aborted,
         } = self.prepare_all(actions, OnFailure::GoOn).await;
@@ -58,7 +57,7 @@ impl Running {
         }
         let disks = self.plan.take_disks();
         if let Ok(mut held) = Held::begin(disks, Guests::GoOn).await {
-            for (action, place) in self.actions.iter_mut().zip(&places) {
+            for Prepared { place, action, .. } in &mut self.actions {
                 held.action = *place;
                 if errors[*place].is_none() {
                     errors[*place] = guarded(action.stage(&mut held)).await.err();
@@ -69,8 +68,8 @@ impl Running {
             }
             held.roll_back().await;
         }
-        for (action, place) in self.actions.iter().zip(places) {
-            effects[place] = action.effect();
+        for Prepared { place, action, .. } in &self.actions {
+            effects[*place] = action.effect();
         }
         let previews = effects.into_iter().zip(errors);
         previews

@@ -9,43 +9,20 @@
 //! An action is resolved when all before it that have something in common with it have entered: it finds what it would find if they had
 //! been prepared one after the other, and the others are no concern of it.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
 use std::pin::pin;
 use std::task::Poll;
 
 use block::driver::BoxFuture;
-use block::graph::{Graph, place};
-use block::io::{FileIdentity, IoContext};
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use qapi::rt::QmpError;
 
-use super::preparing::final_path;
-use super::{Action, Effect, Plan, Preparing, Running, guarded};
-use crate::daemon::{Control, internal_error, lookup};
+use super::concerns::Keys;
+use super::{Action, Concerns, Effect, Plan, Prepared, Preparing, Running, guarded};
+use crate::daemon::{Control, internal_error};
 use crate::limits;
-
-/// What an action is about: it is not prepared beside another that is about the same.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Concerns {
-    /// Anything.
-    Everything,
-    /// Disks, nodes and jobs of these names, and files that are made or opened.
-    These {
-        /// As the client names them; or is going to.
-        names: Vec<String>,
-        /// Paths.
-        files: Vec<String>,
-    },
-    /// Disks of these names, and that only when it is resolved: there is nothing to prepare.
-    Resolved {
-        /// As the client names them.
-        names: Vec<String>,
-    },
-}
 
 /// What is done when an action fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,103 +36,21 @@ pub(super) enum OnFailure {
 /// What has become of the actions of a transaction.
 #[derive(Default)]
 pub(super) struct Entered {
-    /// The place among all of each that is prepared, or was to be and is to be aborted.
-    pub(super) places: Vec<usize>,
     /// (place, why), in order.
     pub(super) errors: Vec<(usize, QmpError)>,
     /// (place, what it would have done) of those that were aborted.
     pub(super) aborted: Vec<(usize, Effect)>,
 }
 
-/// Something that two actions may have in common.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-enum Key {
-    Name(String),
-    Node(usize),
-    Path(PathBuf),
-    File(FileIdentity),
-}
-
-/// The keys of an action.
-#[derive(Debug, Clone)]
-enum Keys {
-    All,
-    These(HashSet<Key>),
-}
-
-impl Keys {
-    fn meet(&self, other: &Keys) -> bool {
-        match (self, other) {
-            (Keys::These(own), Keys::These(other)) => !own.is_disjoint(other),
-            _ => true,
-        }
-    }
-
-    /// With the nodes that the names refer to at present. Layers that are put on each other are about what is below them all.
-    fn with_nodes(self, graph: &Graph, plan: &Plan) -> Keys {
-        let Keys::These(mut keys) = self else {
-            return Keys::All;
-        };
-        let named = keys.iter().filter_map(|key| match key {
-            Key::Name(name) => lookup::device(graph, name).ok(),
-            _ => None,
-        });
-        let nodes = named.flat_map(|node| {
-            let (origin, _) = plan.origin(&node);
-            [place(&node), place(&node.below_filters()), place(&origin)]
-        });
-        let nodes: Vec<usize> = nodes.collect();
-        keys.extend(nodes.into_iter().map(Key::Node));
-        Keys::These(keys)
-    }
-
-    /// All names that a file has, or will have.
-    fn of_file(io: &IoContext, filename: &str) -> io::Result<Option<[Key; 2]>> {
-        // Some file systems take so long names; a file that is made beside this one is named by the beginning of its name.
-        const BEGINNING: usize = 200;
-        let path = final_path(filename)?;
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let begin: String = name.chars().take(BEGINNING).collect();
-        let key = Key::Path(path.with_file_name(begin));
-        Ok(match std::fs::metadata(&path) {
-            Err(_) => Some([key.clone(), key]),
-            Ok(metadata) => {
-                let file = FileIdentity::of(&metadata);
-                // Who knows what else a device is.
-                let is_file = metadata.is_file() && !io.is_device(&metadata);
-                is_file.then_some([key, Key::File(file)])
-            }
-        })
-    }
-
-    fn new(io: &IoContext, concerns: &Concerns) -> Keys {
-        let (names, files) = match concerns {
-            Concerns::Everything => return Keys::All,
-            Concerns::These { names, files } => (names, &files[..]),
-            Concerns::Resolved { names } => (names, &[][..]),
-        };
-        let mut keys: HashSet<Key> = names.iter().cloned().map(Key::Name).collect();
-        for file in files {
-            match Keys::of_file(io, file) {
-                Ok(Some(found)) => keys.extend(found),
-                Ok(None) => return Keys::All,
-                // What cannot be there fails when it is prepared.
-                Err(_) => keys.extend([Key::Path(file.into())]),
-            }
-        }
-        Keys::These(keys)
-    }
-}
-
-/// An action that was prepared, or was to be, with its place among all.
-type Prepared = (usize, Box<dyn Action>, Result<(), QmpError>);
+/// An action, and whether it could be prepared.
+type Tried = (Prepared, Result<(), QmpError>);
 
 /// Actions under way.
 #[derive(Default)]
 struct Queue<'w> {
-    preparing: FuturesOrdered<BoxFuture<'w, Prepared>>,
+    preparing: FuturesOrdered<BoxFuture<'w, Tried>>,
     /// The first of those under way, as far as they are done.
-    prepared: VecDeque<Prepared>,
+    tried: VecDeque<Tried>,
     /// What each of those under way is about, in order.
     about: VecDeque<Keys>,
 }
@@ -170,7 +65,7 @@ impl<'w> Queue<'w> {
         let mut what = pin!(what);
         poll_fn(|cx| {
             while let Poll::Ready(Some(done)) = self.preparing.poll_next_unpin(cx) {
-                self.prepared.push_back(done);
+                self.tried.push_back(done);
             }
             what.as_mut().poll(cx)
         })
@@ -178,8 +73,8 @@ impl<'w> Queue<'w> {
     }
 
     /// Waits for the first of those under way. `None` if there are none.
-    async fn first(&mut self) -> Option<Prepared> {
-        let first = match self.prepared.pop_front() {
+    async fn first(&mut self) -> Option<Tried> {
+        let first = match self.tried.pop_front() {
             Some(first) => Some(first),
             None => self.preparing.next().await,
         };
@@ -187,18 +82,15 @@ impl<'w> Queue<'w> {
         first
     }
 
-    /// Prepares an action that was resolved.
-    fn prepare(
-        &mut self,
-        place: usize,
-        mut action: Box<dyn Action>,
-        keys: Keys,
-        with: &'w Preparing,
-    ) {
-        self.about.push_back(keys);
+    /// Prepares an action that was resolved. One that is not to be in the way of those behind it is aborted at once if it fails.
+    fn prepare(&mut self, mut prepared: Prepared, with: &'w Preparing, on_failure: OnFailure) {
+        self.about.push_back(prepared.about.clone());
         self.preparing.push_back(Box::pin(async move {
-            let prepared = guarded(action.prepare(with)).await;
-            (place, action, prepared)
+            let tried = guarded(prepared.action.prepare(with)).await;
+            if tried.is_err() && on_failure == OnFailure::GoOn {
+                prepared.action.abort(&with.cx).await;
+            }
+            (prepared, tried)
         }));
     }
 }
@@ -215,7 +107,7 @@ enum Resolved {
 struct Entering<'w> {
     with: &'w Preparing,
     plan: &'w mut Plan,
-    actions: &'w mut Vec<Box<dyn Action>>,
+    actions: &'w mut Vec<Prepared>,
     on_failure: OnFailure,
     entered: Entered,
 }
@@ -258,38 +150,34 @@ impl Entering<'_> {
 
     /// Waits for the first of those under way, and lets it enter. Answers whether there was one.
     async fn next(&mut self, queue: &mut Queue<'_>) -> bool {
-        let Some((place, mut action, prepared)) = queue.first().await else {
+        let Some((mut prepared, tried)) = queue.first().await else {
             return false;
         };
+        let place = prepared.place;
         // Behind one that has failed nothing enters; those before it are not concerned.
         let mut errors = self.entered.errors.iter();
         let is_behind = errors.any(|(failed, _)| *failed < place);
-        let entered = match prepared {
+        let entered = match tried {
             Ok(()) if self.on_failure == OnFailure::GoOn || !is_behind => {
-                let enter = guarded(action.enter(self.with, self.plan));
-                queue.beside(enter).await
+                let enter = guarded(prepared.action.enter(self.with, self.plan));
+                let entered = queue.beside(enter).await;
+                if entered.is_err() && self.on_failure == OnFailure::GoOn {
+                    queue.beside(prepared.action.abort(&self.with.cx)).await;
+                }
+                entered
             }
-            prepared => prepared,
+            tried => tried,
         };
-        match (entered.err(), self.on_failure) {
-            (None, _) => self.add(place, action),
-            (Some(error), OnFailure::Stop) => {
-                self.entered.errors.push((place, error));
-                self.add(place, action);
-            }
-            (Some(error), OnFailure::GoOn) => {
-                self.entered.errors.push((place, error));
-                // What it began to do is not in the way of those behind it.
-                self.entered.aborted.push((place, action.effect()));
-                queue.beside(action.abort(&self.with.cx)).await;
-            }
+        let is_aborted = entered.is_err() && self.on_failure == OnFailure::GoOn;
+        if let Err(error) = entered {
+            self.entered.errors.push((place, error));
+        }
+        match is_aborted {
+            // What it began to do is not in the way of those behind it.
+            true => self.entered.aborted.push((place, prepared.action.effect())),
+            false => self.actions.push(prepared),
         }
         true
-    }
-
-    fn add(&mut self, place: usize, action: Box<dyn Action>) {
-        self.entered.places.push(place);
-        self.actions.push(action);
     }
 }
 
@@ -336,11 +224,16 @@ impl Running {
             };
             match resolved {
                 Some(Resolved::Done(action, keys)) => {
-                    let keys = match is_over {
-                        true => Keys::These(HashSet::new()),
+                    let about = match is_over {
+                        true => Keys::none(),
                         false => keys,
                     };
-                    queue.prepare(place, action, keys, entering.with);
+                    let prepared = Prepared {
+                        place,
+                        action,
+                        about,
+                    };
+                    queue.prepare(prepared, entering.with, on_failure);
                 }
                 Some(Resolved::Failed(error)) => entering.entered.errors.push((place, error)),
                 Some(Resolved::Waits(_)) | None => {}

@@ -264,3 +264,112 @@ fn overlays_and_backups_of_one_disk_are_of_one_moment() {
         tool(folder.path(), "qemu-img check -q a.qcow2");
     }
 }
+
+/// The images in a folder, and what is in the state directory below it.
+fn files(folder: &Path) -> Vec<String> {
+    let names = |folder: &Path| {
+        let entries = fs::read_dir(folder).unwrap();
+        let names = entries.map(|entry| entry.unwrap().path().display().to_string());
+        names.collect::<Vec<String>>()
+    };
+    let mut files = names(folder);
+    files.retain(|file| file.ends_with(".qcow2"));
+    files.extend(names(&folder.join("state")));
+    files.sort_unstable();
+    files
+}
+
+#[test]
+fn what_fails_over_many_disks_leaves_nothing_on_any() {
+    let Some(()) = harness::need(&["qemu-img"]) else {
+        return;
+    };
+    let disks = setting("QBLOCKD_DISKS", 150) / 3;
+    let folder = tempfile::tempdir().unwrap();
+    let image = |name: String| folder.path().join(format!("{name}.qcow2"));
+    tool(folder.path(), "qemu-img create -q -f qcow2 d0.qcow2 1M");
+    let mut arguments = vec!["--state-dir".to_owned(), "state".to_owned()];
+    // One more has nothing done to it but what fails.
+    for disk in 0..=disks {
+        for copy in [format!("d{disk}"), format!("existing{disk}")] {
+            if !image(copy.clone()).exists() {
+                fs::copy(image("d0".to_owned()), image(copy)).unwrap();
+            }
+        }
+        arguments.push("--drive".to_owned());
+        arguments.push(format!("id=d{disk},file=d{disk}.qcow2,format=qcow2"));
+    }
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut daemon = Daemon::start_in(Program::Qblockd, folder.path(), &arguments);
+    let mut qmp = daemon.qmp();
+    let overlay = |disk: u64, folder: &str| {
+        let file = format!("{folder}overlay{disk}.qcow2");
+        let data = json!({"device": format!("d{disk}"), "snapshot-file": file});
+        json!({"type": "blockdev-snapshot-sync", "data": data})
+    };
+    let backup = |disk: u64, mode: &str| {
+        let data = json!({
+            "device": format!("d{disk}"), "target": format!("{}{disk}.qcow2", if mode == "existing" { mode } else { "new" }),
+            "sync": "full", "format": "qcow2", "mode": mode, "job-id": format!("{mode}{disk}")
+        });
+        json!({"type": "drive-backup", "data": data})
+    };
+    // One after the other on each disk, and side by side across them.
+    let of_disk = |disk| {
+        [
+            overlay(disk, ""),
+            backup(disk, "absolute-paths"),
+            backup(disk, "existing"),
+            create(&format!("d{disk}"), "inside"),
+        ]
+    };
+    let all: Vec<Value> = (0..disks).flat_map(of_disk).collect();
+    let with = |last: Value| [&all[..], &[last]].concat();
+    let (before, nodes) = (
+        files(folder.path()),
+        qmp.ok("query-named-block-nodes", json!({})),
+    );
+    for (actions, dry, why) in [
+        (
+            with(json!({"type": "abort", "data": {}})),
+            false,
+            "Abort action",
+        ),
+        (with(overlay(disks, "none/")), false, "No such file"),
+        (with(create("nobody", "s")), false, "'nobody'"),
+        (all.clone(), true, ""),
+    ] {
+        let begin = Instant::now();
+        let arguments = json!({"actions": actions, "x-dry-run": dry});
+        match dry {
+            false => {
+                let (_, desc) = qmp.error("transaction", arguments);
+                assert!(desc.contains(why), "{desc}");
+            }
+            true => {
+                let done = qmp.ok("transaction", arguments);
+                for action in done["x-actions"].as_array().unwrap() {
+                    assert_eq!(action.get("error"), None, "{action}");
+                }
+            }
+        }
+        println!(
+            "4 actions on each of {disks} disks fail for {why:?} in {:.1?}",
+            begin.elapsed()
+        );
+        assert_eq!(files(folder.path()), before);
+        assert_eq!(qmp.ok("query-named-block-nodes", json!({})), nodes);
+        assert_eq!(qmp.ok("query-jobs", json!({})), json!([]));
+    }
+    qmp.ok("transaction", json!({"actions": all}));
+    for _ in 0..2 * disks {
+        qmp.event("BLOCK_JOB_COMPLETED");
+    }
+    qmp.ok("quit", json!({}));
+    assert!(daemon.exited().success());
+    assert_eq!(names(folder.path(), "overlay0.qcow2"), ["inside"]);
+    assert_eq!(
+        files(folder.path()).len() as u64,
+        before.len() as u64 + 2 * disks
+    );
+}

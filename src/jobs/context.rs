@@ -143,6 +143,10 @@ impl JobContext {
             let Orders { pause, cancel, .. } = orders.borrow_and_update().clone();
             self.unless_forced(cancel).await;
             let Some(pause) = pause.filter(|_| cancel.is_none()) else {
+                if told.is_some() {
+                    let (offset, _) = self.shared.progress();
+                    lock(&self.shared.meter).restart(Instant::now(), offset);
+                }
                 break;
             };
             let _idle = Idle::new(&self.shared);

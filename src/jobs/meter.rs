@@ -24,6 +24,12 @@ impl Meter {
         }
     }
 
+    /// So much was done when the job went on: what comes counts from now.
+    pub(super) fn restart(&mut self, now: Instant, offset: u64) {
+        self.first = (now, offset);
+        self.later.clear();
+    }
+
     /// So much is done now.
     pub(super) fn note(&mut self, now: Instant, offset: u64) {
         let (newest, _) = self.later.back().copied().unwrap_or(self.first);
@@ -33,11 +39,11 @@ impl Meter {
         }
     }
 
-    /// What was done per second in the window.
+    /// What was done per second in the window; as long as there was not a second, what was done in all.
     pub(super) fn rate(&mut self, now: Instant, offset: u64) -> u64 {
         self.forget(now);
         let (since, was) = self.first;
-        let elapsed = now.duration_since(since).as_nanos().max(1);
+        let elapsed = now.duration_since(since).max(STEP).as_nanos();
         let done = u128::from(offset.saturating_sub(was));
         u64::try_from(done * Duration::from_secs(1).as_nanos() / elapsed).unwrap_or(u64::MAX)
     }
@@ -78,5 +84,27 @@ mod tests {
         // Nothing more: it fades.
         assert_eq!(meter.rate(at(80_000), offset), 0);
         assert!(meter.later.len() <= 6);
+    }
+
+    #[test]
+    fn the_first_moments_promise_nothing() {
+        let start = Instant::now();
+        let mut meter = Meter::new(start);
+        meter.note(start, 1000);
+        assert_eq!(meter.rate(start + Duration::from_millis(3), 1000), 1000);
+    }
+
+    #[test]
+    fn the_time_before_a_restart_does_not_count() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut meter = Meter::new(start);
+        for second in 1..=10 {
+            meter.note(at(second * 1000), second * 100);
+        }
+        meter.restart(at(60_000), 1000);
+        assert_eq!(meter.rate(at(60_000), 1000), 0);
+        meter.note(at(62_000), 1200);
+        assert_eq!(meter.rate(at(62_000), 1200), 100);
     }
 }

@@ -301,9 +301,10 @@ impl Jobs {
             let handle = self.handles.get(&key)?;
             let progress = handle.progress(job.spec.speed);
             let is_running = job.status == Status::Running;
-            let rate = match job.status.is_over() {
-                true => 0,
-                false => handle.shared.rate(),
+            // One that is held does nothing, whatever it did a moment ago.
+            let rate = match job.status {
+                Status::Running | Status::Ready => handle.shared.rate(),
+                _ => 0,
             };
             let left = progress.len.saturating_sub(progress.offset);
             let since_1970 = handle.shared.created.duration_since(UNIX_EPOCH);

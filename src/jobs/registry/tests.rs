@@ -209,7 +209,10 @@ async fn a_throttled_job_is_held_and_cancelled_at_once() {
     let info = world.jobs.list().remove(0);
     assert_eq!((info.progress.offset, info.busy), (PIECE, false));
     world.jobs.pause(key).unwrap();
-    assert!(world.until(Status::Paused).await.paused);
+    assert!(info.rate > 0);
+    let info = world.until(Status::Paused).await;
+    assert!(info.paused);
+    assert_eq!((info.rate, info.time_left), (0, None));
     world.jobs.resume(key).unwrap();
     world.until(Status::Running).await;
     world.jobs.cancel(key, Cancel::Soft).unwrap();

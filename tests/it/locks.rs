@@ -163,6 +163,28 @@ fn a_reopened_file_follows_its_users_as_it_is_told_then() {
 }
 
 #[test]
+fn the_target_of_a_job_is_not_said_to_be_its_disk() {
+    let Some(()) = need(&["qemu-img"]) else {
+        return;
+    };
+    let mut host =
+        Host::new("qemu-img create -q -f qcow2 s 1M && qemu-img create -q -f qcow2 o 1M");
+    for name in ["s", "o"] {
+        host.file(name, true);
+        let image = json!({"driver": "qcow2", "node-name": name, "file": format!("{name}-file")});
+        host.qmp.ok("blockdev-add", image);
+    }
+    let backup =
+        |device: &str| json!({"device": device, "target": "t", "sync": "none", "job-id": device});
+    host.qmp.ok("drive-backup", backup("s"));
+    let (_, error) = host.qmp.error("drive-backup", backup("o"));
+    assert_eq!(
+        error,
+        "Failed to get \"write\" lock. A backup of 's' of this daemon has the image [t] open"
+    );
+}
+
+#[test]
 fn a_file_that_another_has_taken_the_place_of_is_not_written() {
     let Some(()) = need(&["qemu-img"]) else {
         return;

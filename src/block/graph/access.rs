@@ -114,7 +114,7 @@ pub(super) fn layer(node: &Node, role: &str) -> Layer {
     match role {
         "backing" => Layer::Backing,
         "data-file" => Layer::Data,
-        "target" => Layer::Target,
+        Link::TARGET => Layer::Target,
         Link::IMAGE => Layer::Snapshot,
         _ => match node.options().as_deref().map(|options| &options.driver) {
             Some(DriverOptions::Raw(raw)) if raw.offset.is_some() || raw.size.is_some() => {
@@ -162,7 +162,7 @@ impl Graph {
 
     fn is_target(&self, node: &Arc<Node>) -> bool {
         let mut parents = self.parents(node);
-        parents.any(|(parent, link)| link.role == "target" && parent.driver().is_filter())
+        parents.any(|(parent, link)| link.role == Link::TARGET && parent.driver().is_filter())
     }
 
     /// Refuses other content for a node that a block job copies, or copies to, by way of whatever stands on it.

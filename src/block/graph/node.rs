@@ -38,7 +38,7 @@ pub struct Behaviour {
 /// A layer below a node, and what the node needs of it.
 #[derive(Debug, Clone)]
 pub struct Link {
-    /// `file`, `data-file`, `backing` or [`Link::IMAGE`].
+    /// `file`, `data-file`, `backing`, [`Link::IMAGE`] or [`Link::TARGET`].
     pub role: &'static str,
     /// Leads to the layer; the driver's `Child` is a handle on the same edge.
     pub edge: Edge,
@@ -50,6 +50,9 @@ impl Link {
     /// The role of an image below a node that shows one of its internal snapshots. Such a node does not depend on what happens
     /// to the image otherwise.
     pub const IMAGE: &'static str = "image";
+
+    /// The role of what a filter copies to.
+    pub const TARGET: &'static str = "target";
 
     /// A new edge to `node`.
     pub fn new(role: &'static str, node: &Arc<Node>, access: Access) -> Self {
@@ -63,7 +66,7 @@ impl Link {
     /// Whether the node above shows what the one below holds: what is copied to it is not what it shows, and a snapshot stays as
     /// it is.
     pub(super) fn shows(&self) -> bool {
-        !matches!(self.role, "target" | Link::IMAGE)
+        !matches!(self.role, Link::TARGET | Link::IMAGE)
     }
 
     /// What the driver above is given to send requests to.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::Opener;
 use crate::driver::{Claims, Need};
 use crate::error::{Error, ErrorKind, Result};
-use crate::graph::Node;
+use crate::graph::{Link, Node};
 use crate::io::FileIdentity;
 
 impl Opener {
@@ -48,7 +48,7 @@ impl Opener {
     }
 
     /// The name of what uses the file. `but` is what cannot have it.
-    fn owner(&self, file: FileIdentity, but: Option<&Arc<Node>>) -> Option<String> {
+    fn owner(&self, file: FileIdentity, but: Option<&Arc<Node>>) -> Option<Owner> {
         self.nearest(|node| {
             let is_held = |claims: &dyn Claims| claims.held() > Need::Nothing;
             has(node, file)
@@ -57,18 +57,24 @@ impl Opener {
         })
     }
 
-    /// The name of what is closest above a node like this; one that a user gave, if there is one.
-    fn nearest(&self, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<String> {
+    /// What is closest above a node like this; with a name that a user gave, if there is one.
+    fn nearest(&self, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<Owner> {
         if !self.directory.any(&is_it) {
             return None;
         }
         let is_given = |name: &str| !name.starts_with('#');
         let named = self.directory.all().into_iter();
         let distances = named.filter_map(|(name, node)| {
-            let distance = layers_above(&node, &is_it)?;
-            Some((!is_given(&name), distance, name))
+            let (distance, way) = layers_above(&node, &is_it)?;
+            // A filter goes by what it shows.
+            let name = match is_given(&name) {
+                true => name,
+                false => node.below_filters().name().to_owned(),
+            };
+            Some((!is_given(&name), way, distance, name))
         });
-        distances.min().map(|(_, _, name)| name)
+        let (_, way, _, name) = distances.min()?;
+        Some(Owner { name, way })
     }
 }
 
@@ -76,23 +82,52 @@ fn has(node: &Arc<Node>, file: FileIdentity) -> bool {
     node.driver().host_file() == Some(file)
 }
 
-fn owned(error: &Error, owner: &str, filename: &str) -> Error {
+/// Who has a file open.
+struct Owner {
+    /// A drive or a node.
+    name: String,
+    way: Way,
+}
+
+/// How a node comes to what is below it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Way {
+    /// It is what the node shows, or part of it.
+    Content,
+    /// What the node shows is copied there.
+    Copy,
+}
+
+fn owned(error: &Error, owner: &Owner, filename: &str) -> Error {
     // Instead of the question whether another process has it.
     let what = error.message().split(". ").next().unwrap_or_default();
-    let text = format!("{what}. '{owner}' of this daemon has the image [{filename}] open");
+    let Owner { name, way } = owner;
+    let who = match way {
+        Way::Content => format!("'{name}'"),
+        Way::Copy => format!("A backup of '{name}'"),
+    };
+    let text = format!("{what}. {who} of this daemon has the image [{filename}] open");
     Error::new(ErrorKind::InUse, text)
 }
 
-/// How many layers a node is above one like this. `None` if it is not.
-fn layers_above(node: &Arc<Node>, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<usize> {
-    let mut layer = vec![node.clone()];
+/// How many layers a node is above one like this, and how it comes there. `None` if it is not.
+fn layers_above(node: &Arc<Node>, is_it: impl Fn(&Arc<Node>) -> bool) -> Option<(usize, Way)> {
+    let mut layer = vec![(Way::Content, node.clone())];
     let mut distance = 0;
     while !layer.is_empty() {
-        if layer.iter().any(&is_it) {
-            return Some(distance);
+        let found = layer.iter().filter(|(_, node)| is_it(node));
+        if let Some(way) = found.map(|(way, _)| *way).min() {
+            return Some((distance, way));
         }
-        let below = layer.iter().flat_map(|node| node.links());
-        layer = below.map(|link| link.edge.node()).collect();
+        let below = layer.iter().flat_map(|(way, node)| {
+            let below = |link: &Link| match link.role {
+                Link::TARGET => (Way::Copy, link.edge.node()),
+                _ => (*way, link.edge.node()),
+            };
+            let links = node.links();
+            links.iter().map(below).collect::<Vec<_>>()
+        });
+        layer = below.collect();
         distance += 1;
     }
     None

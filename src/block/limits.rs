@@ -34,6 +34,9 @@ pub const MAX_OVERWRITTEN: u64 = 64 << 20;
 /// Files beside a file whose content is being replaced that killed processes may have left, before replacing it is refused.
 pub const MAX_LEFT_BESIDE: u32 = 1000;
 
+/// Links that lead to the place of a new file, one after the other. As many as Linux follows.
+pub const MAX_LINKS: usize = 40;
+
 /// The longest read that a node takes, in bytes. A read answers with memory of its own size, so this bounds
 /// what a single request can make the process allocate. Callers split what is longer.
 pub const MAX_REQUEST: u64 = 64 << 20;

@@ -102,6 +102,9 @@ impl Add<u64> for ClusterIndex {
     }
 }
 
+/// What a disk writes whole or not at all, and what the size of a disk in an image with a format is a multiple of, in bytes.
+pub const SECTOR: u64 = 512;
+
 /// `value` rounded down to a multiple of the power of two `alignment`.
 pub fn align_down(value: u64, alignment: u64) -> u64 {
     debug_assert!(alignment.is_power_of_two());

@@ -1,12 +1,13 @@
 //! Bytes of a device in a journal: mostly zeroes, and of the rest not everything again.
 
 use block::limits::MAX_OVERWRITTEN;
+use block::units;
 use serde::{Deserialize, Serialize};
 
 use super::record::hex;
 
 /// What is looked at as a whole.
-const SECTOR: usize = 512;
+const SECTOR: usize = units::SECTOR as usize;
 
 /// Bytes of which runs of zeroes are left out.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

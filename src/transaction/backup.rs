@@ -20,10 +20,9 @@ use block::filters::copy_before_write::CopyBeforeWrite;
 use block::graph::{
     Access, Behaviour, Drive, Graph, Link, Node, NodeName, OnError, Opened, User, is_well_formed,
 };
-use block::open::whole_sectors;
+use block::open::{final_path, whole_sectors};
 use qapi::rt::QmpError;
 
-use super::preparing::final_path;
 use super::{Action, Concerns, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{self, from_engine};
 use crate::daemon::{Control, Cx, internal_error};

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 
 use block::graph::{Graph, place};
 use block::io::{FileIdentity, IoContext};
+use block::open::final_path;
 
 use super::Plan;
-use super::preparing::final_path;
 use crate::daemon::lookup;
 
 /// What an action is about: it is not prepared, or taken back, beside another that is about the same.

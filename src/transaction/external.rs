@@ -17,12 +17,12 @@ use block::driver::{BackingFile, BoxFuture, Claim, Need, Preallocation, Requests
 use block::graph::{Busy, Graph, Node, NodeChange, Opened, User, write_down};
 use block::open::{
     Aio, BackingOption, CacheMode, DriverOptions, Existing, FileOptions, Locking, NewContent,
-    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, open, plain_path, whole_sectors,
+    NewImage, NodeOptions, NodeRef, Qcow2Options, RawOptions, final_path, open, plain_path,
+    whole_sectors,
 };
 use qapi::rt::QmpError;
 use tokio::time::timeout;
 
-use super::preparing::final_path;
 use super::{Action, Concerns, Effect, Held, Plan, Preparing, Stays, WayBack};
 use crate::daemon::lookup::{claim, from_engine};
 use crate::daemon::{Control, Cx, internal_error};

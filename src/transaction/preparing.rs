@@ -2,14 +2,17 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use block::driver::Requests as _;
 use block::error::Result as EngineResult;
 use block::graph::{Graph, Node};
 use block::io::{FileIdentity, IoContext};
-use block::open::{Created, Existing, NewImage, Opener, OverDevice, beside, create_image};
+use block::open::{
+    Created, Existing, NewImage, Opener, OverDevice, beside, create_image, final_path,
+};
+use block::units::SECTOR;
 use qapi::rt::QmpError;
 use tokio::sync::OnceCell;
 
@@ -258,7 +261,7 @@ fn with_images(graph: &Graph, mut actions: Vec<JournaledAction>) -> Vec<Journale
             while let Some(below) = file.link("file") {
                 file = below;
             }
-            action.image = final_path(&file.filename()).ok();
+            action.image = final_path(file.filename()).ok();
             action.image_file = file.driver().host_file().map(Identity::from);
         }
         // Only a drive becomes its overlay. A node stays what it is.
@@ -282,25 +285,8 @@ pub(super) fn journal_error(error: &io::Error) -> QmpError {
     ))
 }
 
-/// Where a new file will be, links followed.
-pub(super) fn final_path(filename: &str) -> io::Result<PathBuf> {
-    let path = Path::new(filename);
-    match std::fs::canonicalize(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            let folder = match path.parent() {
-                Some(folder) if folder != Path::new("") => folder,
-                _ => Path::new("."),
-            };
-            let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-            Ok(std::fs::canonicalize(folder)?.join(name))
-        }
-        found => found,
-    }
-}
-
 /// The file of the host that an image lies in. `None` where it lies elsewhere.
 async fn image_file(node: &Arc<Node>) -> Option<StagedImage> {
-    const SECTOR: u64 = 512;
     let mut offset = 0;
     // A filter shows the image below it.
     let mut below = node.below_filters().link("file")?;

@@ -106,7 +106,15 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         place: "src/block/crashlab",
-        modules: &["crashlab", "formats", "protocols", "driver", "io", "error"],
+        modules: &[
+            "crashlab",
+            "formats",
+            "protocols",
+            "driver",
+            "io",
+            "error",
+            "units",
+        ],
         never: &["qapi::", "block::graph"],
     },
     Layer {

@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Bytes of a sector: what a power cut leaves whole, old or new.
-pub const SECTOR: u64 = 512;
+/// What a power cut leaves whole, old or new.
+pub use crate::units::SECTOR;
 
 /// The bytes of one sector.
 pub type Sector = [u8; SECTOR as usize];

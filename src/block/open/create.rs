@@ -18,13 +18,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::io::Errno;
+
 use super::{Aio, CacheMode, FileOptions, Locking};
 use crate::driver::{BackingFile, Child, Driver, Preallocation, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::create::{CreateOptions, create};
 use crate::io::{FileIdentity, IoContext, Names};
-use crate::limits::MAX_LEFT_BESIDE;
+use crate::limits::{MAX_LEFT_BESIDE, MAX_LINKS};
 use crate::protocols::file::{File, FileAccess};
+use crate::units::SECTOR;
 
 pub use device::{OverDevice, Overwritten, PutBack};
 
@@ -51,32 +54,30 @@ pub enum NewContent {
     Qcow2(Box<CreateOptions>),
 }
 
-/// The disk of an image with a format consists of sectors of so many bytes.
-const SECTOR: u64 = 512;
-
 impl NewContent {
     /// As `of_format`, for what is in a disk of `size` bytes or lies on it: where the format has whole sectors only, the new disk is as
     /// large as those that hold all of it.
     pub fn for_disk(format: &str, size: u64, backing: BackingFile) -> Result<NewContent> {
         let size = match format {
-            "raw" => size,
+            "raw" | "file" => size,
             _ => whole_sectors(size),
         };
         Self::of_format(format, size, backing)
     }
 
-    /// A disk of `size` bytes in the format that users call `format`, with defaults for all else. Texts are QEMU's.
+    /// A disk of `size` bytes in the format that users call `format`, with defaults for all else. A file as such is one that holds
+    /// the disk's bytes. Texts are QEMU's.
     pub fn of_format(format: &str, size: u64, backing: BackingFile) -> Result<NewContent> {
         match format {
             "qcow2" => Ok(NewContent::Qcow2(Box::new(CreateOptions {
                 backing,
                 ..CreateOptions::new(size)
             }))),
-            "raw" if backing.name.is_some() => Err(Error::new(
+            "raw" | "file" if backing.name.is_some() => Err(Error::new(
                 ErrorKind::InvalidInput,
-                "Backing file not supported for file format 'raw'",
+                format!("Backing file not supported for file format '{format}'"),
             )),
-            "raw" => Ok(NewContent::Raw {
+            "raw" | "file" => Ok(NewContent::Raw {
                 size,
                 preallocation: Preallocation::Off,
             }),
@@ -300,7 +301,14 @@ enum Place {
 
 impl Place {
     fn find(names: &Names, path: PathBuf, existing: Existing) -> io::Result<Place> {
-        match names.make(&path) {
+        let made = match names.make(&path) {
+            // A link that leads to nothing yet.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists && !path.try_exists()? => {
+                names.make(&final_path(&path)?)
+            }
+            made => made,
+        };
+        match made {
             Ok(made) => {
                 let undo = Some(Undo::Remove(FileIdentity::of(&made)));
                 let path = fs::canonicalize(path)?;
@@ -316,13 +324,41 @@ impl Place {
         }
         let path = fs::canonicalize(path)?;
         let metadata = fs::metadata(&path)?;
-        Ok(match metadata.is_file() {
-            true if metadata.len() > 0 => Place::Occupied(path),
-            true => Place::Formattable(path, Some(Undo::Empty(FileIdentity::of(&metadata)))),
+        match metadata.is_file() {
+            true if metadata.len() > 0 => Ok(Place::Occupied(path)),
+            true => {
+                let undo = Undo::Empty(FileIdentity::of(&metadata));
+                Ok(Place::Formattable(path, Some(undo)))
+            }
+            false if metadata.is_dir() => Err(Errno::ISDIR.into()),
             // A device, or what is no place for an image, as opening it will say.
-            false => Place::Formattable(path, None),
-        })
+            false => Ok(Place::Formattable(path, None)),
+        }
     }
+}
+
+/// Where a file is, or will be when it is made: links have been followed, the last one also if it leads to nothing.
+pub fn final_path(path: impl AsRef<Path>) -> io::Result<PathBuf> {
+    let mut path = path.as_ref().to_owned();
+    for _ in 0..MAX_LINKS {
+        match fs::canonicalize(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Links in a circle, too.
+            found => return found,
+        }
+        let folder = match path.parent() {
+            Some(folder) if folder != Path::new("") => folder,
+            _ => Path::new("."),
+        };
+        let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let folder = fs::canonicalize(folder)?;
+        match fs::read_link(folder.join(name)) {
+            Ok(target) => path = folder.join(target),
+            Err(_) => return Ok(folder.join(name)),
+        }
+    }
+    // Somebody changes them meanwhile.
+    Err(Errno::LOOP.into())
 }
 
 /// Where the new content of an existing file is made, and the former one kept until it is not needed; `path` without links. The

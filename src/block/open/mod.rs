@@ -40,7 +40,7 @@ use crate::protocols::null::Null;
 pub use backing::{backing_path, plain_path};
 pub use create::{
     Created, Existing, NewContent, NewImage, OverDevice, Overwritten, PutBack, beside,
-    create_image, whole_sectors,
+    create_image, final_path, whole_sectors,
 };
 pub use options::{
     Aio, BackingOption, CacheMode, DetectZeroes, DiscardMode, DriverOptions, FileOptions, Locking,

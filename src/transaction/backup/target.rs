@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use block::copy::{SyncMode, TargetContent};
 use block::driver::{BackingFile, Requests};
+use block::error::Error;
 use block::graph::{Node, Opened};
 use block::io::FileIdentity;
 use block::open::{
@@ -15,6 +16,9 @@ use qapi::rt::QmpError;
 
 use super::{Preparing, same};
 use crate::daemon::lookup::from_engine;
+
+/// The format of a target that is a device, without a node for a format on it.
+const HOST_DEVICE: &str = "host_device";
 
 /// What becomes of what is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +87,7 @@ impl FileTarget {
         self.check_other_file(with, &disk).await?;
         let format = self.format_like(&disk);
         let (mut content, mut is_new) = (TargetContent::Unknown, false);
-        if self.mode == TargetMode::AbsolutePaths {
+        if self.makes_image() {
             let format = format.as_deref().unwrap_or("raw");
             let image = self.image((format, source.size()), backing.as_ref())?;
             let made = with.create_image(&image, Existing::Replace).await?;
@@ -96,10 +100,28 @@ impl FileTarget {
         let opener = with.opener().await?;
         let options = self.options(format.as_deref(), backing.as_ref(), sync)?;
         Ok(OpenedTarget {
-            nodes: open(&opener, &options).await.map_err(from_engine)?,
+            nodes: open(&opener, &options)
+                .await
+                .map_err(|error| self.not_opened(error))?,
             content,
             is_new,
         })
+    }
+
+    /// Whether there will be a new image. A device is there or is not.
+    fn makes_image(&self) -> bool {
+        self.mode == TargetMode::AbsolutePaths && self.format.as_deref() != Some(HOST_DEVICE)
+    }
+
+    fn not_opened(&self, error: Error) -> QmpError {
+        let error = match self.mode {
+            TargetMode::AbsolutePaths if !self.makes_image() => error.context(format!(
+                "Protocol driver '{HOST_DEVICE}' does not support creating new images, so an existing image must be selected \
+                 as the target; however, opening the given target as an existing image failed"
+            )),
+            _ => error,
+        };
+        from_engine(error)
     }
 
     /// Refuses the file that the disk itself lies in, by whatever name.
@@ -157,14 +179,17 @@ impl FileTarget {
         backing: Option<&Arc<Node>>,
         sync: SyncMode,
     ) -> Result<NodeOptions, QmpError> {
-        let file = NodeOptions::new(DriverOptions::File(FileOptions {
+        let place = FileOptions {
             filename: self.filename.clone(),
             aio: Aio::default(),
             locking: Locking::Auto,
-        }));
+        };
+        let file = NodeOptions::new(DriverOptions::File(place.clone()));
         let file = NodeRef::Inline(Arc::new(file));
         let driver = match format {
             None => DriverOptions::Probed(file),
+            Some("file") => DriverOptions::File(place),
+            Some(HOST_DEVICE) => DriverOptions::HostDevice(place),
             Some("raw") => DriverOptions::Raw(RawOptions {
                 file,
                 offset: None,

@@ -23,10 +23,7 @@ use crate::driver::{Child, Preallocation, WriteFlags, ZeroFlags};
 use crate::error::{Error, ErrorKind, Result};
 use crate::io::{Data, Segment};
 use crate::limits;
-use crate::units::{ClusterIndex, HostOffset};
-
-/// The size of a disk is a multiple of this.
-const SECTOR: u64 = 512;
+use crate::units::{ClusterIndex, HostOffset, SECTOR};
 
 /// How much metadata is written at once, in bytes.
 const PIECE: u64 = 4 << 20;

@@ -15,9 +15,7 @@ use crate::io::{FileIdentity, IoContext, Names};
 use crate::limits::MAX_OVERWRITTEN;
 use crate::protocols::file::File;
 use crate::protocols::memory::Memory;
-
-/// A crash leaves each of these as it was, or as it was to be.
-const SECTOR: usize = 512;
+use crate::units::SECTOR;
 
 /// The front of a device, as it was and as the image makes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,8 +47,10 @@ impl Overwritten {
         if is == self.before {
             return Ok(PutBack::WasThere);
         }
-        let sectors = is.chunks(SECTOR).zip(self.before.chunks(SECTOR));
-        let mut sectors = sectors.zip(self.after.chunks(SECTOR));
+        // A crash leaves each of these as it was, or as it was to be.
+        let sector = SECTOR as usize;
+        let sectors = is.chunks(sector).zip(self.before.chunks(sector));
+        let mut sectors = sectors.zip(self.after.chunks(sector));
         let is_ours = |((is, before), after): ((&[u8], &[u8]), &[u8])| {
             is == before || is == after || is.iter().all(|byte| *byte == 0)
         };

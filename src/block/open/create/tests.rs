@@ -77,6 +77,50 @@ async fn what_is_kept_is_all_that_is_left() {
 }
 
 #[tokio::test]
+async fn links_lead_to_where_the_image_is_made() {
+    use std::os::unix::fs::symlink;
+    for existing in [Existing::Keep, Existing::Replace] {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir(at("b")).unwrap();
+        symlink("b/second", at("first")).unwrap();
+        symlink("../made", at("b/second")).unwrap();
+        let image = image(&at("first"), qcow2());
+        let io = IoContext::new();
+        let made = || create_image(&io, &image, existing);
+        let created = made().await.unwrap();
+        let path = fs::canonicalize(folder.path()).unwrap().join("made");
+        assert_eq!(created.path(), path);
+        assert!(created.is_new());
+        // Not kept, it is gone, and the links are as they were.
+        drop(created);
+        assert!(!path.exists());
+        made().await.unwrap().keep();
+        assert!(path.is_file());
+        assert!(at("first").is_symlink() && at("b/second").is_symlink());
+        assert_eq!(final_path(at("first")).unwrap(), path);
+    }
+}
+
+#[test]
+fn a_place_is_where_links_end() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().unwrap();
+    let root = fs::canonicalize(folder.path()).unwrap();
+    let at = |name: &str| root.join(name);
+    assert_eq!(final_path(at("new")).unwrap(), at("new"));
+    symlink(at("new"), at("link")).unwrap();
+    symlink("missing/new", at("nowhere")).unwrap();
+    symlink("circle", at("circle")).unwrap();
+    assert_eq!(final_path(at("link")).unwrap(), at("new"));
+    fs::write(at("new"), "").unwrap();
+    assert_eq!(final_path(at("link")).unwrap(), at("new"));
+    let kind = |name: &str| final_path(at(name)).unwrap_err().kind();
+    assert_eq!(kind("nowhere"), io::ErrorKind::NotFound);
+    assert!(final_path(at("circle")).is_err());
+}
+
+#[tokio::test]
 async fn errors_change_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.img");
@@ -104,7 +148,8 @@ async fn errors_change_nothing() {
             elsewhere.display()
         )
     );
-    assert!(make(folder.path(), qcow2()).await.is_err());
+    let text = message(make(folder.path(), qcow2()).await);
+    assert!(text.ends_with("Is a directory"), "{text}");
     let content = b"content".to_vec();
     assert_eq!(files(folder.path()), [("a.img".to_owned(), content)]);
 }

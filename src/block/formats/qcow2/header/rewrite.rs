@@ -16,9 +16,10 @@ use std::ops::Range;
 
 use super::{EXT_FEATURE_NAMES, Header, unsupported};
 use crate::error::Result;
+use crate::units;
 
-/// What a disk writes whole or not at all, in bytes.
-pub(crate) const SECTOR: usize = 512;
+/// The beginning of the header, which is written whole or not at all.
+pub(crate) const SECTOR: usize = units::SECTOR as usize;
 
 /// One write of the first sector, with what comes before it.
 #[derive(Debug)]

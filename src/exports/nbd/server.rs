@@ -174,13 +174,32 @@ struct Shared {
 struct HalfOpen {
     next: u64,
     connections: VecDeque<(u64, AbortHandle)>,
+    /// That there are too many has been said.
+    is_crowd: bool,
 }
 
 impl HalfOpen {
     /// Whether it was there.
     fn remove(&mut self, id: u64) -> bool {
         let at = self.connections.iter().position(|(each, _)| *each == id);
-        at.is_some_and(|at| self.connections.remove(at).is_some())
+        let was_there = at.is_some_and(|at| self.connections.remove(at).is_some());
+        self.is_crowd &= self.connections.len() > limits::NBD_MAX_HALF_OPEN / 2;
+        was_there
+    }
+
+    /// Adds one. Whoever opens connections without using them pushes out their own first.
+    fn push(&mut self, task: AbortHandle) {
+        self.connections.push_back((self.next, task));
+        self.next += 1;
+        if self.connections.len() > limits::NBD_MAX_HALF_OPEN
+            && let Some((_, oldest)) = self.connections.pop_front()
+        {
+            // One line for all of them, however many come.
+            if !std::mem::replace(&mut self.is_crowd, true) {
+                log::warn!("NBD: too many connections in their handshake, dropping the oldest");
+            }
+            oldest.abort();
+        }
     }
 }
 
@@ -262,16 +281,7 @@ impl Acceptor {
                 self.connections.spawn_on(new.run(socket), &thread)
             }
         };
-        let id = half_open.next;
-        half_open.next += 1;
-        half_open.connections.push_back((id, task));
-        // Whoever opens connections without using them pushes out their own first.
-        if half_open.connections.len() > limits::NBD_MAX_HALF_OPEN
-            && let Some((_, oldest)) = half_open.connections.pop_front()
-        {
-            log::warn!("NBD: too many connections in their handshake, dropping the oldest");
-            oldest.abort();
-        }
+        half_open.push(task);
         Ok(())
     }
 }
@@ -354,5 +364,29 @@ where
             .await
             .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
         None => handshake.await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_crowd_pushes_out_its_oldest_and_is_told_of_once() {
+        let mut half_open = HalfOpen::default();
+        let most = limits::NBD_MAX_HALF_OPEN;
+        for count in 1..=3 * most {
+            half_open.push(tokio::spawn(std::future::pending::<()>()).abort_handle());
+            assert_eq!(half_open.connections.len(), count.min(most));
+            assert_eq!(half_open.is_crowd, count > most);
+        }
+        let oldest = 2 * most as u64;
+        assert!(!half_open.remove(oldest - 1));
+        for id in oldest..3 * most as u64 {
+            assert!(half_open.is_crowd || half_open.connections.len() <= most / 2);
+            assert!(half_open.remove(id));
+        }
+        // Another one is news.
+        assert!(!half_open.is_crowd);
     }
 }

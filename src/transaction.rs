@@ -57,6 +57,7 @@ use block::io::RunToEnd;
 use futures_util::FutureExt;
 use futures_util::stream::{self, StreamExt as _};
 use qapi::rt::QmpError;
+use tokio::task::unconstrained;
 use tokio::time::timeout;
 
 use crate::daemon::{Control, Cx, internal_error};
@@ -342,8 +343,8 @@ impl Running {
         }
     }
 
-    /// Does all that can fail, and then switches the headers of images. Guests go on as soon as they can.
-    async fn stage_and_switch(&mut self, held: &mut Held) -> Result<(), QmpError> {
+    /// Does what the actions need guests to stand still for. Those go on where they need not wait for the switch.
+    async fn stage(&mut self, held: &mut Held) -> Result<(), QmpError> {
         for Prepared { action, .. } in &mut self.actions {
             let staged = timeout(limits::TRANSACTION_STEP, guarded(action.stage(held))).await;
             staged.unwrap_or_else(|_| Err(slow()))?;
@@ -357,6 +358,13 @@ impl Running {
             }
             held.let_go().await?;
         }
+        Ok(())
+    }
+
+    /// Does all that can fail, and then switches the headers of images. Guests go on as soon as they can.
+    async fn stage_and_switch(&mut self, held: &mut Held) -> Result<(), QmpError> {
+        // No turns are taken with other tasks of the thread: guests wait.
+        unconstrained(self.stage(held)).await?;
         held.prepare().await?;
         held.mark("write");
         if !self.is_committed {

@@ -15,8 +15,8 @@ use crate::io::{Data, FileIdentity, HostRange};
 
 pub(crate) use snapshots::complete;
 pub use snapshots::{
-    HeaderHeld, HeaderSwitch, NewSnapshot, SnapshotChange, SnapshotInfo, SnapshotSelector,
-    SnapshotSource, Snapshots,
+    GoOn, HeaderHeld, HeaderSwitch, NewSnapshot, RequestsHeld, SnapshotChange, SnapshotInfo,
+    SnapshotSelector, SnapshotSource, Snapshots,
 };
 
 mod snapshots;

@@ -99,7 +99,7 @@ impl Lab {
         let mut change = image.change().await.unwrap();
         change.create(NewSnapshot::named("new")).await.unwrap();
         if guest == Guest::GoesOn {
-            assert!(change.let_go(Box::new(|| ())).await.unwrap());
+            assert!(change.let_go(Box::new(drop)).await.unwrap());
         }
         change.prepare().await.unwrap();
         let switch = change.switch().await.unwrap().unwrap();

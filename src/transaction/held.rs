@@ -1,16 +1,19 @@
 //! The disks of a transaction while guests stand still, some with a change of their internal snapshots.
 
 use std::collections::HashMap;
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use block::driver::{
-    BoxFuture, HeaderHeld, HeaderSwitch, Requests as _, SnapshotChange, Snapshots,
+    BoxFuture, HeaderHeld, HeaderSwitch, Requests as _, RequestsHeld, SnapshotChange, Snapshots,
 };
 use block::error::{Error, ErrorKind, Result};
 use block::graph::{FlushesHeld, Node, Quiesced, hold_flushes_within, place, quiesce_all_within};
 use futures_util::future::join_all;
 use qapi::rt::QmpError;
+use tokio::task::unconstrained;
 use tokio::time::timeout;
 
 use super::{Disk, Until, guarded};
@@ -77,19 +80,7 @@ impl Held {
         let of_node = disks.iter().enumerate();
         let of_node = of_node.map(|(at, disk)| (place(&disk.node), at)).collect();
         let since = Instant::now();
-        let quiesced: Vec<Option<Quiesced>> = match flushes {
-            Some(flushes) => quiesce(&disks, flushes)
-                .await?
-                .into_iter()
-                .map(Some)
-                .collect(),
-            None => disks.iter().map(|_| None).collect(),
-        };
-        // Behind the last of these all disks show the same moment.
-        let drained = Instant::now();
-        // What does not come by way of the nodes.
-        let begun = changes.iter_mut().flatten();
-        join_all(begun.map(|change| step(change, |change| change.hold()))).await;
+        let (quiesced, drained) = unconstrained(hold(&disks, &mut changes, flushes)).await?;
         let held = disks.into_iter().zip(quiesced).zip(changes);
         let disks = held.map(|((disk, quiesced), change)| HeldDisk {
             change,
@@ -177,7 +168,9 @@ impl Held {
         });
         let allowed: std::result::Result<Vec<bool>, QmpError> =
             join_all(allowed).await.into_iter().collect();
-        Ok(allowed?.into_iter().all(|allowed| allowed))
+        let allowed = allowed?.into_iter().all(|allowed| allowed);
+        self.mark("space");
+        Ok(allowed)
     }
 
     /// Whether the graph leads guests of a disk elsewhere when it is committed.
@@ -188,34 +181,25 @@ impl Held {
 
     /// Lets guests go on; flushes of new overlays wait.
     pub(super) async fn let_go(&mut self) -> std::result::Result<(), QmpError> {
-        // Each goes on as soon as its own change allows it: all of them have been standing still since one moment.
-        let last = Arc::new(Mutex::new(None));
-        let disks = self.disks.iter_mut();
-        let let_go = disks.map(|held| {
-            let keeps_flushes = held.disk.until == Until::Flushes;
-            let place = Arc::new(Mutex::new((held.quiesced.take(), None)));
-            let (guests, last) = (place.clone(), last.clone());
-            let go_on = Box::new(move || {
-                let (quiesced, flushes) = &mut *lock(&guests);
-                *flushes = quiesced.take().map(Quiesced::into_flushes);
-                flushes.take_if(|_| !keeps_flushes);
-                *lock(&last) = Some(Instant::now());
-            });
+        let mut leaving = Leaving::of(&mut self.disks);
+        let ready = leaving.ready.clone();
+        let disks = self.disks.iter_mut().enumerate();
+        let let_go = disks.map(|(at, held)| {
+            let ready = ready.clone();
+            let then = Box::new(move |requests| lock(&ready).push((at, requests)));
             async move {
-                let let_go = match held.change {
-                    Some(_) => held.run(|change| change.let_go(go_on)).await.map(drop),
+                match held.change {
+                    Some(_) => held.run(|change| change.let_go(then)).await.map(drop),
                     None => {
-                        go_on();
+                        then(RequestsHeld::not());
                         Ok(())
                     }
-                };
-                (held.quiesced, held.flushes) = std::mem::take(&mut *lock(&place));
-                let_go
+                }
             }
         });
-        let let_go: std::result::Result<(), QmpError> =
-            join_all(let_go).await.into_iter().collect();
-        if let Some(last) = *lock(&last)
+        let let_go = leaving.go_with(join_all(let_go)).await;
+        let let_go: std::result::Result<(), QmpError> = let_go.into_iter().collect();
+        if let Some(last) = leaving.back_to(&mut self.disks)
             && self.disks.iter().all(|held| held.quiesced.is_none())
         {
             self.parts.push(("let go", last));
@@ -329,6 +313,69 @@ impl Held {
     }
 }
 
+/// Guests that are let go.
+struct Leaving {
+    /// What holds back each disk, and whether its flushes stay.
+    disks: Vec<(Option<Quiesced>, Option<FlushesHeld>, Until)>,
+    /// The places of disks that can go on, and what else holds them back.
+    ready: Arc<Mutex<Vec<(usize, RequestsHeld)>>>,
+    /// When the last of them went on.
+    last: Option<Instant>,
+}
+
+impl Leaving {
+    /// Takes what holds back the disks.
+    fn of(disks: &mut [HeldDisk]) -> Self {
+        let disks = disks
+            .iter_mut()
+            .map(|held| (held.quiesced.take(), None, held.disk.until));
+        Leaving {
+            disks: disks.collect(),
+            ready: Arc::default(),
+            last: None,
+        }
+    }
+
+    /// Lets go on who can, while what they wait for is done.
+    ///
+    /// Mostly that is all of them behind the first look at it, before anything is written. They go on at once: the guests of the first
+    /// would keep the rest from the processor.
+    async fn go_with<T>(&mut self, let_go: impl Future<Output = T>) -> T {
+        let mut let_go = pin!(let_go);
+        poll_fn(|context| {
+            let let_go = let_go.as_mut().poll(context);
+            self.go();
+            let_go
+        })
+        .await
+    }
+
+    /// Lets go on who can.
+    fn go(&mut self) {
+        let ready = std::mem::take(&mut *lock(&self.ready));
+        let go_on = !ready.is_empty();
+        for (at, requests) in ready {
+            let Some((quiesced, flushes, until)) = self.disks.get_mut(at) else {
+                continue;
+            };
+            drop(requests);
+            let held = quiesced.take().map(Quiesced::into_flushes);
+            *flushes = held.filter(|_| *until == Until::Flushes);
+        }
+        if go_on {
+            self.last = Some(Instant::now());
+        }
+    }
+
+    /// Gives back what still holds. Answers when the last of the others went on.
+    fn back_to(self, disks: &mut [HeldDisk]) -> Option<Instant> {
+        for (held, (quiesced, flushes, _)) in disks.iter_mut().zip(self.disks) {
+            (held.quiesced, held.flushes) = (quiesced, flushes);
+        }
+        self.last
+    }
+}
+
 impl HeldDisk {
     /// Runs a part of the change, for as long as guests may be made to wait. One that could not be begun has failed an action and
     /// does not come here.
@@ -370,6 +417,27 @@ impl HeldDisk {
         );
         true
     }
+}
+
+/// Holds requests back. Behind the time that it answers all disks show the same moment.
+async fn hold(
+    disks: &[Disk],
+    changes: &mut [Option<Result<Box<dyn SnapshotChange>>>],
+    flushes: Option<FlushesHeld>,
+) -> std::result::Result<(Vec<Option<Quiesced>>, Instant), QmpError> {
+    let quiesced = match flushes {
+        Some(flushes) => quiesce(disks, flushes)
+            .await?
+            .into_iter()
+            .map(Some)
+            .collect(),
+        None => disks.iter().map(|_| None).collect(),
+    };
+    let drained = Instant::now();
+    // What does not come by way of the nodes.
+    let begun = changes.iter_mut().flatten();
+    join_all(begun.map(|change| step(change, |change| change.hold()))).await;
+    Ok((quiesced, drained))
 }
 
 /// Holds flushes of all disks back.

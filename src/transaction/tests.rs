@@ -205,6 +205,33 @@ async fn a_disk_is_changed_once_however_many_actions_are_about_it() {
     );
 }
 
+/// More than a task may ask for in one turn: letting go is not interrupted by what the disks do behind it.
+#[tokio::test]
+async fn guests_of_all_disks_go_on_before_any_disk_is_written_to() {
+    let (cx, log) = (testing::running(), Log::default());
+    let mut actions = Vec::new();
+    for number in 0..300 {
+        let name: &str = Box::leak(format!("disk{number}").into());
+        fake::disk(&cx, name, &[Fault::Marks], &log).await;
+        actions.push(create(name, "x"));
+    }
+    run(&cx, actions).await.unwrap();
+    let log = log.take();
+    let order = log
+        .split(", ")
+        .filter_map(|noted| noted.split_once(" disk"));
+    let order: Vec<&str> = order.map(|(what, _)| what).collect();
+    let last = |what| order.iter().rposition(|noted| *noted == what).unwrap();
+    let first = |what| order.iter().position(|noted| *noted == what).unwrap();
+    assert_eq!(
+        order.iter().filter(|noted| **noted == "let go").count(),
+        300
+    );
+    assert!(last("create x of") < first("let go"));
+    assert_eq!(first("let go") + 299, last("let go"), "at once");
+    assert!(last("let go") < first("mark"));
+}
+
 /// Three disks of which the second has these faults, and an action besides.
 async fn with_faults(faults: &'static [Fault]) -> (String, String) {
     let (cx, log) = (testing::running(), Log::default());

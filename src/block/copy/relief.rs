@@ -145,7 +145,10 @@ impl Shared {
         let mut change = snapshots.change().await?;
         change.create(new).await?;
         let shared = self.clone();
-        let taken = move || shared.advance(Mode::Copying, Mode::Taken);
+        let taken = move |held| {
+            drop(held);
+            shared.advance(Mode::Copying, Mode::Taken);
+        };
         change.let_go(Box::new(taken)).await?;
         complete(change).await?;
         let view = snapshots.view(which.clone()).await?;

@@ -92,7 +92,7 @@ pub trait Snapshots: Send + Sync {
         Box::pin(async move {
             let mut change = self.change().await?;
             let created = change.create(new).await?;
-            change.let_go(Box::new(|| ())).await?;
+            change.let_go(Box::new(drop)).await?;
             complete(change).await.map(|()| created)
         })
     }
@@ -102,7 +102,7 @@ pub trait Snapshots: Send + Sync {
         Box::pin(async move {
             let mut change = self.change().await?;
             let deleted = change.delete(which).await?;
-            change.let_go(Box::new(|| ())).await?;
+            change.let_go(Box::new(drop)).await?;
             complete(change).await.map(|()| deleted)
         })
     }
@@ -182,10 +182,11 @@ pub trait SnapshotChange: Send + Sync {
         Box::pin(async { Ok(false) })
     }
 
-    /// Lets requests go on where the change allows it, and calls `then` when they can. Answers whether they do. What they write from
-    /// then on no snapshot of this change has, whether it happens or not. As a rule nothing was read or written since `hold`. No step
-    /// may follow.
-    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+    /// Lets requests go on where the change allows it, and answers whether it does. `then` is called with what holds them, as soon as
+    /// they can go on: they do when that is dropped. What they write from then on no snapshot of this change has, whether it happens or
+    /// not. As a rule nothing was read or written since `hold`, and it has never waited. Behind that it waits for the disk. No step may
+    /// follow.
+    fn let_go(&mut self, then: GoOn) -> BoxFuture<'_, Result<bool>> {
         let _ = then;
         Box::pin(async { Ok(false) })
     }
@@ -232,6 +233,24 @@ impl HeaderSwitch {
             .rfind(differs)
             .map_or(first, |last| last + 1);
         (first, self.after.get(first..end).unwrap_or_default())
+    }
+}
+
+/// What is called when requests can go on.
+pub type GoOn = Box<dyn FnOnce(RequestsHeld) + Send>;
+
+/// Requests are held back for as long as this exists.
+pub struct RequestsHeld(#[allow(dead_code, reason = "dropped")] Option<Box<dyn Send + Sync>>);
+
+impl RequestsHeld {
+    /// Held back by `guard`.
+    pub fn by(guard: impl Send + Sync + 'static) -> Self {
+        RequestsHeld(Some(Box::new(guard)))
+    }
+
+    /// Nothing holds them back.
+    pub fn not() -> Self {
+        RequestsHeld(None)
     }
 }
 

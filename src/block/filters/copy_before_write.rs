@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::copy::BeforeChange;
 use crate::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, HeaderHeld, HeaderSwitch, NewSnapshot,
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, GoOn, HeaderHeld, HeaderSwitch, NewSnapshot,
     Preallocation, RequestLimits, Requests, SnapshotChange, SnapshotInfo, SnapshotSelector,
     Snapshots, WriteFlags, ZeroFlags,
 };
@@ -195,7 +195,7 @@ impl SnapshotChange for Change {
         self.inner.may_let_go()
     }
 
-    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+    fn let_go(&mut self, then: GoOn) -> BoxFuture<'_, Result<bool>> {
         self.inner.let_go(then)
     }
 

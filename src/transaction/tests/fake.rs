@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use block::driver::{
-    BlockStatus, BoxFuture, Child, Driver, DriverInfo, HeaderHeld, HeaderSwitch, NewSnapshot,
-    Preallocation, RequestLimits, Requests, SnapshotChange, SnapshotInfo, SnapshotSelector,
-    Snapshots, WriteFlags, ZeroFlags,
+    BlockStatus, BoxFuture, Child, Driver, DriverInfo, GoOn, HeaderHeld, HeaderSwitch, NewSnapshot,
+    Preallocation, RequestLimits, Requests, RequestsHeld, SnapshotChange, SnapshotInfo,
+    SnapshotSelector, Snapshots, WriteFlags, ZeroFlags,
 };
 use block::error::{Error, ErrorKind, Result};
 use block::graph::{Behaviour, Node, NodeName};
@@ -45,6 +45,8 @@ pub(crate) enum Fault {
     CommitHangs,
     /// Requests are let go; the commit fails when the log has [`GO_ON`].
     CommitWaits,
+    /// Requests are let go, and the disk is written to behind that.
+    Marks,
     /// Writes fail when the log has [`GO_ON`].
     Write,
     RollBack,
@@ -111,6 +113,15 @@ impl Snapshots for Fake {
     }
 }
 
+/// Writes down that requests go on.
+struct GoesOn(Fake);
+
+impl Drop for GoesOn {
+    fn drop(&mut self) {
+        self.0.log.note(format!("let go {}", self.0.name));
+    }
+}
+
 struct FakeChange {
     disk: Fake,
     /// What its end is written down as.
@@ -152,14 +163,21 @@ impl SnapshotChange for FakeChange {
     }
 
     fn may_let_go(&mut self) -> BoxFuture<'_, Result<bool>> {
-        Box::pin(async { Ok(self.disk.faults.contains(&Fault::CommitWaits)) })
+        let may = |fault: &Fault| matches!(fault, Fault::CommitWaits | Fault::Marks);
+        Box::pin(async move { Ok(self.disk.faults.iter().any(may)) })
     }
 
-    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+    fn let_go(&mut self, then: GoOn) -> BoxFuture<'_, Result<bool>> {
         Box::pin(async {
             let may = self.may_let_go().await?;
-            if may {
-                then();
+            if self.disk.faults.contains(&Fault::Marks) {
+                // As taking a lock does.
+                tokio::task::consume_budget().await;
+                then(RequestsHeld::by(GoesOn(self.disk.clone())));
+                tokio::task::yield_now().await;
+                self.disk.log.note(format!("mark {}", self.disk.name));
+            } else if may {
+                then(RequestsHeld::not());
             }
             Ok(may)
         })

@@ -104,7 +104,10 @@ impl Runner {
                 Err(_) => Ok(()),
             }
         };
-        let then = Box::new(|| gone.send(()).unwrap_or_default());
+        let then = Box::new(|held| {
+            drop(held);
+            gone.send(()).unwrap_or_default();
+        });
         let (let_go, went_on) = join(change.let_go(then), guest).await;
         went_on.map(|()| let_go)
     }

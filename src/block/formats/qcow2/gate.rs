@@ -134,9 +134,13 @@ impl Gate {
         let lock = self.exclusive.clone().lock_owned().await;
         let flushes = self.flushes.close().await;
         self.state.fetch_or(CLOSED, Ordering::SeqCst);
+        let lock = Arc::new(lock);
         let exclusive = Exclusive {
-            gate: self.clone(),
-            flushes: Some(flushes),
+            shut: Some(Shut {
+                gate: self.clone(),
+                _flushes: flushes,
+                _lock: lock.clone(),
+            }),
             _lock: lock,
         };
         loop {
@@ -171,23 +175,36 @@ impl Drop for Inside<'_> {
 /// Alone in the image; the gate opens when dropped.
 #[derive(Debug)]
 pub(super) struct Exclusive {
+    /// `None` when requests have been let in, or somebody else does that.
+    shut: Option<Shut>,
+    _lock: Arc<OwnedMutexGuard<()>>,
+}
+
+/// Holds the gate closed; it opens when dropped.
+#[derive(Debug)]
+pub(super) struct Shut {
     gate: Arc<Gate>,
-    flushes: Option<Closed>,
-    _lock: OwnedMutexGuard<()>,
+    _flushes: Closed,
+    /// Nobody else closes the gate before it has been opened.
+    _lock: Arc<OwnedMutexGuard<()>>,
 }
 
 impl Exclusive {
     /// Lets requests in again. Nobody else closes the gate before this is dropped.
     pub(super) fn let_in(&mut self) {
-        self.flushes = None;
-        self.gate.state.fetch_and(!CLOSED, Ordering::SeqCst);
-        self.gate.opened.notify_waiters();
+        self.shut = None;
+    }
+
+    /// Lets requests in when the answer is dropped; `None` if they are in. Nobody else closes the gate before both are dropped.
+    pub(super) fn hand_over(&mut self) -> Option<Shut> {
+        self.shut.take()
     }
 }
 
-impl Drop for Exclusive {
+impl Drop for Shut {
     fn drop(&mut self) {
-        self.let_in();
+        self.gate.state.fetch_and(!CLOSED, Ordering::SeqCst);
+        self.gate.opened.notify_waiters();
     }
 }
 

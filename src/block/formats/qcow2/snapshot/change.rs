@@ -12,7 +12,7 @@ use super::counting::look_for_greatest;
 use super::room::Room;
 use super::staged::{Ready, Staged};
 use crate::driver::{
-    BoxFuture, HeaderHeld, HeaderSwitch, NewSnapshot, SnapshotChange, SnapshotInfo,
+    BoxFuture, GoOn, HeaderHeld, HeaderSwitch, NewSnapshot, SnapshotChange, SnapshotInfo,
     SnapshotSelector,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -155,7 +155,7 @@ impl SnapshotChange for Change {
         self.step(|staged| Box::pin(staged.may_let_go()))
     }
 
-    fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> BoxFuture<'_, Result<bool>> {
+    fn let_go(&mut self, then: GoOn) -> BoxFuture<'_, Result<bool>> {
         self.step(|staged| Box::pin(staged.let_go(then)))
     }
 

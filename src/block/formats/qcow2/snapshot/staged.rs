@@ -27,7 +27,7 @@ use super::room::Room;
 use super::settle::Expecting;
 use super::settling::{self, activated, sum};
 use super::table::SnapshotTable;
-use crate::driver::HeaderSwitch;
+use crate::driver::{GoOn, HeaderSwitch, RequestsHeld};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::bitmaps::{Marked, Resize};
@@ -221,8 +221,8 @@ impl Staged {
         Ok(may)
     }
 
-    /// Opens the gate, where that is possible. Then the image is marked.
-    pub(super) async fn let_go(&mut self, then: Box<dyn FnOnce() + Send>) -> Result<bool> {
+    /// Lets the gate be opened, where that is possible. Then the image is marked.
+    pub(super) async fn let_go(&mut self, then: GoOn) -> Result<bool> {
         if !self.may_let_go().await? {
             return Ok(false);
         }
@@ -239,9 +239,8 @@ impl Staged {
         image.snapshots.set_leaving(self.deleted.clone());
         self.is_let_go = true;
         self.phase = Phase::LetGo;
-        self.alone.let_in();
-        then();
-        // The other disks of a transaction come first.
+        then(RequestsHeld::by(self.alone.hand_over()));
+        // The other disks of a transaction come first, and their guests.
         tokio::task::yield_now().await;
         let marked = match takes.is_empty() {
             true => Ok(()),

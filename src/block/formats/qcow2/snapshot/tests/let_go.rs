@@ -45,7 +45,7 @@ async fn open(disk: &Arc<Memory>) -> Arc<Qcow2> {
 }
 
 async fn let_go(change: &mut Box<dyn SnapshotChange>) -> Result<bool> {
-    change.let_go(Box::new(|| ())).await
+    change.let_go(Box::new(drop)).await
 }
 
 async fn write(image: &Qcow2, at: u64, len: u64, number: u32) {
@@ -76,7 +76,10 @@ async fn nothing_is_read_or_written_while_requests_wait() {
     assert!(timeout(SHORT, late).await.is_err());
     let asked = Arc::new(AtomicU64::new(u64::MAX));
     let (seen, counted) = (asked.clone(), disk.clone());
-    let then = move || seen.store(requests(&counted), Ordering::Relaxed);
+    let then = move |held| {
+        seen.store(requests(&counted), Ordering::Relaxed);
+        drop(held);
+    };
     assert!(change.let_go(Box::new(then)).await.unwrap());
     assert_eq!(asked.load(Ordering::Relaxed), before);
     write(&image, 0, CLUSTER, 3).await;

@@ -207,7 +207,8 @@ pub trait SnapshotChange: Send + Sync {
     fn commit(&mut self) -> BoxFuture<'_, Result<()>>;
 
     /// Takes back a commit, because another image's has failed, or what `switch` has done; does nothing before that. On error the
-    /// image takes no more changes until it is opened again.
+    /// image takes no more changes until it is opened again, and everything is kept that either state needs: whoever has been told by
+    /// `switch` may put back the header of before. Where nobody has, and it is known that the change is in the file, it stands.
     fn roll_back(&mut self) -> BoxFuture<'_, Result<()>>;
 
     /// The change stays; requests go on. Those that have to change the header again wait until the answer is dropped: until

@@ -23,7 +23,7 @@ pub(crate) struct HeaderCell {
     current: Mutex<Arc<Header>>,
     /// Held over a change, so that changes follow each other.
     writer: Arc<tokio::sync::Mutex<()>>,
-    /// A failed change could not be taken back: what is on disk is unknown.
+    /// A failed change could not be taken back: what is on disk is unknown, or not what it should be.
     broken: AtomicBool,
 }
 
@@ -172,13 +172,18 @@ impl HeaderCell {
         Ok(())
     }
 
+    /// The image takes no more changes of its header until it is reopened: it is not the one that it should be.
+    pub(crate) fn give_up(&self) {
+        self.broken.store(true, Ordering::SeqCst);
+    }
+
     /// Writes bytes of the first sector durably; puts `before` back when that fails.
     async fn switch(&self, at: usize, bytes: &[u8], before: &[u8]) -> Result<()> {
         let Err(error) = self.write(at, bytes).await else {
             return Ok(());
         };
         if let Err(second) = self.write(at, before).await {
-            self.broken.store(true, Ordering::SeqCst);
+            self.give_up();
             log::error!("qcow2: the header is in an unknown state: {second}");
         }
         Err(error)

@@ -50,7 +50,8 @@ enum Phase {
     Prepared,
     /// The header has been switched.
     Committed,
-    /// What the header in the file says is unknown: everything that either state needs stays as it is.
+    /// What the header in the file says is unknown, or somebody else will put the old one back: everything that either state needs
+    /// stays as it is.
     Unknown,
 }
 
@@ -133,6 +134,8 @@ pub(super) struct Staged {
     is_let_go: bool,
     /// Keeps the header what `switch` has answered, while requests go on.
     header_lock: Option<HeaderLock>,
+    /// Somebody has been told what the switch will write, and will make it or take it back where this does not.
+    is_known: bool,
     /// Something is owed already.
     expecting: Option<Expecting>,
     /// Last: requests go on when all else has been given back.
@@ -176,6 +179,7 @@ impl Staged {
             may_let_go: None,
             is_let_go: false,
             header_lock: None,
+            is_known: false,
             expecting: None,
             image,
             alone,
@@ -300,6 +304,7 @@ impl Staged {
         }
         self.mark_bitmaps().await?;
         let new = self.new_fields();
+        self.is_known = true;
         self.image.header.preview(|header| new.set(header)).await
     }
 
@@ -447,16 +452,11 @@ impl Staged {
             return Ok(());
         }
         self.expect(Phase::Committed)?;
-        let old = self.old.clone();
-        let switched = self
-            .update_header(|header| {
-                header.size = old.size;
-                header.l1_size = old.l1_size;
-                header.l1_table_offset = old.l1_table_offset;
-                header.nb_snapshots = old.nb_snapshots;
-                header.snapshots_offset = old.snapshots_offset;
-            })
-            .await;
+        let mut switched = self.switch_back().await;
+        if switched.is_err() && self.image.header.check().is_ok() {
+            // The new header is there again; what has failed once may do at the second time.
+            switched = self.switch_back().await;
+        }
         match switched {
             Ok(()) => {
                 self.phase = match self.is_let_go {
@@ -465,11 +465,27 @@ impl Staged {
                 };
                 self.unmark_bitmaps().await;
             }
-            Err(_) if self.image.header.check().is_err() => self.phase = Phase::Unknown,
+            Err(_) if self.is_known || self.image.header.check().is_err() => {
+                self.image.header.give_up();
+                self.phase = Phase::Unknown;
+            }
             // The header is still the new one, and the change stands.
             Err(_) => {}
         }
         switched
+    }
+
+    /// Makes the header what it was.
+    async fn switch_back(&self) -> Result<()> {
+        let old = self.old.clone();
+        let back = |header: &mut Header| {
+            header.size = old.size;
+            header.l1_size = old.l1_size;
+            header.l1_table_offset = old.l1_table_offset;
+            header.nb_snapshots = old.nb_snapshots;
+            header.snapshots_offset = old.snapshots_offset;
+        };
+        self.update_header(back).await
     }
 
     /// What is reserved stays so: the header points to it, or may.

@@ -193,3 +193,62 @@ async fn a_flush_under_way_keeps_no_other_request_from_going_on() {
     snapshot.await.unwrap().unwrap();
     image.close().await.unwrap();
 }
+
+/// A header that could not be put back is put back by somebody else, later.
+#[tokio::test]
+async fn a_change_that_cannot_be_taken_back_leaves_what_both_states_need() {
+    for (reverts, failures) in [(false, 1), (false, 2), (true, 1), (true, 2)] {
+        let case = format!("{reverts} {failures}");
+        let (disk, image) = image(Compat::V1_1).await;
+        image.create(NewSnapshot::named("old")).await.unwrap();
+        write(&image, 0, SIZE, 2).await;
+        let mut change = image.change().await.unwrap();
+        change.hold().await.unwrap();
+        match reverts {
+            true => drop(change.revert(named("old")).await.unwrap()),
+            false => {
+                change.create(NewSnapshot::named("new")).await.unwrap();
+                assert!(let_go(&mut change).await.unwrap());
+            }
+        }
+        change.prepare().await.unwrap();
+        let switch = change.switch().await.unwrap().unwrap();
+        change.commit().await.unwrap();
+        for failure in 0..failures {
+            // Behind each the new header is put back.
+            disk.fail_once(OpKind::Write, 2 * failure, Fault::Io);
+        }
+        let rolled_back = change.roll_back().await;
+        assert_eq!(rolled_back.is_ok(), failures == 1, "{case}");
+        drop(change);
+        // Much would be freed and taken.
+        for number in 3..9 {
+            let data = stamp(0, SIZE, number).into();
+            let written = image.write(0, data, WriteFlags::default()).await;
+            assert_eq!(written.is_ok(), failures == 1, "{case}");
+            let _ = image.flush().await;
+        }
+        let crashed = disk.fork();
+        if failures == 2 {
+            let put_back = crashed.child();
+            let header = put_back.read(0, 512).await.unwrap().to_bytes();
+            assert_eq!(header, switch.after, "{case}");
+            let data = switch.before.clone().into();
+            put_back
+                .write(0, data, WriteFlags::default())
+                .await
+                .unwrap();
+        }
+        let again = open(&crashed).await;
+        let last = if failures == 2 { 2 } else { 8 };
+        assert!(holds(&again, 0, SIZE, last).await, "{case}");
+        assert_eq!(again.list().len(), 1, "{case}");
+        let view = again.view(named("old")).await.unwrap();
+        let old = view.read(0, SIZE).await.unwrap().to_bytes();
+        assert_eq!(old, stamp(0, SIZE, 1), "{case}");
+        view.close().await.unwrap();
+        again.close().await.unwrap();
+        let report = check(&crashed.child()).await.unwrap();
+        assert_eq!(report.corruptions, 0, "{case} {:#?}", report.findings);
+    }
+}

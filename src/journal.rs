@@ -47,6 +47,9 @@ pub use sparse::Sparse;
 /// How the files of transactions end.
 const SUFFIX: &str = "transaction";
 
+/// How the file ends that is to take the place of one which cannot be written.
+const MOVED: &str = "moved";
+
 /// A state directory, which one daemon has for itself.
 #[derive(Debug)]
 pub struct Journal {
@@ -75,7 +78,7 @@ impl Journal {
         })
     }
 
-    /// The files of transactions that have not ended in order, oldest first.
+    /// The files of transactions that have not ended in order, oldest first. What was to take the place of one, and has not, goes.
     fn entries(&self) -> io::Result<Vec<PathBuf>> {
         let mut found = Vec::new();
         for entry in fs::read_dir(&self.folder)? {
@@ -83,6 +86,8 @@ impl Journal {
             let path = entry.path();
             if path.extension().is_some_and(|suffix| suffix == SUFFIX) {
                 found.push((entry.metadata()?.modified()?, path));
+            } else if path.extension().is_some_and(|suffix| suffix == MOVED) {
+                self.io.names().remove(&path)?;
             }
         }
         found.sort();

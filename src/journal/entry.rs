@@ -15,7 +15,7 @@ use super::record::{
     Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage, VERSION,
     last_change, modified,
 };
-use super::{Journal, SUFFIX};
+use super::{Journal, MOVED, SUFFIX};
 use crate::limits;
 
 /// The bytes that a commit takes for each image, but for its path: a sector and some fields of a header in hexadecimal, and names
@@ -212,7 +212,8 @@ impl Entry {
     }
 
     /// Says that nothing is to happen after all, durably, whatever has become of the commit. It is written before anything is
-    /// undone. Where it cannot be written, the journal is removed, which says the same but leaves nothing to undo by.
+    /// undone. Where it cannot be written, not even to another file, the journal is removed, which says the same but leaves nothing
+    /// to undo by.
     pub async fn revoke(&mut self) -> io::Result<()> {
         if !self.is_committed {
             return Ok(());
@@ -225,15 +226,15 @@ impl Entry {
         let whole = whole.await;
         let at = self.at.get_mut();
         *at = whole.map_or(*at, |whole| (*at).max(whole as u64));
-        let Err(error) = self.append(Record::Abort, Durable::Yes).await else {
-            return Ok(());
-        };
-        self.vanish(&error).await
+        match self.append_or_move(Record::Abort).await {
+            Err(error) => self.vanish(&error).await,
+            written => written,
+        }
     }
 
     /// Says, durably, what is left of a transaction that has been taken back: `images`, by their places, are still to be put back, and
-    /// `files` stay, since they have what guests have written. Where it cannot be written and there are such files, the journal is
-    /// removed, which says the same of them, and leaves the images to the user.
+    /// `files` stay, since they have what guests have written. Where it cannot be written, not even to another file, and there are such
+    /// files, the journal is removed, which says the same of them, and leaves the images to the user.
     pub async fn leaves(&mut self, images: &[usize], files: &[PathBuf]) -> io::Result<()> {
         let staged = images.iter().filter_map(|place| self.staged.get(*place));
         let made = self.made.get_mut().unwrap_or_else(PoisonError::into_inner);
@@ -244,7 +245,7 @@ impl Entry {
             files: files.to_vec(),
             time: Some(self.io.call(move || Ok(last_change(&gone))).await?),
         };
-        match self.append(leaves, Durable::Yes).await {
+        match self.append_or_move(leaves).await {
             Err(error) if !files.is_empty() => self.vanish(&error).await,
             written => written,
         }
@@ -269,6 +270,60 @@ impl Entry {
             names.sync_folder(path.parent().unwrap_or(Path::new("/")))
         };
         self.io.call(remove).await
+    }
+
+    /// As `append`, durably. Where this file cannot be written, all records go to another one that takes its name: what the file holds
+    /// behind a failed flush nobody knows.
+    async fn append_or_move(&mut self, record: Record) -> io::Result<()> {
+        let Err(error) = self.append(record.clone(), Durable::Yes).await else {
+            return Ok(());
+        };
+        self.move_with(record).await.map_err(|second| {
+            log::debug!("'{}' cannot be moved: {second}", self.path.display());
+            error
+        })
+    }
+
+    async fn move_with(&mut self, record: Record) -> io::Result<()> {
+        let bytes = self.file.read(0, self.file.size()?).await?;
+        let (mut records, _) = Record::decode_all(&bytes);
+        let has_commit = records.iter().any(|r| matches!(r, Record::Commit { .. }));
+        if self.is_committed && !has_commit {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        records.push(record);
+        let bytes: Vec<u8> = records.iter().flat_map(Record::encode).collect();
+        let end = bytes.len() as u64;
+        let (path, names) = (self.path.with_extension(MOVED), self.io.names());
+        let name = path.clone();
+        self.io.call(move || names.make(&name).map(drop)).await?;
+        match self.take_name(&path, bytes).await {
+            Ok(file) => {
+                self.file = file;
+                *self.at.get_mut() = end;
+                Ok(())
+            }
+            Err(error) => {
+                // Should it stay, the next start removes it.
+                let names = self.io.names();
+                let _ = self.io.call(move || names.remove(&path)).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes the file of this path, durably, and gives it the journal's name.
+    async fn take_name(&self, path: &Path, bytes: Vec<u8>) -> io::Result<HostFile> {
+        let file = open(&self.io, path).await?;
+        file.write(0, bytes.into(), false).await?;
+        file.sync().await?;
+        let (from, to, names) = (path.to_owned(), self.path.clone(), self.io.names());
+        let rename = move || {
+            names.rename(&from, &to)?;
+            names.sync_folder(to.parent().unwrap_or(Path::new("/")))
+        };
+        self.io.call(rename).await?;
+        Ok(file)
     }
 
     async fn append(&mut self, record: Record, durable: Durable) -> io::Result<()> {

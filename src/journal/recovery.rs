@@ -61,7 +61,12 @@ impl Recovered {
 /// Errors only where the state directory itself cannot be read or written.
 pub async fn recover(journal: &Journal, io: &IoContext) -> io::Result<Vec<Recovered>> {
     let mut recovered = Vec::new();
-    for path in journal.entries()? {
+    let entries = journal.entries()?;
+    if !entries.is_empty() {
+        // A killed process may have given one the name of another just now, which said something else.
+        io.names().sync_folder(&journal.folder)?;
+    }
+    for path in entries {
         let Some(plan) = Plan::read(&path)? else {
             io.names().remove(&path)?;
             continue;

@@ -16,6 +16,7 @@ use block::protocols::file::{File, FileAccess};
 
 use super::record::Identity;
 use super::*;
+use crate::transaction::lab::tape::{Fault, Tape};
 
 /// A folder with images, and a state directory.
 struct Lab {
@@ -283,6 +284,42 @@ async fn a_commit_that_was_revoked_is_taken_back() {
         assert_eq!(results(&report), expected);
         for name in ["a", "b"] {
             assert!(!lab.has_snapshot(name).await);
+        }
+    }
+}
+
+/// Whatever fails once when it is said that nothing is to happen, the next start knows it.
+#[tokio::test]
+async fn a_journal_that_cannot_be_written_once_goes_on_elsewhere() {
+    for leaves in [false, true] {
+        for skip in 0.. {
+            let mut lab = Lab::new();
+            let staged = lab.stage("a").await;
+            let (images, state) = (lab.path(""), lab.path("state"));
+            let tape = Tape::new(&images, &state, 0);
+            lab.io = IoContext::witnessed(tape.clone());
+            let mut entry = lab.commits(std::slice::from_ref(&staged)).await;
+            put(&staged, &staged.switch.after);
+            if leaves {
+                entry.revoke().await.unwrap();
+            }
+            tape.fail(skip, Fault::Io);
+            match leaves {
+                true => entry.leaves(&[0], &[lab.path("stays")]).await.unwrap(),
+                false => entry.revoke().await.unwrap(),
+            }
+            let failed = tape.no_fault();
+            drop(entry);
+            fs::write(state.join(format!("old.{MOVED}")), b"half").unwrap();
+            let report = lab.recover().await;
+            assert_eq!(report.outcome, Outcome::Removed, "{failed:?}");
+            assert_eq!(results(&report), [ImageResult::SwitchedBack], "{failed:?}");
+            assert!(!lab.has_snapshot("a").await);
+            assert_eq!(fs::read_dir(&state).unwrap().count(), 0, "{failed:?}");
+            if failed.is_none() {
+                assert!(skip > 1, "nothing was tried");
+                break;
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use std::fs;
 use std::process::Command;
 use std::sync::Arc;
 
-use block::crashlab::audit::Audit;
+use block::crashlab::audit::{Audit, bitmaps_differ};
 use block::crashlab::content::{Content, Versions};
 use block::crashlab::states::{Effort, Epoch, State, epochs, whole_sectors};
 use block::io::IoContext;
@@ -519,10 +519,13 @@ fn look_at(
         if let Some(violation) = versions(level).violation(&content) {
             return Err(at(violation));
         }
+        let empty = Content::new(DISK_BYTES);
+        bitmaps_differ(&image.bitmaps, &empty, &audit, &whole).map_err(at)?;
         chain.push(Image {
             file: image.file.clone(),
             snapshots,
             content: Arc::new(content),
+            bitmaps: image.bitmaps.clone(),
         });
         below = Some(whole);
     }

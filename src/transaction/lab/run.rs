@@ -7,9 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use block::copy::SyncMode;
+use block::crashlab::audit::{Audit, Bitmap, with_bitmaps};
 use block::crashlab::content::{Content, stamp};
 use block::driver::{BackingFile, NewSnapshot, Requests as _, SnapshotSelector, WriteFlags};
-use block::formats::qcow2::create::CreateOptions;
+use block::formats::qcow2::create::{Compat, CreateOptions};
 use block::graph::{Edge, NewDrive, OnError};
 use block::io::{Data, IoContext};
 use block::open::{
@@ -148,6 +149,15 @@ async fn make_image(
     Ok(())
 }
 
+/// Puts bitmaps into an image that is empty, where there is room for them.
+fn add_bitmaps(filename: &str) -> Result<Arc<[Bitmap]>, Problem> {
+    let Some(bytes) = with_bitmaps(&fs::read(filename).unwrap())? else {
+        return Ok(Arc::default());
+    };
+    fs::write(filename, &bytes).unwrap();
+    Ok(Audit::new(&bytes)?.bitmaps().into())
+}
+
 /// The name of a disk's drive.
 pub(super) fn drive(disk: usize) -> String {
     format!("d{disk}")
@@ -191,14 +201,19 @@ impl<'p> Runner<'p> {
                 }
                 let image = NewImage {
                     filename: place.filename(&file),
-                    content: NewContent::Qcow2(Box::new(options)),
+                    content: NewContent::Qcow2(Box::new(options.clone())),
                 };
                 let made = create_image(&io, &image, Existing::Keep).await;
                 made.map_err(text)?.keep();
+                // In an overlay they would take the place of the format of what is below.
+                let may_have_bitmaps = nth == 0 && options.compat == Compat::V1_1;
+                let bitmaps = match script.has_bitmaps[disk] && may_have_bitmaps {
+                    true => add_bitmaps(&image.filename)?,
+                    false => Arc::default(),
+                };
                 chain.push(Image {
-                    file,
-                    snapshots: Vec::new(),
-                    content: Arc::new(Content::new(DISK_BYTES)),
+                    bitmaps,
+                    ..Image::new(file, Arc::new(Content::new(DISK_BYTES)))
                 });
             }
             disks.push(Disk { chain });
@@ -468,11 +483,7 @@ impl<'p> Runner<'p> {
             for image in &planned.chain[chain.len()..=height.max(chain.len() - 1)] {
                 // What was there is gone.
                 self.world.others.remove(&image.file);
-                chain.push(Image {
-                    file: image.file.clone(),
-                    snapshots: Vec::new(),
-                    content: content.clone(),
-                });
+                chain.push(Image::new(image.file.clone(), content.clone()));
             }
         }
     }
@@ -623,11 +634,8 @@ impl Planned {
         let action = ExternalSnapshot::new(Some(drive(disk)), None, overlay);
         self.actions.push(Box::new(action));
         let content = self.world.disks[disk].top().content.clone();
-        self.world.disks[disk].chain.push(Image {
-            file: name,
-            snapshots: Vec::new(),
-            content,
-        });
+        let chain = &mut self.world.disks[disk].chain;
+        chain.push(Image::new(name, content));
         self.durable[disk] = true;
         self.covered[disk] = true;
     }

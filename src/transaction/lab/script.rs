@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use block::copy::SyncMode;
+use block::crashlab::audit::Bitmap;
 use block::crashlab::content::Content;
 use block::formats::qcow2::create::{Compat, CreateOptions};
 
@@ -92,6 +93,8 @@ pub(super) struct Script {
     pub(super) images: [CreateOptions; DISKS],
     /// Whether a disk begins as an overlay.
     pub(super) has_overlay: [bool; DISKS],
+    /// Whether its first image, of version 3, begins with persistent bitmaps, as another program leaves them.
+    pub(super) has_bitmaps: [bool; DISKS],
     /// Guests write while transactions run. None of these reverts then: that would take away what they have written.
     pub(super) has_guests: bool,
     pub(super) ops: Vec<Op>,
@@ -111,8 +114,11 @@ impl Script {
             } else {
                 [16, 64, 4][random.usize(..3)]
             };
+            options.extended_l2 = !is_old && options.cluster_size == 16384 && random.bool();
+            options.lazy_refcounts = !is_old && random.u8(..4) == 0;
             options
         });
+        let has_bitmaps = [(); DISKS].map(|()| random.u8(..4) == 0);
         let has_guests = random.bool();
         let mut ops = Vec::new();
         for _ in 0..random.usize(1..=2) {
@@ -139,6 +145,7 @@ impl Script {
             seed,
             images,
             has_overlay: [(); DISKS].map(|()| random.u8(..4) == 0),
+            has_bitmaps,
             has_guests,
             ops,
         }
@@ -293,6 +300,20 @@ pub(super) struct Image {
     pub(super) snapshots: Vec<Snapshot>,
     /// What it shows with all that is below it.
     pub(super) content: Arc<Content>,
+    /// Its bitmaps, as they were when it was empty.
+    pub(super) bitmaps: Arc<[Bitmap]>,
+}
+
+impl Image {
+    /// One that has nothing of its own.
+    pub(super) fn new(file: String, content: Arc<Content>) -> Image {
+        Image {
+            file,
+            snapshots: Vec::new(),
+            content,
+            bitmaps: Arc::default(),
+        }
+    }
 }
 
 /// What there has to be of a disk: its images, the topmost last. There is at least one.

@@ -318,7 +318,7 @@ impl Jobs {
                 error: job.failure.clone(),
                 started_at: since_1970.unwrap_or_default().as_secs(),
                 rate,
-                time_left: left.checked_div(rate).filter(|_| is_running),
+                time_left: time_left(left, rate).filter(|_| is_running),
             })
         });
         infos.collect()
@@ -416,6 +416,11 @@ impl std::fmt::Debug for Jobs {
             .field("jobs", &self.handles.len())
             .finish_non_exhaustive()
     }
+}
+
+/// The seconds that so much takes at a rate, begun ones counted; none where nothing moves.
+fn time_left(left: u64, rate: u64) -> Option<u64> {
+    (rate > 0).then(|| left.div_ceil(rate))
 }
 
 #[cfg(test)]

@@ -370,3 +370,11 @@ async fn a_job_is_paused_when_no_part_of_it_is_under_way() {
     );
     assert_eq!(told[4], "aborting", "{told:?}");
 }
+
+#[test]
+fn the_time_left_is_never_said_to_be_over_before_it_is() {
+    assert_eq!(time_left(10, 3), Some(4));
+    assert_eq!(time_left(1, 1000), Some(1));
+    assert_eq!(time_left(0, 3), Some(0));
+    assert_eq!(time_left(10, 0), None);
+}

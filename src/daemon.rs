@@ -131,19 +131,15 @@ async fn start(cx: Cx, config: Config) -> Result<(), QmpError> {
     if let Some(folder) = &config.state_dir {
         state::open(&cx, folder).await?;
     }
-    let mut started = startup::follow(&cx, &config).await?;
+    let started = startup::follow(&cx, &config).await?;
     let pidfile = config.pidfile.as_deref().map(PidFile::create).transpose();
-    let belongings = Belongings {
-        pidfile: pidfile.map_err(QmpError::generic)?,
-        sockets: started.made_up.take(),
-    };
-    let made_up = belongings.sockets.is_some();
+    let pidfile = pidfile.map_err(QmpError::generic)?;
     cx.commit(move |control| {
-        control.belongings = belongings;
+        control.belongings.pidfile = pidfile;
         Ok(())
     })
     .await?;
-    if made_up {
+    if started.made_up {
         // Nobody may be reading; the daemon serves all the same.
         let _ = io::stdout().write_all(started.next_steps().as_bytes());
     }

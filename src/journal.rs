@@ -63,7 +63,11 @@ pub struct Journal {
 impl Journal {
     /// Takes the directory, and makes it if there is none. Fails where another daemon has it.
     pub fn open(folder: &Path, io: &IoContext) -> io::Result<Journal> {
-        fs::create_dir_all(folder)?;
+        fs::create_dir_all(folder).map_err(|error| match error.kind() {
+            // Something that is no directory.
+            io::ErrorKind::AlreadyExists => rustix::io::Errno::NOTDIR.into(),
+            _ => error,
+        })?;
         let handle = File::open(folder)?;
         flock(&handle, FlockOperation::NonBlockingLockExclusive).map_err(|error| {
             match error == rustix::io::Errno::WOULDBLOCK {

@@ -9,6 +9,7 @@ use qapi::rt::json::Style;
 use qapi::rt::{QmpError, Value};
 use qapi::types::{BlockExportOptions, BlockdevOptions, NbdServerOptions};
 
+use super::Control;
 use super::cx::Cx;
 use super::drives;
 use super::sockets::DefaultSockets;
@@ -25,8 +26,8 @@ pub(super) struct Started {
     pub(super) nbd: Option<Address>,
     /// Drives that are exported under their ids.
     pub(super) exports: Vec<String>,
-    /// Sockets that nobody asked for; removed with the daemon.
-    pub(super) made_up: Option<DefaultSockets>,
+    /// Whether there are sockets that nobody asked for.
+    pub(super) made_up: bool,
 }
 
 /// Follows the command line. The error is the line after `qblockd: `.
@@ -176,7 +177,13 @@ impl Start<'_> {
         }
         let sockets = DefaultSockets::make().map_err(QmpError::generic)?;
         let (qmp, nbd) = (sockets.qmp(), sockets.nbd());
-        self.started.made_up = Some(sockets);
+        self.started.made_up = true;
+        // The daemon's from now on: they go when the servers have gone, whether the start fails or not.
+        let keep = move |control: &mut Control| {
+            control.belongings.sockets = Some(sockets);
+            Ok(())
+        };
+        self.cx.commit(keep).await?;
         self.qmp(Address::Unix(qmp)).await?;
         self.nbd_server(server_arguments(Address::Unix(nbd))).await
     }

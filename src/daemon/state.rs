@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use block::error::system_text;
 use qapi::events::XTransactionRecovered;
 use qapi::rt::QmpError;
 use qapi::types;
@@ -17,7 +18,8 @@ use crate::journal::{
 /// Takes the directory, finishes or takes back what was cut off, and tells clients about it.
 pub(super) async fn open(cx: &Cx, folder: &Path) -> Result<(), QmpError> {
     let failed = |error: std::io::Error| {
-        QmpError::generic(format!("--state-dir {}: {error}", folder.display()))
+        let reason = system_text(&error);
+        QmpError::generic(format!("--state-dir {}: {reason}", folder.display()))
     };
     let io = cx.commit(|control| Ok(control.io.clone())).await?;
     let journal = Journal::open(folder, &io).map_err(failed)?;

@@ -115,6 +115,39 @@ fn a_drive_alone_gets_an_image_sockets_and_a_next_step() {
 }
 
 #[test]
+fn a_start_that_fails_late_leaves_no_sockets() {
+    let folder = tempfile::tempdir().unwrap();
+    let runtime = tempfile::tempdir().unwrap();
+    let output = Program::Qblockd
+        .command()
+        .args(["--drive", "id=disk,file=disk.raw,format=raw,size=1M"])
+        .args(["--pidfile", "missing/pid"])
+        .current_dir(folder.path())
+        .env("XDG_RUNTIME_DIR", runtime.path())
+        .output()
+        .unwrap();
+    assert!(!output.status.success());
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.starts_with("qblockd: cannot create PID file: "),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert_eq!(fs::read_dir(runtime.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn a_state_directory_that_is_none_is_named_as_such() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "").unwrap();
+    let output = harness::run_to_end(Program::Qblockd, folder.path(), &["--state-dir", "file"]);
+    assert_eq!(
+        String::from_utf8_lossy(&output.stderr),
+        "qblockd: --state-dir file: Not a directory\n"
+    );
+}
+
+#[test]
 fn nobody_at_the_other_end_of_standard_output_is_no_panic() {
     let folder = tempfile::tempdir().unwrap();
     for argument in ["--help", "--version"] {

@@ -54,6 +54,7 @@ use std::sync::Arc;
 use block::driver::{BoxFuture, HeaderHeld, HeaderSwitch, SnapshotInfo};
 use block::graph::{FlushesHeld, Node};
 use block::io::RunToEnd;
+use block::open::TakenBack;
 use futures_util::FutureExt;
 use futures_util::stream::{self, StreamExt as _};
 use qapi::rt::QmpError;
@@ -453,7 +454,7 @@ impl Running {
         for Prepared { action, .. } in &mut self.actions {
             action.start(&self.with.cx).await;
         }
-        self.with.keep_files().await;
+        let remains = self.with.keep_files().await;
         if let Some(entry) = self.with.entry.take() {
             end(entry).await;
         }
@@ -464,6 +465,7 @@ impl Running {
         let finishing: Vec<BoxFuture<'_, ()>> = finishing.collect();
         let finishing = stream::iter(finishing).buffer_unordered(limits::TRANSACTION_PREPARING);
         finishing.collect::<()>().await;
+        self.with.io.release(remains).await;
         let actions = self.actions.iter();
         actions.map(|prepared| prepared.action.effect()).collect()
     }
@@ -477,8 +479,11 @@ impl Running {
         }
         // What guests have written is safe from the next start, too.
         self.flushes.clear();
-        let are_gone = self.with.remove_files(&files).await;
-        if !are_gone {
+        // Nobody has the files open when they go.
+        self.actions.clear();
+        self.plan = Plan::default();
+        let TakenBack { are_back, remains } = self.with.remove_files(&files).await;
+        if !are_back {
             // The next start tries it again, and leaves alone the images, which have gone on.
             self.note_what_is_left(&files).await;
             if let Some(entry) = self.with.entry.get_mut() {
@@ -492,6 +497,7 @@ impl Running {
         {
             end(entry).await;
         }
+        self.with.io.release(remains).await;
         let left = self.left.into_iter().map(|disk| disk.device);
         left.chain(stay.into_iter().map(|stays| stays.device))
             .collect()

@@ -191,6 +191,10 @@ pub const MAX_POOL_THREADS: usize = 64;
 /// More flushes of one file system wait for each other in the kernel.
 pub const MAX_POOL_FLUSHES: usize = MAX_POOL_THREADS / 2;
 
+/// Files that were removed and whose space is still to be given back, each with a handle: those of some transactions over a thousand disks.
+/// Who removes more waits.
+pub const MAX_REMAINS: u32 = 4096;
+
 /// Sizes in bytes of the buffers that are kept for later reads: smaller ones the allocator keeps by itself, larger ones are rare.
 pub const MIN_SPARE_BUFFER: usize = 128 << 10;
 

@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use block::driver::Requests as _;
 use block::error::Result as EngineResult;
 use block::graph::{Graph, Node};
-use block::io::{FileIdentity, IoContext};
+use block::io::{FileIdentity, IoContext, Remains};
 use block::open::{
-    Created, Existing, NewImage, Opener, OverDevice, beside, create_image, final_path,
+    Created, Existing, NewImage, Opener, OverDevice, TakenBack, beside, create_image, final_path,
 };
 use block::units::SECTOR;
 use qapi::rt::QmpError;
@@ -212,25 +212,29 @@ impl Preparing {
         false
     }
 
-    /// The transaction has happened: files that were made stay.
-    pub(super) async fn keep_files(&mut self) {
+    /// The transaction has happened: files that were made stay. Answers what is left of those that they have replaced.
+    pub(super) async fn keep_files(&mut self) -> Vec<Remains> {
         let created = std::mem::take(&mut *lock(&self.created));
-        let keep = move || created.into_iter().for_each(Created::keep);
-        self.blocking(keep).await;
+        let kept = self.blocking(move || Created::keep_all(created)).await;
+        kept.unwrap_or_default()
     }
 
     /// The transaction has failed: files that were made go, the last one first. Nobody has them open but those of `but`, which stay.
-    /// Answers whether there is what was there before; else the log says what is wrong.
-    pub(super) async fn remove_files(&mut self, but: &[PathBuf]) -> bool {
+    /// Where there is not what was there before, the log says what is wrong.
+    pub(super) async fn remove_files(&mut self, but: &[PathBuf]) -> TakenBack {
         let created = std::mem::take(&mut *lock(&self.created)).into_iter().rev();
         let (keep, remove): (Vec<Created>, Vec<Created>) =
             created.partition(|created| but.iter().any(|path| path == created.path()));
-        self.blocking(move || {
-            keep.into_iter().for_each(Created::keep);
-            Created::take_back(remove)
+        let taken_back = self.blocking(move || {
+            let kept = Created::keep_all(keep);
+            let mut taken_back = Created::take_back(remove);
+            taken_back.remains.extend(kept);
+            taken_back
+        });
+        taken_back.await.unwrap_or(TakenBack {
+            are_back: false,
+            remains: Vec::new(),
         })
-        .await
-        .unwrap_or(false)
     }
 
     /// Does what waits for a disk where waiting does no harm.

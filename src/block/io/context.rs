@@ -10,6 +10,7 @@ use super::identity::FileIdentity;
 use super::names::Names;
 use super::operation::Operation;
 use super::pool::{Pool, Waits};
+use super::remains::{Heap, Remains};
 use super::ring::Ring;
 use super::spares::Spares;
 use super::witness::{Deed, Extent, Witness, witnessed};
@@ -25,6 +26,8 @@ struct Engines {
     /// `None` inside: the kernel refused.
     ring: OnceLock<Option<Ring>>,
     witness: Option<Arc<dyn Witness>>,
+    /// Files that were removed, and whose space is to be given back.
+    heap: Heap,
 }
 
 /// Who runs the operations of a file.
@@ -54,6 +57,7 @@ impl IoContext {
             spares: Arc::default(),
             ring: OnceLock::new(),
             witness,
+            heap: Heap::new(),
         }))
     }
 
@@ -115,6 +119,18 @@ impl IoContext {
             return call();
         }
         self.0.pool.run(Waits::Little, call).await
+    }
+
+    /// Has the space of files that were removed given back, behind the caller, who waits only where there are too many of them.
+    pub async fn release(&self, remains: Vec<Remains>) {
+        if remains.is_empty() {
+            return;
+        }
+        if let Some(service) = self.0.heap.add(remains).await
+            && let Err(error) = self.0.pool.push(Box::new(|| drop(service)), Waits::ForDisk)
+        {
+            log::warn!("what was removed has been given back while others waited: {error}");
+        }
     }
 
     /// As [`IoContext::call`], of something that a witness sees.

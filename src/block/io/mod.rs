@@ -5,6 +5,7 @@
 //! * [`IoContext`]: the threads and rings that run blocking system calls, and [`HostFile`], a file on them
 //! * [`IoThreads`]: threads with a scheduler each, which may be held up by what they write
 //! * [`Names`]: names in folders, made, changed, removed and made durable
+//! * [`Remains`]: what is left of a file that was removed
 //! * [`Witness`]: somebody who sees all of that, for tests of crashes and faults
 //! * [`Gate`]: in-flight accounting that can be closed and drained
 //! * [`RunToEnd`]: requests that go on when nobody waits for them any more
@@ -32,6 +33,7 @@ mod names;
 mod operation;
 mod pool;
 mod range_lock;
+mod remains;
 mod ring;
 mod run_to_end;
 mod spares;
@@ -50,6 +52,7 @@ pub use inline::{InlineThread, allow_inline_writes};
 pub(crate) use moment::BriefMutex;
 pub use names::Names;
 pub use range_lock::{Access, RangeGuard, RangeLock};
+pub use remains::Remains;
 pub use run_to_end::RunToEnd;
 pub(crate) use sys::LockKind;
 pub use threads::{IoThreads, Seat};

@@ -107,7 +107,8 @@ impl Pool {
             .unwrap_or_else(|_| Err(io::Error::other("a blocking call panicked")))
     }
 
-    fn push(&self, job: Job, waits: Waits) -> io::Result<()> {
+    /// Has a call begun, in its turn, without waiting for it.
+    pub(super) fn push(&self, job: Job, waits: Waits) -> io::Result<()> {
         let mut queue = self.shared.lock();
         let ready = queue.ready();
         queue.push(job, waits);

@@ -24,7 +24,7 @@ use super::{Aio, CacheMode, FileOptions, Locking};
 use crate::driver::{BackingFile, Child, Driver, Preallocation, Requests};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::create::{CreateOptions, create};
-use crate::io::{FileIdentity, IoContext, Names};
+use crate::io::{FileIdentity, IoContext, Names, Remains};
 use crate::limits::{MAX_LEFT_BESIDE, MAX_LINKS};
 use crate::protocols::file::{File, FileAccess};
 use crate::units::SECTOR;
@@ -148,31 +148,47 @@ impl Created {
     }
 
     /// The image stays. Content that it has replaced is gone, durably: who has a note of it can throw that away then.
-    pub fn keep(mut self) {
-        if let Some(Undo::SwapBack { former, .. }) = self.undo.take()
-            && let Err(error) = self.names.remove(&former).and_then(|()| self.sync_folder())
-        {
-            log::warn!(
-                "Could not remove '{}', the former content of '{}': {error}",
-                former.display(),
-                self.path.display()
-            );
-        }
+    pub fn keep(self) {
+        drop(Created::keep_all([self]));
     }
 
-    /// Takes images back, in this order, durably. Answers whether all of them are; what is wrong is logged.
-    pub fn take_back(created: impl IntoIterator<Item = Created>) -> bool {
+    /// As `keep`, of several. Answers what is left of what they have replaced.
+    pub fn keep_all(created: impl IntoIterator<Item = Created>) -> Vec<Remains> {
+        let (mut remains, mut folders) = (Vec::new(), Folders::default());
+        for mut created in created {
+            let Some(Undo::SwapBack { former, .. }) = created.undo.take() else {
+                continue;
+            };
+            let left = Remains::of(&former);
+            match created.names.remove(&former) {
+                Ok(()) => {
+                    remains.push(left);
+                    folders.add(&former, &created.names);
+                }
+                Err(error) => log::warn!(
+                    "Could not remove '{}', the former content of '{}': {error}",
+                    former.display(),
+                    created.path.display()
+                ),
+            }
+        }
+        folders.sync("what was replaced");
+        remains
+    }
+
+    /// Takes images back, in this order, durably. What is wrong is logged.
+    pub fn take_back(created: impl IntoIterator<Item = Created>) -> TakenBack {
+        let (mut remains, mut folders) = (Vec::new(), Folders::default());
         let mut are_back = true;
-        // Each folder is made durable once, whatever was in it.
-        let mut folders: BTreeMap<PathBuf, Names> = BTreeMap::new();
         for mut created in created {
             let Some(undo) = created.undo.take() else {
                 continue;
             };
             match created.undo(undo) {
                 Ok(None) => {}
-                Ok(Some(folder)) => {
-                    folders.insert(folder, created.names.clone());
+                Ok(Some(left)) => {
+                    remains.push(left);
+                    folders.add(&created.path, &created.names);
                 }
                 Err(error) => {
                     are_back = false;
@@ -181,18 +197,12 @@ impl Created {
                 }
             }
         }
-        for (folder, names) in folders {
-            if let Err(error) = names.sync_folder(&folder) {
-                let folder = folder.display();
-                log::warn!("images in '{folder}' that were taken back may come back: {error}");
-                are_back = false;
-            }
-        }
-        are_back
+        are_back &= folders.sync("images that were taken back");
+        TakenBack { are_back, remains }
     }
 
-    /// Answers the folder whose names have changed, if one has.
-    fn undo(&self, undo: Undo) -> io::Result<Option<PathBuf>> {
+    /// Answers what is left of the image, if a name has changed.
+    fn undo(&self, undo: Undo) -> io::Result<Option<Remains>> {
         let (Undo::Remove(made)
         | Undo::Empty(made)
         | Undo::SwapBack { made, .. }
@@ -200,6 +210,7 @@ impl Created {
         if FileIdentity::of(&fs::metadata(&self.path)?) != *made {
             return Err(io::Error::other("somebody has put another file there"));
         }
+        let remains = Remains::of(&self.path);
         match undo {
             Undo::Remove(_) => self.names.remove(&self.path)?,
             Undo::Empty(_) => self.names.empty(&self.path)?,
@@ -209,24 +220,55 @@ impl Created {
                 return self.names.put(&self.path, &bytes).map(|()| None);
             }
         }
-        Ok(self.path.parent().map(Path::to_owned))
+        Ok(Some(remains))
+    }
+}
+
+/// What has become of images that were taken back.
+#[derive(Debug)]
+#[must_use]
+pub struct TakenBack {
+    /// There is what was there before, durably.
+    pub are_back: bool,
+    /// What is left of the images.
+    pub remains: Vec<Remains>,
+}
+
+/// Folders in which names have changed. Each is made durable once.
+#[derive(Default)]
+struct Folders(BTreeMap<PathBuf, Names>);
+
+impl Folders {
+    /// The name of this file has changed.
+    fn add(&mut self, path: &Path, names: &Names) {
+        if let Some(folder) = path.parent() {
+            self.0.insert(folder.to_owned(), names.clone());
+        }
     }
 
-    fn sync_folder(&self) -> io::Result<()> {
-        self.path
-            .parent()
-            .map_or(Ok(()), |folder| self.names.sync_folder(folder))
+    /// Answers whether all are durable; otherwise the log says of what.
+    fn sync(self, what: &str) -> bool {
+        let mut are_durable = true;
+        for (folder, names) in self.0 {
+            if let Err(error) = names.sync_folder(&folder) {
+                let folder = folder.display();
+                log::warn!("{what} in '{folder}' may come back: {error}");
+                are_durable = false;
+            }
+        }
+        are_durable
     }
 }
 
 impl Drop for Created {
     fn drop(&mut self) {
         if let Some(undo) = self.undo.take() {
-            Created::take_back([Created {
+            let taken_back = Created::take_back([Created {
                 names: self.names.clone(),
                 path: self.path.clone(),
                 undo: Some(undo),
             }]);
+            drop(taken_back);
         }
     }
 }

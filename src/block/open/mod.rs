@@ -39,7 +39,7 @@ use crate::protocols::null::Null;
 
 pub use backing::{backing_path, plain_path};
 pub use create::{
-    Created, Existing, NewContent, NewImage, OverDevice, Overwritten, PutBack, beside,
+    Created, Existing, NewContent, NewImage, OverDevice, Overwritten, PutBack, TakenBack, beside,
     create_image, final_path, whole_sectors,
 };
 pub use options::{

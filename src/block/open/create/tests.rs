@@ -60,6 +60,31 @@ async fn what_is_not_kept_leaves_no_trace() {
 }
 
 #[tokio::test]
+async fn many_at_once_go_or_stay_and_what_is_left_of_them_is_the_callers() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |number: usize| folder.path().join(format!("{number}.img"));
+    fs::write(path(0), "former content").unwrap();
+    fs::write(path(1), "former content").unwrap();
+    let before = files(folder.path());
+    for stay in [false, true] {
+        let mut created = Vec::new();
+        for number in 0..4 {
+            created.push(make(&path(number), qcow2()).await.unwrap());
+        }
+        if stay {
+            let remains = Created::keep_all(created);
+            assert_eq!(remains.len(), 2, "what two of them have replaced");
+            assert_eq!(files(folder.path()).len(), 4);
+        } else {
+            let TakenBack { are_back, remains } = Created::take_back(created);
+            assert!(are_back);
+            assert_eq!(remains.len(), 4);
+            assert_eq!(files(folder.path()), before);
+        }
+    }
+}
+
+#[tokio::test]
 async fn what_is_kept_is_all_that_is_left() {
     for former in [None, Some(""), Some("former content")] {
         let folder = tempfile::tempdir().unwrap();

@@ -98,6 +98,11 @@ pub(crate) trait Action: Send {
         Concerns::Everything
     }
 
+    /// Whether it makes a job: these are made in the order of their actions.
+    fn begins_job(&self) -> bool {
+        false
+    }
+
     /// Does what takes time, while guests run: makes and opens files, takes space. Called when it has been resolved. Nobody finds what it
     /// makes yet.
     fn prepare<'a>(&'a mut self, with: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
@@ -106,7 +111,7 @@ pub(crate) trait Action: Send {
     }
 
     /// Puts nodes that were made into the graph, unused, and what is to lead to them into the plan. Called when it has been prepared, and
-    /// the actions before it have entered.
+    /// those before it that have something in common with it have entered.
     fn enter<'a>(
         &'a mut self,
         with: &'a Preparing,

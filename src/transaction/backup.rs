@@ -461,6 +461,10 @@ impl Action for BackupAction {
         }
     }
 
+    fn begins_job(&self) -> bool {
+        true
+    }
+
     fn prepare<'a>(&'a mut self, with: &'a Preparing) -> BoxFuture<'a, Result<(), QmpError>> {
         Box::pin(self.open(with))
     }

@@ -1,15 +1,17 @@
-//! Actions that are prepared at the same time, and take effect in their order.
+//! Actions that are prepared at the same time.
 //!
 //! ```text
 //!   resolve 1 -> prepare 1 .............. enter 1
-//!     resolve 2 -> prepare 2 ....                 enter 2
-//!       3 is about what 1 is about: ......................... resolve 3 -> prepare 3 -> enter 3
+//!     resolve 3 -> prepare 3 ....                 enter 3
+//!       2 is about what 1 is about: ......................... resolve 2 -> prepare 2 -> enter 2
 //! ```
 //!
 //! An action is resolved when all before it that have something in common with it have entered: it finds what it would find if they had
-//! been prepared one after the other, and the others are no concern of it.
+//! been prepared one after the other, and the others are no concern of it. So that it does not keep those behind it waiting, its turn
+//! comes in a later round; in a round they enter in their order. Which round that is follows from the actions alone. Jobs are made in the
+//! order of their actions, and what comes behind the preparation is done in the order of all.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -19,7 +21,7 @@ use block::driver::BoxFuture;
 use futures_util::stream::{FuturesOrdered, StreamExt as _};
 use qapi::rt::QmpError;
 
-use super::concerns::Keys;
+use super::concerns::{Key, Keys};
 use super::{Action, Concerns, Effect, Plan, Prepared, Preparing, Running, guarded};
 use crate::daemon::{Control, internal_error};
 use crate::limits;
@@ -113,9 +115,15 @@ struct Entering<'w> {
 }
 
 impl Entering<'_> {
-    /// Whether no more actions are begun.
-    fn stops(&self) -> bool {
-        self.on_failure == OnFailure::Stop && !self.entered.errors.is_empty()
+    /// Whether one before that of this place has failed.
+    fn is_behind_a_failure(&self, place: usize) -> bool {
+        let mut errors = self.entered.errors.iter();
+        errors.any(|(failed, _)| *failed < place)
+    }
+
+    /// Whether the action of this place is not begun: those before one that has failed are, since the first that fails is answered.
+    fn skips(&self, place: usize) -> bool {
+        self.on_failure == OnFailure::Stop && self.is_behind_a_failure(place)
     }
 
     /// Resolves an action, if nothing under way keeps it from that. On the control loop.
@@ -154,11 +162,8 @@ impl Entering<'_> {
             return false;
         };
         let place = prepared.place;
-        // Behind one that has failed nothing enters; those before it are not concerned.
-        let mut errors = self.entered.errors.iter();
-        let is_behind = errors.any(|(failed, _)| *failed < place);
         let entered = match tried {
-            Ok(()) if self.on_failure == OnFailure::GoOn || !is_behind => {
+            Ok(()) if !self.skips(place) => {
                 let enter = guarded(prepared.action.enter(self.with, self.plan));
                 let entered = queue.beside(enter).await;
                 if entered.is_err() && self.on_failure == OnFailure::GoOn {
@@ -181,6 +186,116 @@ impl Entering<'_> {
     }
 }
 
+/// What is known of an action before it is resolved.
+#[derive(Debug, Clone)]
+struct About {
+    keys: Keys,
+    /// There is nothing to do for it when it has been resolved.
+    is_over: bool,
+    begins_job: bool,
+}
+
+impl About {
+    /// What is known of actions that concern these things, and that begin jobs or do not, as the names are now.
+    async fn find(with: &Preparing, known: Vec<(Concerns, bool)>) -> Vec<About> {
+        let count = known.len();
+        let io = with.io.clone();
+        let about = with.io.call(move || {
+            let about = known.into_iter().map(|(concerns, begins_job)| About {
+                keys: Keys::new(&io, &concerns),
+                is_over: matches!(concerns, Concerns::Resolved { .. }),
+                begins_job,
+            });
+            Ok(about.collect::<Vec<About>>())
+        });
+        let about = about.await.unwrap_or_default();
+        let with_nodes = with.cx.commit(move |control| {
+            let nothing = Plan::default();
+            let about = about.into_iter().map(|about| About {
+                keys: about.keys.with_nodes(&control.graph, &nothing),
+                ..about
+            });
+            Ok(about.collect())
+        });
+        let mut about: Vec<About> = with_nodes.await.unwrap_or_default();
+        // Should that fail, they are prepared one after the other.
+        about.resize(
+            count,
+            About {
+                keys: Keys::All,
+                is_over: false,
+                begins_job: false,
+            },
+        );
+        about
+    }
+}
+
+/// An action that is to be resolved.
+struct Turn {
+    round: usize,
+    /// Its place among all.
+    place: usize,
+    action: Box<dyn Action>,
+    about: About,
+}
+
+impl Turn {
+    /// The turns of all actions, as they come.
+    async fn all(with: &Preparing, actions: Vec<Box<dyn Action>>) -> Vec<Turn> {
+        let known = actions.iter();
+        let known = known.map(|action| (action.concerns(), action.begins_job()));
+        let about = About::find(with, known.collect()).await;
+        let turns = rounds(&about).into_iter().zip(about).zip(actions);
+        let turns = turns.enumerate();
+        let turns = turns.map(|(place, ((round, about), action))| Turn {
+            round,
+            place,
+            action,
+            about,
+        });
+        let mut turns: Vec<Turn> = turns.collect();
+        turns.sort_by_key(|turn| turn.round);
+        turns
+    }
+}
+
+/// In which round each of the actions has its turn.
+fn rounds(about: &[About]) -> Vec<usize> {
+    // The first round for what comes next: for anything, for what is about a thing, for a job.
+    let (mut anything, mut last, mut jobs) = (0, 0, 0);
+    let mut next: HashMap<&Key, usize> = HashMap::new();
+    let mut rounds = Vec::with_capacity(about.len());
+    for About {
+        keys,
+        is_over,
+        begins_job,
+    } in about
+    {
+        let mut round = match keys {
+            Keys::All => last + 1,
+            Keys::These(keys) => {
+                let behind = keys.iter().filter_map(|key| next.get(key).copied());
+                behind.max().unwrap_or(0).max(anything)
+            }
+        };
+        if *begins_job {
+            round = round.max(jobs);
+            jobs = round;
+        }
+        match keys {
+            Keys::All => anything = round + 1,
+            Keys::These(keys) => {
+                let behind = round + usize::from(!is_over);
+                next.extend(keys.iter().map(|key| (key, behind)));
+            }
+        }
+        last = last.max(round);
+        rounds.push(round);
+    }
+    rounds
+}
+
 impl Running {
     /// Resolves, prepares and enters all actions.
     pub(super) async fn prepare_all(
@@ -188,18 +303,7 @@ impl Running {
         actions: Vec<Box<dyn Action>>,
         on_failure: OnFailure,
     ) -> Entered {
-        let concerns: Vec<Concerns> = actions.iter().map(|action| action.concerns()).collect();
-        let io = self.with.io.clone();
-        let about = self.with.io.call(move || {
-            let about = concerns.into_iter().map(|concerns| {
-                let is_over = matches!(concerns, Concerns::Resolved { .. });
-                (Keys::new(&io, &concerns), is_over)
-            });
-            Ok(about.collect::<Vec<(Keys, bool)>>())
-        });
-        // Should that fail, they are prepared one after the other.
-        let about = about.await.unwrap_or_default().into_iter();
-        let about = about.chain(std::iter::repeat((Keys::All, false)));
+        let turns = Turn::all(&self.with, actions).await;
         let mut entering = Entering {
             with: &self.with,
             plan: &mut self.plan,
@@ -208,15 +312,22 @@ impl Running {
             entered: Entered::default(),
         };
         let mut queue = Queue::default();
-        for (place, (mut action, (keys, is_over))) in actions.into_iter().zip(about).enumerate() {
+        for turn in turns {
+            let Turn {
+                place,
+                mut action,
+                about,
+                ..
+            } = turn;
             let resolved = loop {
                 while queue.is_full() {
                     entering.next(&mut queue).await;
                 }
-                if entering.stops() {
+                if entering.skips(place) {
                     break None;
                 }
-                match entering.resolve(&mut queue, action, keys.clone()).await {
+                let keys = about.keys.clone();
+                match entering.resolve(&mut queue, action, keys).await {
                     Resolved::Waits(waiting) => action = waiting,
                     resolved => break Some(resolved),
                 }
@@ -224,7 +335,7 @@ impl Running {
             };
             match resolved {
                 Some(Resolved::Done(action, keys)) => {
-                    let about = match is_over {
+                    let about = match about.is_over {
                         true => Keys::none(),
                         false => keys,
                     };
@@ -238,12 +349,14 @@ impl Running {
                 Some(Resolved::Failed(error)) => entering.entered.errors.push((place, error)),
                 Some(Resolved::Waits(_)) | None => {}
             }
-            if entering.stops() {
-                break;
-            }
         }
         while entering.next(&mut queue).await {}
-        let mut entered = entering.entered;
+        let Entering {
+            actions,
+            mut entered,
+            ..
+        } = entering;
+        actions.sort_by_key(|prepared| prepared.place);
         entered.errors.sort_by_key(|(place, _)| *place);
         entered
     }

@@ -174,7 +174,7 @@ impl<'a> Scan<'a> {
     async fn count_references(&mut self) -> Result<()> {
         self.use_metadata("header", 0, self.g.cluster_size())?;
         self.count_incomplete_snapshots();
-        let bytes = self.snapshots.encode()?.len() as u64;
+        let bytes = self.snapshots.encoded_len()? as u64;
         self.use_metadata("snapshot table", self.header.snapshots_offset.0, bytes)?;
         self.count_bitmaps().await?;
         self.walk_tables().await

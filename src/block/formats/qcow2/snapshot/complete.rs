@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use super::table::{SnapshotTable, TableEntry};
+use super::table::SnapshotTable;
 use crate::error::Result;
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::image::Image;
@@ -25,12 +25,12 @@ impl Image {
         &self,
     ) -> Result<Option<CompleteTable>> {
         let old = self.snapshots.get();
-        if !old.entries().iter().any(TableEntry::is_incomplete) {
+        if !old.entries().iter().any(|entry| entry.is_incomplete()) {
             return Ok(None);
         }
         let replaced = Run {
             start: self.g.host_cluster(self.header.get().snapshots_offset),
-            count: self.g.clusters_for(old.encode()?.len() as u64),
+            count: self.g.clusters_for(old.encoded_len()? as u64),
         };
         let mut table = SnapshotTable::clone(&old);
         table.complete(self.size());

@@ -59,7 +59,7 @@ impl SnapshotList {
     ) -> Result<()> {
         let g = header.geometry();
         let table = self.get();
-        let bytes = table.encode()?.len() as u64;
+        let bytes = table.encoded_len()? as u64;
         let start = g.host_cluster(header.snapshots_offset);
         owners.claim_alone(start, g.clusters_for(bytes), Owner::SnapshotTable)?;
         for entry in table.entries() {

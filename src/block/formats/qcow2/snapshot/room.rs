@@ -39,7 +39,7 @@ impl Room {
             // An image that has no snapshots.
             return Ok(());
         }
-        let len = image.snapshots.get().encode()?.len() + ENTRY;
+        let len = image.snapshots.get().encoded_len()? + ENTRY;
         // First: on a full disk that of a deleted snapshot may be the only place.
         let table = image.write_snapshot_table(vec![0; len]).await?;
         self.table = Some((table, len));

@@ -151,7 +151,7 @@ impl Staged {
         let table = SnapshotTable::clone(&image.snapshots.get());
         let old_table = Run {
             start: image.g.host_cluster(old.snapshots_offset),
-            count: image.g.clusters_for(table.encode()?.len() as u64),
+            count: image.g.clusters_for(table.encoded_len()? as u64),
         };
         size.store(image.size(), Ordering::Release);
         Ok(Staged {
@@ -346,9 +346,9 @@ impl Staged {
             }
         }
         self.table.complete(self.size());
-        let bytes = self.table.encode()?;
-        let clusters = self.image.g.clusters_for(bytes.len() as u64);
-        match self.room.take_table(clusters, bytes.len()) {
+        let len = self.table.encoded_len()?;
+        let clusters = self.image.g.clusters_for(len as u64);
+        match self.room.take_table(clusters, len) {
             Some(area) => self.new_table = Some(area),
             None => self.write_table().await?,
         }

@@ -9,6 +9,7 @@
 //! Ids, names and extra data are kept as the bytes they are: what we do not know is written back unchanged.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use crate::driver::{Child, NewSnapshot, SnapshotInfo, SnapshotSelector};
 use crate::error::{Error, ErrorKind, Result};
@@ -102,6 +103,11 @@ impl TableEntry {
         self.extra.get(at..).and_then(|rest| be_u64(rest, 0))
     }
 
+    /// Bytes of the entry without padding.
+    fn encoded_len(&self) -> usize {
+        FIXED_BYTES + self.extra.len() + self.id.len() + self.name.len()
+    }
+
     fn encode(&self, out: &mut Vec<u8>) {
         out.resize(out.len().next_multiple_of(8), 0);
         out.extend(self.l1_offset.to_be_bytes());
@@ -122,7 +128,8 @@ impl TableEntry {
 /// All entries, in the order of the image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct SnapshotTable {
-    entries: Vec<TableEntry>,
+    /// Shared with other states of the table: it is copied while guests stand still.
+    entries: Vec<Arc<TableEntry>>,
 }
 
 impl SnapshotTable {
@@ -156,37 +163,46 @@ impl SnapshotTable {
     }
 
     /// The entries in order.
-    pub(crate) fn entries(&self) -> &[TableEntry] {
+    pub(crate) fn entries(&self) -> &[Arc<TableEntry>] {
         &self.entries
     }
 
-    /// The table as it is written; empty for no entries.
+    /// How many bytes are written; none for no entries.
     ///
-    /// `InvalidInput` when it would break the format's limits.
-    pub(crate) fn encode(&self) -> Result<Vec<u8>> {
+    /// `InvalidInput` when the table would break the format's limits.
+    pub(crate) fn encoded_len(&self) -> Result<usize> {
         if self.entries.len() > QCOW2_MAX_SNAPSHOTS as usize {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 format!("Cannot have more than {QCOW2_MAX_SNAPSHOTS} snapshots in an image"),
             ));
         }
-        let mut bytes = Vec::new();
-        for entry in &self.entries {
-            entry.encode(&mut bytes);
-        }
-        if bytes.len() as u64 > QCOW2_MAX_SNAPSHOT_TABLE_BYTES {
+        let lengths = self.entries.iter().map(|entry| entry.encoded_len());
+        let len = lengths.fold(0, |at: usize, len| at.next_multiple_of(8) + len);
+        if len as u64 > QCOW2_MAX_SNAPSHOT_TABLE_BYTES {
             return Err(Error::new(
                 ErrorKind::InvalidInput,
                 "Snapshot table would become too large",
             ));
         }
+        Ok(len)
+    }
+
+    /// The table as it is written. Errors as [`SnapshotTable::encoded_len`].
+    pub(crate) fn encode(&self) -> Result<Vec<u8>> {
+        let len = self.encoded_len()?;
+        let mut bytes = Vec::with_capacity(len);
+        for entry in &self.entries {
+            entry.encode(&mut bytes);
+        }
+        debug_assert_eq!(bytes.len(), len);
         Ok(bytes)
     }
 
     /// The table with `entry` at its end.
     pub(crate) fn with(&self, entry: TableEntry) -> Self {
         let mut table = self.clone();
-        table.entries.push(entry);
+        table.entries.push(Arc::new(entry));
         table
     }
 
@@ -200,7 +216,9 @@ impl SnapshotTable {
     /// Adds to every entry what version 3 requires.
     pub(crate) fn complete(&mut self, active_size: u64) {
         for entry in &mut self.entries {
-            entry.complete(active_size);
+            if entry.is_incomplete() {
+                Arc::make_mut(entry).complete(active_size);
+            }
         }
     }
 
@@ -320,7 +338,7 @@ impl Decoder {
         ) else {
             return Ok(ControlFlow::Break(()));
         };
-        self.table.entries.push(TableEntry {
+        self.table.entries.push(Arc::new(TableEntry {
             l1_offset: be_u64(fixed, 0).unwrap_or(0),
             l1_entries: u32_at(8),
             id: id.to_vec(),
@@ -330,7 +348,7 @@ impl Decoder {
             vm_clock_nsec: be_u64(fixed, 24).unwrap_or(0),
             vm_state_size_32: u32_at(32),
             extra: extra.to_vec(),
-        });
+        }));
         let next = at + self.padding + end;
         // Entries begin at multiples of 8 from the table's start, which is cluster aligned; every entry so far
         // began at such a place, so its own length tells the padding.
@@ -369,6 +387,12 @@ mod tests {
         entry
     }
 
+    fn table(entries: impl IntoIterator<Item = TableEntry>) -> SnapshotTable {
+        SnapshotTable {
+            entries: entries.into_iter().map(Arc::new).collect(),
+        }
+    }
+
     fn decode(bytes: &[u8], count: u32, piece: usize) -> Result<Option<SnapshotTable>> {
         let mut decoder = Decoder::new(count);
         for piece in bytes.chunks(piece) {
@@ -379,15 +403,14 @@ mod tests {
 
     #[test]
     fn what_is_encoded_decodes_to_the_same_whatever_the_pieces() {
-        let table = SnapshotTable {
-            entries: vec![
-                entry(1, "one", 24),
-                entry(2, "", 0),
-                entry(30, "unknown extra data stays", 61),
-                entry(4, "last", 1024),
-            ],
-        };
+        let table = table([
+            entry(1, "one", 24),
+            entry(2, "", 0),
+            entry(30, "unknown extra data stays", 61),
+            entry(4, "last", 1024),
+        ]);
         let bytes = table.encode().unwrap();
+        assert_eq!(table.encoded_len().unwrap(), bytes.len());
         for piece in [1, 7, 8, 64, 4096] {
             assert_eq!(decode(&bytes, 4, piece).unwrap().as_ref(), Some(&table));
         }
@@ -396,9 +419,7 @@ mod tests {
 
     #[test]
     fn too_much_extra_data_is_refused() {
-        let table = SnapshotTable {
-            entries: vec![entry(1, "one", 1025)],
-        };
+        let table = table([entry(1, "one", 1025)]);
         let error = decode(&table.encode().unwrap(), 1, 4096).unwrap_err();
         assert_eq!(
             error.message(),
@@ -408,14 +429,11 @@ mod tests {
 
     #[test]
     fn the_next_id_is_one_more_than_the_largest_number() {
-        let ids = |ids: &[&str]| SnapshotTable {
-            entries: ids
-                .iter()
-                .map(|id| TableEntry {
-                    id: id.as_bytes().to_vec(),
-                    ..entry(1, "x", 24)
-                })
-                .collect(),
+        let ids = |ids: &[&str]| {
+            table(ids.iter().map(|id| TableEntry {
+                id: id.as_bytes().to_vec(),
+                ..entry(1, "x", 24)
+            }))
         };
         assert_eq!(ids(&[]).next_id(), 1);
         assert_eq!(ids(&["1", "7", "3"]).next_id(), 8);
@@ -425,9 +443,7 @@ mod tests {
 
     #[test]
     fn a_selector_must_match_all_that_it_gives() {
-        let table = SnapshotTable {
-            entries: vec![entry(1, "a", 24), entry(2, "b", 24), entry(3, "1", 24)],
-        };
+        let table = table([entry(1, "a", 24), entry(2, "b", 24), entry(3, "1", 24)]);
         let find = |id: Option<&str>, name: Option<&str>| {
             table.find(&SnapshotSelector {
                 id: id.map(str::to_owned),

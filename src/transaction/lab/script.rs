@@ -187,6 +187,11 @@ impl Script {
         }
         let mut failures = failures(random);
         failures[0].behind = Behind::Commit;
+        if let Some(second) = failures.get_mut(1)
+            && random.bool()
+        {
+            second.behind = Behind::Abort;
+        }
         for failure in &mut failures {
             failure.skip %= LONGEST;
         }

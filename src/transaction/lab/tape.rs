@@ -49,6 +49,8 @@ pub(crate) enum Behind {
     Stages,
     /// The journal's commit.
     Commit,
+    /// The record that nothing is to happen after all. From then on names may stay, too.
+    Abort,
 }
 
 /// A failure that is to come.
@@ -67,6 +69,7 @@ impl Behind {
             Behind::Now => None,
             Behind::Stages => Some(br#"{"record":"stages""#),
             Behind::Commit => Some(br#"{"record":"commit""#),
+            Behind::Abort => Some(br#"{"record":"abort""#),
         }
     }
 }
@@ -221,7 +224,7 @@ impl Tape {
         self.state().spares_names = false;
     }
 
-    /// Makes deeds fail, one behind the other, but none that removes a name or makes names durable.
+    /// Makes deeds fail, one behind the other, but none that removes a name or makes names durable before an abort.
     pub(super) fn plan(&self, failures: &[Failure]) {
         let mut state = self.state();
         state.deeds = 0;
@@ -304,6 +307,7 @@ impl State {
             && let Some(record) = failure.behind.record()
             && written.windows(record.len()).any(|part| part == record)
         {
+            self.spares_names = failure.behind != Behind::Abort;
             failure.behind = Behind::Now;
         }
     }

@@ -347,6 +347,29 @@ fn an_image_that_cannot_be_made_on_a_device_changes_nothing() {
         qmp.ok("job-dismiss", json!({"id": "c"}));
         assert!(place.is_as_before(), "{options}");
     }
+    qmp.ok("blockdev-del", json!({"node-name": "v"}));
+    // Larger than the device.
+    qmp.ok("block_resize", json!({"device": "d0", "size": 16 << 20}));
+    let target = json!({"device": "d0", "target": place.device.0, "sync": "full"});
+    for (format, mode, text) in [
+        ("raw", "absolute-paths", "Cannot grow device files"),
+        (
+            "raw",
+            "existing",
+            "Source and target image have different sizes",
+        ),
+        (
+            "host_device",
+            "absolute-paths",
+            "Source and target image have different sizes",
+        ),
+    ] {
+        let mut backup = target.clone();
+        backup["format"] = format.into();
+        backup["mode"] = mode.into();
+        assert_eq!(qmp.error("drive-backup", backup).1, text);
+        assert!(place.is_as_before());
+    }
     qmp.ok("quit", json!({}));
     assert!(daemon.exited().success());
 }

@@ -485,7 +485,7 @@ async fn fill_raw(file: &File, size: u64, preallocation: Preallocation) -> Resul
     match file.limits().growable {
         true => file.resize(size, preallocation).await,
         false if file.size() >= size => Ok(()),
-        false => Err(Error::new(ErrorKind::NoSpace, "Device is too small")),
+        false => Err(Error::new(ErrorKind::NoSpace, "Cannot grow device files")),
     }
 }
 

@@ -11,6 +11,7 @@
 //! nobody else has it open, and its header is either the old or the new one; it is only switched when nothing was
 //! written to the file since. Everything else is reported, and left as it is.
 
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use block::driver::{Child, Driver as _, HeaderSwitch, Requests as _, WriteFlags}
 use block::error::{Error, ErrorKind};
 use block::formats::qcow2::check::{CheckOptions, Repair, repair};
 use block::formats::qcow2::{is_marked_dirty, is_same_marked_dirty};
-use block::io::{HostFile, IoContext, Names};
+use block::io::{HostFile, IoContext, Names, Remains};
 use block::open::{Aio, CacheMode, FileOptions, Locking, PutBack};
 use block::protocols::file::{File, FileAccess};
 
@@ -181,10 +182,12 @@ struct Plan {
     actions: Vec<JournaledAction>,
     staged: Vec<StagedImage>,
     creations: Vec<(Creation, Option<Identity>)>,
+    /// Where a path is among them for the first time.
+    of_path: HashMap<PathBuf, usize>,
     switches: Vec<ImageSwitch>,
     direction: Direction,
     /// Files that stay where it goes back.
-    kept: Vec<PathBuf>,
+    kept: HashSet<PathBuf>,
     /// What an earlier start has done.
     earlier: Option<Report>,
     /// Whoever has written to a file that is to go, or to an image that is to go back, later than this uses it.
@@ -225,9 +228,10 @@ impl Plan {
             actions,
             staged: Vec::new(),
             creations: Vec::new(),
+            of_path: HashMap::new(),
             switches: Vec::new(),
             direction: Direction::Back,
-            kept: Vec::new(),
+            kept: HashSet::new(),
             earlier: None,
             unused_until: Unused::default(),
         };
@@ -235,13 +239,8 @@ impl Plan {
             match record {
                 Record::Begin { .. } => {}
                 Record::Stages { images } => plan.staged = images,
-                Record::Creates(creation) => plan.creations.push((creation, None)),
-                Record::Created { path, file } => {
-                    let mut creations = plan.creations.iter_mut();
-                    if let Some(creation) = creations.find(|(creation, _)| creation.path == path) {
-                        creation.1 = Some(file);
-                    }
-                }
+                Record::Creates(creation) => plan.creates(creation),
+                Record::Created { path, file } => plan.created(&path, file),
                 Record::Commit { switches } => {
                     plan.switches = switches;
                     plan.direction = Direction::Forward;
@@ -252,7 +251,8 @@ impl Plan {
                     files,
                     time,
                 } => {
-                    plan.kept = files;
+                    let images: HashSet<PathBuf> = images.into_iter().collect();
+                    plan.kept = files.into_iter().collect();
                     plan.unused_until.files = time;
                     plan.staged.retain(|image| images.contains(&image.path));
                     let switches = &mut plan.switches;
@@ -272,45 +272,32 @@ impl Plan {
         Ok(Some(plan))
     }
 
+    fn creates(&mut self, creation: Creation) {
+        let place = self.of_path.entry(creation.path.clone());
+        place.or_insert(self.creations.len());
+        self.creations.push((creation, None));
+    }
+
+    fn created(&mut self, path: &Path, file: Identity) {
+        let place = self.of_path.get(path);
+        if let Some((_, made)) = place.and_then(|at| self.creations.get_mut(*at)) {
+            *made = Some(file);
+        }
+    }
+
     async fn carry_out(&self, io: &IoContext) -> Report {
         let mut images = Vec::new();
         for switch in &self.switches {
             images.push(self.switch(io, switch).await);
         }
-        let mut files = Vec::new();
-        for (creation, made) in self.creations.iter().rev() {
-            let direction = match self.kept.contains(&creation.path) {
-                true => Direction::Forward,
-                false => self.direction,
-            };
-            let path = creation.path.clone();
-            let done = match (&creation.overwritten, direction) {
-                (Some(front), Direction::Back) => put_back(io, creation, front).await,
-                _ => {
-                    let (creation, made) = (creation.clone(), *made);
-                    let (names, unused) = (io.names(), self.unused_until.files);
-                    io.call(move || match direction {
-                        Direction::Forward => keep_file(&names, &creation),
-                        Direction::Back => take_file_back(&names, &creation, made, unused),
-                    })
-                    .await
-                }
-            };
-            let (result, detail) = match done {
-                Ok(FileResult::Changed) => (FileResult::Changed, what_was_before(creation)),
-                Ok(result) => (result, None),
-                Err(error) => (FileResult::Failed, Some(error.to_string())),
-            };
-            files.push(RecoveredFile {
-                path,
-                result,
-                detail,
-            });
-        }
+        let files = self.settle_files(io).await;
         if self.direction == Direction::Back {
+            // What a header does not lead to that is not as it was is no leak: the next start may put back the one that does.
+            let wrong = images.iter().filter(|image| !image.result.is_right());
+            let wrong: HashSet<&PathBuf> = wrong.map(|image| &image.path).collect();
             for image in &self.staged {
                 // On a device that is what had been there before.
-                if !self.makes(&image.path) && is_as_it_was(&images, &image.path) {
+                if !self.makes(&image.path) && !wrong.contains(&image.path) {
                     reclaim(io, image).await;
                 }
             }
@@ -330,26 +317,75 @@ impl Plan {
         }
     }
 
+    /// Files stay, or go, the last one first. Their names are durable then; folders are made so once, whatever was in them.
+    async fn settle_files(&self, io: &IoContext) -> Vec<RecoveredFile> {
+        let (mut files, mut remains) = (Vec::new(), Vec::new());
+        let mut folders: BTreeSet<PathBuf> = BTreeSet::new();
+        for (creation, made) in self.creations.iter().rev() {
+            let direction = match self.kept.contains(&creation.path) {
+                true => Direction::Forward,
+                false => self.direction,
+            };
+            let done = match (&creation.overwritten, direction) {
+                (Some(front), Direction::Back) => put_back(io, creation, front).await,
+                _ => {
+                    folders.extend(creation.path.parent().map(Path::to_owned));
+                    let (creation, made) = (creation.clone(), *made);
+                    let (names, unused) = (io.names(), self.unused_until.files);
+                    let settled = io.call(move || match direction {
+                        Direction::Forward => keep_file(&names, &creation),
+                        Direction::Back => take_file_back(&names, &creation, made, unused),
+                    });
+                    settled.await.map(|settled| {
+                        remains.extend(settled.remains);
+                        settled.result
+                    })
+                }
+            };
+            let (result, detail) = match done {
+                Ok(FileResult::Changed) => (FileResult::Changed, what_was_before(creation)),
+                Ok(result) => (result, None),
+                Err(error) => (FileResult::Failed, Some(error.to_string())),
+            };
+            files.push(RecoveredFile {
+                path: creation.path.clone(),
+                result,
+                detail,
+            });
+        }
+        for folder in folders {
+            let (names, synced) = (io.names(), folder.clone());
+            let Err(error) = io.call(move || names.sync_folder(&synced)).await else {
+                continue;
+            };
+            let there = |file: &&mut RecoveredFile| {
+                file.path.parent() == Some(&folder) && file.result.is_right()
+            };
+            for file in files.iter_mut().filter(there) {
+                (file.result, file.detail) = (FileResult::Failed, Some(error.to_string()));
+            }
+        }
+        io.release(remains).await;
+        files
+    }
+
     /// What has become of each action, by its image and file.
     fn results(&self, images: &[RecoveredImage], files: &[RecoveredFile]) -> Vec<RecoveredAction> {
-        let image_of = |path: &PathBuf| {
-            let mut images = images.iter();
-            let image = images.find(|image| image.path == *path);
-            image.map(|image| image.result.is_right())
-        };
-        let file_of = |path: &PathBuf| {
-            let mut files = files.iter();
-            files
-                .find(|file| file.path == *path)
-                .map(|file| file.result)
-        };
+        // The first of each path counts.
+        let images = images.iter().rev();
+        let images: HashMap<&PathBuf, ImageResult> =
+            images.map(|image| (&image.path, image.result)).collect();
+        let files = files.iter().rev();
+        let files: HashMap<&PathBuf, FileResult> =
+            files.map(|file| (&file.path, file.result)).collect();
         let result = |action: &JournaledAction| {
-            let file = action.filename.as_ref().and_then(file_of);
+            let file = action.filename.as_ref();
+            let file = file.and_then(|path| files.get(path).copied());
             let right = match action.kind {
                 ActionKind::Create | ActionKind::Delete | ActionKind::Revert => {
-                    let image = action.image.as_ref().and_then(image_of);
+                    let image = action.image.as_ref().and_then(|path| images.get(path));
                     // Without a commit no image has been changed.
-                    image.unwrap_or(self.switches.is_empty())
+                    image.map_or(self.switches.is_empty(), |image| image.is_right())
                 }
                 _ => file.is_none_or(FileResult::is_right),
             };
@@ -376,8 +412,7 @@ impl Plan {
 
     /// Whether the file of this path was made by the transaction, and goes where that is taken back.
     fn makes(&self, path: &Path) -> bool {
-        let mut creations = self.creations.iter();
-        creations.any(|(made, _)| made.path == *path) && !self.kept.contains(&path.to_owned())
+        self.of_path.contains_key(path) && !self.kept.contains(path)
     }
 
     async fn switch(&self, io: &IoContext, switch: &ImageSwitch) -> RecoveredImage {
@@ -513,13 +548,6 @@ fn is_newer(path: &Path, until: Option<Time>) -> Result<bool, Error> {
     Ok(until.is_some() && modified(&metadata) > until)
 }
 
-/// Whether an image has the header that it is to keep. What another one does not lead to is no leak: the next start may put back the
-/// header that does.
-fn is_as_it_was(images: &[RecoveredImage], path: &Path) -> bool {
-    let mut wrong = images.iter().filter(|image| !image.result.is_right());
-    wrong.all(|image| image.path != *path)
-}
-
 /// Gives back what a change that does not happen has taken in an image. A leak does no harm, so errors are logged.
 async fn reclaim(io: &IoContext, image: &StagedImage) {
     let Ok(file) = open_image(io, image).await else {
@@ -571,24 +599,51 @@ async fn put_back(io: &IoContext, creation: &Creation, front: &Front) -> io::Res
     })
 }
 
-/// A file stays: what it has replaced goes, durably.
-fn keep_file(names: &Names, creation: &Creation) -> io::Result<FileResult> {
+/// What was done about a file.
+struct Settled {
+    result: FileResult,
+    /// Of what has lost its name.
+    remains: Option<Remains>,
+}
+
+impl Settled {
+    /// No name is gone.
+    fn named(result: FileResult) -> Self {
+        Settled {
+            result,
+            remains: None,
+        }
+    }
+
+    /// The file of this path loses its name by `done`.
+    fn without(
+        path: &Path,
+        result: FileResult,
+        done: impl FnOnce() -> io::Result<()>,
+    ) -> io::Result<Self> {
+        let remains = Some(Remains::of(path));
+        done()?;
+        Ok(Settled { result, remains })
+    }
+}
+
+/// A file stays: what it has replaced goes.
+fn keep_file(names: &Names, creation: &Creation) -> io::Result<Settled> {
     if let (Some(beside), Some(former)) = (&creation.beside, creation.former)
         && identity(beside)? == Some(former)
     {
-        names.remove(beside)?;
+        return Settled::without(beside, FileResult::Kept, || names.remove(beside));
     }
-    sync_folder_of(names, &creation.path)?;
-    Ok(FileResult::Kept)
+    Ok(Settled::named(FileResult::Kept))
 }
 
-/// Makes a file what it was before, and its name durable. It stays as it is where somebody has written to it after `unused`.
+/// Makes a file what it was before. It stays as it is where somebody has written to it after `unused`.
 fn take_file_back(
     names: &Names,
     creation: &Creation,
     made: Option<Identity>,
     unused: Option<Time>,
-) -> io::Result<FileResult> {
+) -> io::Result<Settled> {
     let Creation {
         path,
         former,
@@ -608,8 +663,7 @@ fn take_file_back(
             Some(there) if made.is_some_and(|made| made != there) => FileResult::Replaced,
             Some(_) if is_used()? => FileResult::Changed,
             Some(_) => {
-                names.remove(path)?;
-                FileResult::Removed
+                return Settled::without(path, FileResult::Removed, || names.remove(path));
             }
         },
         Some(former) => match aside {
@@ -618,13 +672,12 @@ fn take_file_back(
                 FileResult::Changed
             }
             Some((beside, file)) if file == *former => {
-                names.rename(beside, path)?;
-                FileResult::Restored
+                let swap_back = || names.rename(beside, path);
+                return Settled::without(path, FileResult::Restored, swap_back);
             }
             // It has not been swapped yet.
             Some((beside, _)) if there == Some(*former) => {
-                names.remove(beside)?;
-                FileResult::Removed
+                return Settled::without(beside, FileResult::Removed, || names.remove(beside));
             }
             Some(_) => FileResult::Replaced,
             None if there == Some(*former) && *was_empty => {
@@ -643,13 +696,7 @@ fn take_file_back(
             None => FileResult::Replaced,
         },
     };
-    sync_folder_of(names, path)?;
-    Ok(result)
-}
-
-fn sync_folder_of(names: &Names, path: &Path) -> io::Result<()> {
-    path.parent()
-        .map_or(Ok(()), |folder| names.sync_folder(folder))
+    Ok(Settled::named(result))
 }
 
 /// Where what a file has replaced is to be found, for people.

@@ -147,12 +147,12 @@ pub const QMP_ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// that hangs must not hold a command forever.
 pub const REOPEN_PREPARE: Duration = Duration::from_secs(60);
 
-/// Flushes before a snapshot holds guests back. Each makes durable what was written during the one before, so the third
+/// Flushes before a snapshot, or a new size, holds guests back. Each makes durable what was written during the one before, so the third
 /// finds little even where guests write as fast as the disk.
-pub const SNAPSHOT_FLUSHES_AHEAD: usize = 3;
+pub const FLUSHES_AHEAD: usize = 3;
 
 /// A flush that ends sooner than this leaves nothing worth another one: guests may wait for what is left.
-pub const SNAPSHOT_SHORT_FLUSH: Duration = Duration::from_millis(20);
+pub const SHORT_FLUSH: Duration = Duration::from_millis(20);
 
 /// Actions of a transaction that are prepared at the same time. Each makes and opens files, and waits for its disk most of the time; half
 /// of the threads for that are left to guests.

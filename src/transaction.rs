@@ -77,7 +77,7 @@ pub(crate) use backup::{
 pub(crate) use concerns::Concerns;
 pub(crate) use dry_run::{Preview, dry_run};
 pub(crate) use external::{ExternalSnapshot, Overlay, OverlayFile};
-pub(crate) use held::Held;
+pub(crate) use held::{Held, flush_ahead};
 pub(crate) use plan::{Plan, WayBack};
 pub(crate) use preparing::Preparing;
 pub(crate) use snapshot::{Operation, SnapshotAction};

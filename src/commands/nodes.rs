@@ -12,6 +12,7 @@ use qapi::types::BlockdevOptions;
 
 use super::convert;
 use crate::daemon::Cx;
+use crate::transaction::flush_ahead;
 
 /// Answers `blockdev-add`.
 pub(super) async fn add(cx: &Cx, args: BlockdevOptions) -> Result<(), QmpError> {
@@ -99,6 +100,10 @@ pub(super) async fn resize(cx: &Cx, args: BlockResize) -> Result<(), QmpError> {
     let _claim = convert::claim(cx, &node, Need::Writes)
         .await
         .map_err(convert::from_engine)?;
+    // What has metadata flushes them in their order while requests wait.
+    if node.driver().snapshots().is_some() {
+        flush_ahead(&[&*node]).await;
+    }
     node.resize(size.unsigned_abs(), Preallocation::Off)
         .await
         .map_err(convert::from_engine)

@@ -66,7 +66,9 @@ impl Held {
         guests: Guests,
     ) -> std::result::Result<Held, QmpError> {
         if disks.iter().any(|disk| waits_for_flush(disk, guests)) {
-            flush_ahead(&disks).await;
+            let changed = disks.iter().filter(|disk| disk.changes);
+            let changed: Vec<&Node> = changed.map(|disk| &*disk.node).collect();
+            flush_ahead(&changed).await;
         }
         let mut changes = join_all(disks.iter().map(begin_change)).await;
         let flushes = match guests {
@@ -515,16 +517,15 @@ async fn in_time<T>(step: impl Future<Output = Result<T>>) -> Result<T> {
     })
 }
 
-/// Makes durable what has been written, while guests go on, until a flush ends soon: the flushes of a snapshot, for which
+/// Makes durable what has been written, while guests go on, until a flush ends soon: the flushes of what comes next, for which
 /// guests wait, have little left to do then.
-async fn flush_ahead(disks: &[Disk]) {
-    for _ in 0..limits::SNAPSHOT_FLUSHES_AHEAD {
+pub(crate) async fn flush_ahead(disks: &[&Node]) {
+    for _ in 0..limits::FLUSHES_AHEAD {
         let start = Instant::now();
-        let flushes = disks.iter().filter(|disk| disk.changes);
-        let flushes = flushes.map(|disk| disk.node.flush());
-        // An error is the snapshot's to report: it flushes again.
+        let flushes = disks.iter().map(|disk| disk.flush());
+        // An error is for what comes next to report: it flushes again.
         let failed = join_all(flushes).await.iter().any(Result::is_err);
-        if failed || start.elapsed() < limits::SNAPSHOT_SHORT_FLUSH {
+        if failed || start.elapsed() < limits::SHORT_FLUSH {
             return;
         }
     }

@@ -446,18 +446,23 @@ impl Action for BackupAction {
             filter_node_name,
             ..
         } = &self.options;
-        let (target, files) = match target {
-            BackupTarget::Node(name) => (Some(name), Vec::new()),
-            BackupTarget::File(file) => match file.refers_to_others() {
-                true => return Concerns::Everything,
-                false => (None, vec![file.filename().to_owned()]),
-            },
+        let (mut files, mut images) = (Vec::new(), Vec::new());
+        let target = match target {
+            BackupTarget::Node(name) => Some(name),
+            BackupTarget::File(file) => {
+                match file.may_refer_to_others() {
+                    true => images.push(file.filename().to_owned()),
+                    false => files.push(file.filename().to_owned()),
+                }
+                None
+            }
         };
         let others = [target, job_id.as_ref(), filter_node_name.as_ref()];
         let names = std::iter::once(device).chain(others.into_iter().flatten());
         Concerns::These {
             names: names.cloned().collect(),
             files,
+            images,
         }
     }
 

@@ -1,12 +1,15 @@
 //! What actions are about: those that have nothing in common are prepared, and taken back, at the same time.
 
 use std::collections::HashSet;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::path::PathBuf;
 
+use block::formats::qcow2::names_no_other;
 use block::graph::{Graph, place};
 use block::io::{FileIdentity, IoContext};
-use block::open::final_path;
+use block::open::{final_path, plain_path};
+use block::units::SECTOR;
 
 use super::Plan;
 use crate::daemon::lookup;
@@ -22,6 +25,9 @@ pub(crate) enum Concerns {
         names: Vec<String>,
         /// Paths.
         files: Vec<String>,
+        /// Paths of images that are opened with whatever they name. What that is, and who else uses it, is looked for by nobody: such
+        /// an image is about anything. One that names nothing is a file like others.
+        images: Vec<String>,
     },
     /// Disks of these names, and that only when it is resolved: there is nothing to prepare.
     Resolved {
@@ -97,20 +103,39 @@ impl Keys {
     }
 
     pub(super) fn new(io: &IoContext, concerns: &Concerns) -> Keys {
-        let (names, files) = match concerns {
+        let (names, files, images) = match concerns {
             Concerns::Everything => return Keys::All,
-            Concerns::These { names, files } => (names, &files[..]),
-            Concerns::Resolved { names } => (names, &[][..]),
+            Concerns::These {
+                names,
+                files,
+                images,
+            } => (names, &files[..], &images[..]),
+            Concerns::Resolved { names } => (names, &[][..], &[][..]),
         };
         let mut keys: HashSet<Key> = names.iter().cloned().map(Key::Name).collect();
-        for file in files {
-            match Keys::of_file(io, file) {
+        // What is no path is refused when it is resolved.
+        let path_of = |file: &str| plain_path(file).unwrap_or(file).to_owned();
+        let images: Vec<String> = images.iter().map(|image| path_of(image)).collect();
+        let files = files.iter().map(|file| path_of(file));
+        for file in files.chain(images.iter().cloned()) {
+            match Keys::of_file(io, &file) {
                 Ok(Some(found)) => keys.extend(found),
                 Ok(None) => return Keys::All,
                 // What cannot be there fails when it is prepared.
                 Err(_) => keys.extend([Key::Path(file.into())]),
             }
         }
+        // They are files by now. One that an action before makes is in use, and refused, whatever it names.
+        if !images.iter().all(|image| names_no_other_file(image)) {
+            return Keys::All;
+        }
         Keys::These(keys)
     }
+}
+
+/// Whether an image, a regular file, is all of itself. One that cannot be read is refused when it is opened.
+fn names_no_other_file(path: &str) -> bool {
+    let mut sector = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(SECTOR).read_to_end(&mut sector));
+    read.is_err() || names_no_other(&sector)
 }

@@ -349,6 +349,7 @@ impl Action for ExternalSnapshot {
         Concerns::These {
             names: names.cloned().collect(),
             files: file.cloned().into_iter().collect(),
+            images: Vec::new(),
         }
     }
 

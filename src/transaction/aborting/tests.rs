@@ -70,6 +70,7 @@ impl Action for Slow {
         Concerns::These {
             names: vec![self.about.clone()],
             files: Vec::new(),
+            images: Vec::new(),
         }
     }
 

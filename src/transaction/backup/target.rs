@@ -67,7 +67,7 @@ impl FileTarget {
     }
 
     /// Whether what is opened may bring others along: what its header names.
-    pub(super) fn refers_to_others(&self) -> bool {
+    pub(super) fn may_refer_to_others(&self) -> bool {
         self.mode == TargetMode::Existing
     }
 

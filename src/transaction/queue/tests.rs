@@ -13,6 +13,7 @@ struct Slow {
     number: usize,
     about: String,
     file: Option<String>,
+    image: Option<String>,
     fails_in: &'static str,
     log: Log,
 }
@@ -36,6 +37,7 @@ impl Action for Slow {
         Concerns::These {
             names: vec![self.about.clone()],
             files: self.file.clone().into_iter().collect(),
+            images: self.image.clone().into_iter().collect(),
         }
     }
 
@@ -79,6 +81,7 @@ fn slow(number: usize, log: &Log) -> Slow {
         number,
         about: format!("disk{number}"),
         file: None,
+        image: None,
         fails_in: "",
         log: log.clone(),
     }
@@ -238,6 +241,45 @@ async fn the_first_in_order_that_fails_is_answered_whenever_its_turn_is() {
             let fails = fails.map(|(_, what)| format!("{what} {number}"));
             let error = preview.error.as_ref().map(|error| error.desc.clone());
             assert_eq!(error, fails);
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_image_that_names_others_is_about_anything() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let header = |version: u32, backing: u64, incompatible: u64| {
+        let mut sector = [0; 512];
+        sector[..4].copy_from_slice(b"QFI\xfb");
+        sector[4..8].copy_from_slice(&version.to_be_bytes());
+        sector[8..16].copy_from_slice(&backing.to_be_bytes());
+        sector[72..80].copy_from_slice(&incompatible.to_be_bytes());
+        sector.to_vec()
+    };
+    for (name, content, waits) in [
+        ("alone", header(3, 0, 1), false),
+        ("version 2", header(2, 0, u64::MAX), false),
+        ("raw", vec![1; 600], false),
+        ("empty", Vec::new(), false),
+        ("backed", header(3, 0x200, 0), true),
+        ("backed, version 2", header(2, 0x200, 0), true),
+        ("with data elsewhere", header(3, 0, 4), true),
+        ("cut off", header(3, 0, 0)[..70].to_vec(), true),
+    ] {
+        std::fs::write(path(name), content).unwrap();
+        for prefix in ["", "file:"] {
+            let (cx, log) = (testing::running(), Log::default());
+            let other = slow(1, &log);
+            let with_image = Slow {
+                image: Some(format!("{prefix}{}", path(name))),
+                ..slow(2, &log)
+            };
+            let actions = boxed(vec![other, with_image]);
+            run(&cx, actions, Completion::Individual).await.unwrap();
+            let log = log.take();
+            let alone = "resolve 1, prepare 1, enter 1, resolve 2, prepare 2, enter 2";
+            assert_eq!(log.starts_with(alone), waits, "{name}: {log}");
         }
     }
 }

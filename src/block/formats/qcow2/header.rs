@@ -93,6 +93,22 @@ pub fn is_marked_dirty(sector: &[u8]) -> bool {
     version && Incompatible(incompatible).has(Incompatible::DIRTY)
 }
 
+/// Whether the first sector of a file names no other file: it is an image without a backing and without a data file, or none at all.
+pub fn names_no_other(sector: &[u8]) -> bool {
+    if sector.get(..4) != Some(&MAGIC[..]) {
+        return true;
+    }
+    let field = |at: usize| {
+        let field = sector.get(at..at + 8)?.try_into().ok()?;
+        Some(u64::from_be_bytes(field))
+    };
+    let has_data_file = match sector.get(4..8) == Some(&2u32.to_be_bytes()[..]) {
+        true => Some(false),
+        false => field(72).map(|bits| Incompatible(bits).has(Incompatible::DATA_FILE)),
+    };
+    field(8) == Some(0) && has_data_file == Some(false)
+}
+
 /// Whether a first sector is `other` but for the mark that its refcounts are worth nothing.
 pub fn is_same_marked_dirty(sector: &[u8], other: &[u8]) -> bool {
     let is_mark = |at: usize, is: u8, was: u8| at == 79 && is == was | Incompatible::DIRTY as u8;

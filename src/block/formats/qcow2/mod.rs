@@ -81,7 +81,7 @@ mod zero;
 use std::sync::Arc;
 
 pub use codec::CompressionType;
-pub use header::{MAGIC, NOT_QCOW2, is_marked_dirty, is_same_marked_dirty};
+pub use header::{MAGIC, NOT_QCOW2, is_marked_dirty, is_same_marked_dirty, names_no_other};
 pub use open::{BackingReference, OpenOptions, Opening};
 
 /// An open image: the driver of a node.

@@ -22,6 +22,7 @@ mod model;
 mod no_op;
 mod operations;
 mod refcount_blocks;
+mod reflinks;
 mod scattered;
 mod sharing;
 mod snapshots;

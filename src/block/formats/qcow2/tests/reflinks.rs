@@ -109,26 +109,33 @@ async fn whole_clusters_are_shared_and_nothing_else_changes() {
     image.close().await.unwrap();
 }
 
-/// What an entry says that is wrong is not written over.
+/// What an entry says that is wrong is not written over: what it refers to would be freed.
 #[tokio::test]
 async fn a_damaged_entry_is_not_replaced_by_what_is_shared() {
     let folder = tempfile::tempdir().unwrap();
     let (source, file) = files(folder.path(), &Arc::default()).await;
-    let bytes = std::fs::read(folder.path().join("image")).unwrap();
-    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap());
-    let table = word(word(40) as usize) & 0x00ff_ffff_ffff_fe00;
-    // The second entry leads to the middle of a cluster.
-    let wrong = word(table as usize + 8) | 512;
     let raw = Child::new(file.clone());
-    let data = Data::from(wrong.to_be_bytes().to_vec());
-    raw.write(table + 8, data, WriteFlags::default())
-        .await
-        .unwrap();
-    let image = open_in(&file).await;
-    let error = share(&image, &source, 0, 2 * CLUSTER).await.unwrap_err();
-    assert!(error.to_string().contains("unaligned"), "{error}");
-    let _ = image.close().await;
-    let bytes = std::fs::read(folder.path().join("image")).unwrap();
-    let at = table as usize + 8;
-    assert_eq!(bytes[at..at + 8], wrong.to_be_bytes());
+    let word = async |at: u64| {
+        let bytes = raw.read(at, 8).await.unwrap().to_bytes();
+        u64::from_be_bytes(bytes[..].try_into().unwrap()) & 0x00ff_ffff_ffff_fe00
+    };
+    let table = word(word(40).await).await;
+    let second = table + 8;
+    // To the middle of a cluster, and to the table itself.
+    for (wrong, text) in [
+        (word(second).await | 512, "unaligned"),
+        (table | 1 << 63, "Preventing metadata from being freed"),
+    ] {
+        let bytes = wrong.to_be_bytes().to_vec();
+        let data = Data::from(bytes.clone());
+        raw.write(second, data, WriteFlags::default())
+            .await
+            .unwrap();
+        let image = open_in(&file).await;
+        let error = share(&image, &source, 0, 2 * CLUSTER).await.unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+        let _ = image.close().await;
+        let is = raw.read(second, 8).await.unwrap().to_bytes();
+        assert_eq!(is, bytes, "{text}");
+    }
 }

@@ -519,6 +519,34 @@ async fn files_that_were_made_go_or_stay_and_what_they_replaced_comes_back() {
 }
 
 #[tokio::test]
+async fn names_that_do_not_become_durable_are_tried_again() {
+    let mut lab = Lab::new();
+    let mut entry = lab.journal().begin(Vec::new()).await.unwrap();
+    let names = ["one/a", "other/a", "one/b", "other/b"];
+    for name in names {
+        fs::create_dir_all(lab.path(name).parent().unwrap()).unwrap();
+        make(&mut entry, &lab.path(name), Making::Made).await;
+    }
+    drop(entry);
+    let is_of_other =
+        |deed: &Deed| matches!(deed, Deed::SyncFolder { path } if path.ends_with("other"));
+    let report = lab.recover_refused(is_of_other).await;
+    assert_eq!(report.outcome, Outcome::Degraded);
+    let paths = report.files.iter().map(|file| file.path.clone());
+    let reversed = names.iter().rev().map(|name| lab.path(name));
+    assert_eq!(Vec::from_iter(paths), Vec::from_iter(reversed));
+    let (failed, removed) = (FileResult::Failed, FileResult::Removed);
+    assert_eq!(file_results(&report), [failed, removed, failed, removed]);
+    let details = report.files.iter().map(|file| file.detail.is_some());
+    assert_eq!(Vec::from_iter(details), [true, false, true, false]);
+
+    let report = lab.recover().await;
+    assert_eq!(report.outcome, Outcome::Removed);
+    assert_eq!(file_results(&report), [FileResult::Unchanged; 4]);
+    assert!(names.iter().all(|name| !lab.path(name).exists()));
+}
+
+#[tokio::test]
 async fn a_file_of_somebody_else_stays() {
     let lab = Lab::new();
     let mut entry = lab.journal().begin(Vec::new()).await.unwrap();

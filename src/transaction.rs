@@ -15,9 +15,10 @@
 //! ```
 //!
 //! Where no internal snapshot changes, nothing is left to be decided when guests stand still: the journal's commit is written before.
-//! Where what guests do could not be taken back (a revert, an overlay that was there before) they are let go last, behind the switch
-//! and the commits. A header that cannot be switched takes everything back; the journal says so first. Every wait
-//! while guests are held has a limit. `docs/crash-safety.md` has what a crash leaves at each point, and why.
+//! Where snapshots are reverted to or deleted and nothing else is done, the images are switched before: disks are held to follow
+//! them, in memory. Where what guests do could not be taken back (a revert beside something else, an overlay that was there
+//! before) they are let go last, behind the switch and the commits. A header that cannot be switched takes everything back; the journal
+//! says so first. Every wait while guests are held has a limit. `docs/crash-safety.md` has what a crash leaves at each point, and why.
 //!
 //! Each action is about what those before it leave: `device` is looked up in the [`Plan`]. Commands that are actions, too,
 //! are transactions of one action: there is one way to do it.
@@ -125,6 +126,11 @@ pub(crate) trait Action: Send {
     fn stage<'a>(&'a mut self, held: &'a mut Held) -> BoxFuture<'a, Result<(), QmpError>> {
         let _ = held;
         Box::pin(async { Ok(()) })
+    }
+
+    /// Whether `stage` is all that it does, and depends on nothing that guests do: they may go on meanwhile.
+    fn stages_ahead(&self) -> bool {
+        false
     }
 
     /// Whether its commit would be refused: by the same function, on the control loop, when all else has been done and nothing is
@@ -333,6 +339,12 @@ impl Running {
         self.with.stage(&mut disks).await?;
         let mut held = Held::default();
         let done = async {
+            if self.goes_ahead(&disks)
+                && let Some(begun) = Held::ahead(&disks).await
+            {
+                held = begun;
+                return self.switch_and_hold(&mut held).await;
+            }
             if !disks.iter().any(|disk| disk.changes) {
                 // Files that are made are all that there is to it. Until they are used they say nothing.
                 self.decide(Vec::new()).await?;
@@ -349,12 +361,37 @@ impl Running {
         }
     }
 
-    /// Does what the actions need guests to stand still for. Those go on where they need not wait for the switch.
-    async fn stage(&mut self, held: &mut Held) -> Result<(), QmpError> {
+    /// Whether guests need to stand still for nothing but that all disks follow what has happened to the images. Without a revert they
+    /// wait for no disk in any case.
+    fn goes_ahead(&self, disks: &[Disk]) -> bool {
+        disks.iter().any(|disk| disk.until == Until::Decided)
+            && self
+                .actions
+                .iter()
+                .all(|prepared| prepared.action.stages_ahead())
+    }
+
+    /// Does all that can fail, and switches the headers of images, while guests go on; then the disks follow.
+    async fn switch_and_hold(&mut self, held: &mut Held) -> Result<(), QmpError> {
+        self.stage_all(held).await?;
+        held.prepare().await?;
+        let switches = held.switches().await?;
+        self.decide(switches).await?;
+        held.commit().await?;
+        held.hold().await
+    }
+
+    async fn stage_all(&mut self, held: &mut Held) -> Result<(), QmpError> {
         for Prepared { action, .. } in &mut self.actions {
             let staged = timeout(limits::TRANSACTION_STEP, guarded(action.stage(held))).await;
             staged.unwrap_or_else(|_| Err(slow()))?;
         }
+        Ok(())
+    }
+
+    /// Does what the actions need guests to stand still for. Those go on where they need not wait for the switch.
+    async fn stage(&mut self, held: &mut Held) -> Result<(), QmpError> {
+        self.stage_all(held).await?;
         held.mark("stage");
         if self.is_decided || held.may_let_go().await? {
             if held.leads() {

@@ -101,6 +101,60 @@ impl Held {
         })
     }
 
+    /// Begins to change snapshots while guests go on; they are held by [`Held::hold`]. `None` where a disk needs them to stand still for
+    /// that.
+    pub(super) async fn ahead(disks: &[Disk]) -> Option<Held> {
+        let mut changes = join_all(disks.iter().map(begin_change)).await;
+        let begun = changes.iter_mut().flatten();
+        if !join_all(begun.map(go_ahead)).await.into_iter().all(|go| go) {
+            return None;
+        }
+        let of_node = disks.iter().enumerate();
+        let of_node = of_node.map(|(at, disk)| (place(&disk.node), at)).collect();
+        let held = disks.iter().zip(changes).map(|(disk, change)| HeldDisk {
+            change,
+            quiesced: None,
+            flushes: None,
+            disk: disk.clone(),
+            first: 0,
+            failure: String::new(),
+        });
+        Some(Held {
+            disks: held.collect(),
+            of_node,
+            ..Held::default()
+        })
+    }
+
+    /// Holds all disks still at the same time, when their changes have been made ahead.
+    pub(super) async fn hold(&mut self) -> std::result::Result<(), QmpError> {
+        let disks: Vec<Disk> = self.disks.iter().map(|held| held.disk.clone()).collect();
+        let flushes = hold_flushes(&disks).await?;
+        self.each(|change| change.hold_flushes()).await?;
+        self.since = Some(Instant::now());
+        let held = async {
+            let quiesced = quiesce(&disks, flushes).await?;
+            for (held, quiesced) in self.disks.iter_mut().zip(quiesced) {
+                held.quiesced = Some(quiesced);
+            }
+            self.mark("drain");
+            self.each(|change| change.hold()).await
+        };
+        // No turns are taken with other tasks of the thread: guests wait.
+        unconstrained(held).await?;
+        self.mark("begin");
+        Ok(())
+    }
+
+    /// Does a part of all changes.
+    async fn each(
+        &mut self,
+        part: impl for<'c> Fn(&'c mut dyn SnapshotChange) -> BoxFuture<'c, Result<()>>,
+    ) -> std::result::Result<(), QmpError> {
+        let done = self.disks.iter_mut().map(|held| held.run(&part));
+        join_all(done).await.into_iter().collect()
+    }
+
     /// A part of what is done while guests wait has ended.
     pub(super) fn mark(&mut self, part: &'static str) {
         self.parts.push((part, Instant::now()));
@@ -212,9 +266,7 @@ impl Held {
 
     /// Makes durable what all changes need.
     pub(super) async fn prepare(&mut self) -> std::result::Result<(), QmpError> {
-        let disks = self.disks.iter_mut();
-        let prepared = disks.map(|held| held.run(|change| change.prepare()));
-        join_all(prepared).await.into_iter().collect()
+        self.each(|change| change.prepare()).await
     }
 
     /// Whether [`Held::prepare`] would do it, for all changes: (action that began the change, its error).
@@ -245,9 +297,7 @@ impl Held {
 
     /// Makes all changes. After an error some have been made, which is to be followed by [`Held::roll_back`].
     pub(super) async fn commit(&mut self) -> std::result::Result<(), QmpError> {
-        let disks = self.disks.iter_mut();
-        let committed = disks.map(|held| held.run(|change| change.commit()));
-        join_all(committed).await.into_iter().collect()
+        self.each(|change| change.commit()).await
     }
 
     /// What is still held back of guests that have been let go.
@@ -504,6 +554,15 @@ async fn step(
         && let Err(error) = in_time(step(&mut **begun)).await
     {
         *change = Err(error);
+    }
+}
+
+/// Whether the change of a disk can be made while guests go on. One that could not be begun tells its action why.
+async fn go_ahead(change: &mut Result<Box<dyn SnapshotChange>>) -> bool {
+    match change {
+        // An error is met again where it is told.
+        Ok(begun) => in_time(begun.go_ahead()).await.unwrap_or(false),
+        Err(_) => true,
     }
 }
 

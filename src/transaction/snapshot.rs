@@ -239,6 +239,10 @@ impl Action for SnapshotAction {
         Box::pin(self.step(held))
     }
 
+    fn stages_ahead(&self) -> bool {
+        !matches!(self.operation, Operation::Create { .. })
+    }
+
     fn journaled(&self) -> Option<JournaledAction> {
         let by = |which: &SnapshotSelector| which.name.clone().or_else(|| which.id.clone());
         let (kind, snapshot) = match &self.operation {

@@ -232,6 +232,69 @@ async fn guests_of_all_disks_go_on_before_any_disk_is_written_to() {
     assert!(last("let go") < first("mark"));
 }
 
+fn revert(device: &str) -> Box<dyn Action> {
+    operation(device, Operation::Revert(selected("x")))
+}
+
+#[tokio::test]
+async fn disks_that_go_back_are_held_when_their_images_have_been_switched() {
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "a", &[Fault::Ahead], &log).await;
+    fake::disk(&cx, "b", &[Fault::Ahead], &log).await;
+    fake::disk(&cx, "c", &[], &log).await;
+    let delete = |device| operation(device, Operation::Delete(selected("y")));
+    run(&cx, vec![revert("a"), delete("b")]).await.unwrap();
+    assert_eq!(
+        log.take(),
+        "change a, change b, go ahead a, go ahead b, revert x of a, delete y of b, prepare a, prepare b, \
+         commit a, commit b, hold a, hold b, finish a, finish b"
+    );
+    // One that needs its guests to stand still makes all of them do so, and so does a snapshot that is taken.
+    run(&cx, vec![revert("a"), revert("c")]).await.unwrap();
+    let log_of_both = log.take();
+    let (_, held) = log_of_both.split_once("drop a, drop c, ").unwrap();
+    assert_eq!(
+        held,
+        "flush a, flush c, change a, change c, hold a, revert x of a, revert x of c, prepare a, prepare c, \
+         commit a, commit c, finish a, finish c"
+    );
+    run(&cx, vec![revert("a"), create("b", "z")]).await.unwrap();
+    assert!(!log.take().contains("go ahead"));
+}
+
+#[tokio::test]
+async fn disks_that_cannot_be_held_do_not_go_back() {
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "a", &[Fault::Ahead], &log).await;
+    fake::disk(&cx, "b", &[Fault::Ahead, Fault::Hold], &log).await;
+    let error = run(&cx, vec![revert("a"), revert("b")]).await.unwrap_err();
+    assert_eq!(
+        error.desc,
+        "Failed to revert to snapshot 'x' on device 'b': hold: no"
+    );
+    assert!(log.take().ends_with(
+        "commit a, commit b, hold a, hold b fails, roll back a, drop a, roll back b, drop b"
+    ));
+}
+
+#[tokio::test]
+async fn guests_go_on_while_images_are_switched_that_go_back() {
+    let (cx, log) = (testing::running(), Log::default());
+    fake::disk(&cx, "a", &[Fault::Ahead, Fault::CommitWaits], &log).await;
+    let command = {
+        let cx = cx.clone();
+        tokio::spawn(async move { run(&cx, vec![revert("a")]).await.map(drop) })
+    };
+    while !log.has("prepare a") {
+        tokio::task::yield_now().await;
+    }
+    let a = cx.commit(|control| lookup::node(&control.graph, "a")).await;
+    a.unwrap().read(0, 1).await.unwrap();
+    log.note(fake::GO_ON.to_owned());
+    command.await.unwrap().unwrap_err();
+    assert!(log.take().ends_with("commit a fails, roll back a, drop a"));
+}
+
 /// Three disks of which the second has these faults, and an action besides.
 async fn with_faults(faults: &'static [Fault]) -> (String, String) {
     let (cx, log) = (testing::running(), Log::default());

@@ -352,6 +352,7 @@ impl Oracle {
             } else {
                 usize::MAX
             };
+            moment.forced.retain(|write| write.answered <= log.len());
         }
         moments.push(Moment {
             op: "the next start".to_owned(),

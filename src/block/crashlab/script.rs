@@ -373,6 +373,15 @@ pub enum Op {
         /// How the change ends.
         end: End,
     },
+    /// Deletes and reverts of a change that goes ahead: a guest does this before and behind the switch, and the disk follows.
+    Ahead {
+        /// The change.
+        steps: Vec<Step>,
+        /// What the guest does.
+        ops: Vec<Op>,
+        /// How the change ends.
+        end: End,
+    },
     /// The disk gets this many bytes.
     Resize(u64),
     /// The image is closed and opened.
@@ -580,7 +589,22 @@ fn guest_op(random: &mut fastrand::Rng, case: &Case) -> Op {
 
 fn snapshot_op(random: &mut fastrand::Rng, case: &Case) -> Op {
     let nth = random.usize(..16);
-    match random.u8(..15) {
+    match random.u8(..18) {
+        15.. => Op::Ahead {
+            steps: (0..random.usize(1..=3))
+                .map(|_| match random.u8(..3) {
+                    0 => Step::Delete(random.usize(..16)),
+                    _ => Step::Revert(random.usize(..16)),
+                })
+                .collect(),
+            ops: (0..random.usize(1..=6))
+                .map(|_| guest_op(random, case))
+                .collect(),
+            end: *pick(
+                random,
+                &[End::Finish, End::Finish, End::RollBack, End::Drop],
+            ),
+        },
         12.. => Op::LetGo {
             steps: (0..random.usize(1..=3))
                 .map(|_| match random.u8(..3) {

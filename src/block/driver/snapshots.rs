@@ -149,6 +149,8 @@ pub(crate) async fn complete(mut change: Box<dyn SnapshotChange>) -> Result<()> 
 /// ```text
 /// hold -> steps in any number and order -> [let_go] -> prepare -> commit -> finish
 ///                                                                 commit -> roll_back
+/// go_ahead -> deletes and reverts -> prepare -> commit -> hold -> finish
+///                                                         hold -> roll_back
 /// ```
 ///
 /// Steps see what earlier ones have done. Nothing of it is visible, in the file or to others, before `commit`. Dropped before
@@ -163,6 +165,13 @@ pub trait SnapshotChange: Send + Sync {
     /// Holds requests back, until they are let go or the change is finished or dropped. The first step does it, too.
     fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async { Ok(()) })
+    }
+
+    /// Lets the steps be done, prepared and committed while requests go on, if that is possible; they see nothing of it before
+    /// `finish`, and `hold` comes in between. No step of it may take a snapshot. What they write up to then, durably or not, a
+    /// crash behind the commit takes away where the steps revert. Before anything else.
+    fn go_ahead(&mut self) -> BoxFuture<'_, Result<bool>> {
+        Box::pin(async { Ok(false) })
     }
 
     /// Takes a snapshot of the disk as it is at this step. Errors as [`Snapshots::create`]; the change goes on without the step.

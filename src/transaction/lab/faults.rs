@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use block::crashlab::audit::Audit;
+use block::formats::qcow2::create::Compat;
 use block::io::Deed;
 use qapi::rt::{QmpError, Value};
 use serde_json::json;
@@ -90,6 +91,7 @@ fn transactions() -> Vec<Case> {
             before: nothing,
             reverted: 0,
         },
+        reverts(),
         Case {
             command: "transaction",
             arguments: |place| {
@@ -126,6 +128,27 @@ fn transactions() -> Vec<Case> {
             reverted: 0,
         },
     ]
+}
+
+/// It is done while guests go on, whose disks go back then.
+fn reverts() -> Case {
+    Case {
+        command: "transaction",
+        arguments: |_| {
+            let revert = |disk: usize| {
+                let data = json!({"device": drive(disk), "name": OLD[disk]});
+                action("x-blockdev-snapshot-revert", data)
+            };
+            let delete = json!({"device": "d1", "name": OLD[1]});
+            json!({"actions": [
+                revert(0), revert(1),
+                action("x-blockdev-snapshot-delete-internal-sync", delete),
+                revert(2),
+            ]})
+        },
+        before: nothing,
+        reverted: 3,
+    }
 }
 
 /// Images that are made by jobs.
@@ -236,6 +259,11 @@ impl<'p> Trial<'p> {
         let mut script = Script::random(7);
         script.ops.clear();
         script.has_overlay = [true, false, false];
+        if case.reverted == DISKS {
+            for image in &mut script.images {
+                image.compat = Compat::V1_1;
+            }
+        }
         let runner = Runner::create(place, &tape, &script).await?;
         for (name, there) in OTHERS {
             fs::write(place.images.join(name), there.bytes().unwrap()).unwrap();
@@ -267,7 +295,11 @@ impl<'p> Trial<'p> {
             }
         };
         let edges = self.runner.edges().await;
-        guests::beside(command, edges, &self.tape, [1; DISKS]).await
+        let (answer, guests) = guests::beside(command, edges, &self.tape, [1; DISKS]).await;
+        (
+            answer,
+            guests.into_iter().map(|beside| beside.written).collect(),
+        )
     }
 
     /// Whether disks, from this one on, show what their guests have written last. What has failed may be there in part.

@@ -27,13 +27,38 @@ pub(super) struct Written {
     pub(super) flushed: Option<usize>,
 }
 
+/// What a guest has done while a command ran.
+#[derive(Debug)]
+pub(super) struct Beside {
+    pub(super) written: Vec<Written>,
+    /// Before which of these its disk has gone back to what it was, if it has seen that.
+    pub(super) gone_back: Option<usize>,
+    /// Which of them it has sent when the command was over.
+    pub(super) over: usize,
+}
+
+/// A disk has gone back to a snapshot while its guest wrote. Numbers are places among all that it has written.
+#[derive(Debug, Clone)]
+pub(super) struct Back {
+    /// The moment behind it.
+    pub(super) moment: usize,
+    /// It has been decided, and then taken back.
+    pub(super) is_taken_back: bool,
+    /// Snapshots show writes before this one.
+    pub(super) before: usize,
+    /// This one and later ones may be behind it.
+    pub(super) may: usize,
+    /// They are.
+    pub(super) must: usize,
+}
+
 /// Runs a command, and the guests of disks while it does; `firsts` are the bytes of their first writes. Answers what they have written.
 pub(super) async fn beside<T>(
     command: impl Future<Output = T>,
     edges: Vec<Edge>,
     tape: &Tape,
     firsts: [u8; DISKS],
-) -> (T, Vec<Vec<Written>>) {
+) -> (T, Vec<Beside>) {
     let done = AtomicBool::new(false);
     let command = async {
         let answer = command.await;
@@ -55,6 +80,7 @@ struct Guest<'e> {
     tape: &'e Tape,
     first: u8,
     written: Vec<Written>,
+    gone_back: Option<usize>,
     /// A flush that is not answered, and the last write that it covers.
     flush: Option<(usize, BoxFuture<'e, Result<()>>)>,
 }
@@ -66,11 +92,12 @@ impl<'e> Guest<'e> {
             tape,
             first,
             written: Vec::new(),
+            gone_back: None,
             flush: None,
         }
     }
 
-    async fn write_on(mut self, done: &AtomicBool) -> Vec<Written> {
+    async fn write_on(mut self, done: &AtomicBool) -> Beside {
         self.write().await;
         self.begin_flush();
         self.write().await;
@@ -84,20 +111,41 @@ impl<'e> Guest<'e> {
             if is_over && self.flush.is_none() {
                 break;
             }
-            if (is_led || is_answered) && self.written.len() < WRITES {
+            let goes_back = self.goes_back().await;
+            if (is_led || is_answered || goes_back) && self.written.len() < WRITES {
                 self.write().await;
                 self.begin_flush();
                 self.write().await;
             }
             tokio::task::yield_now().await;
         }
+        self.goes_back().await;
+        let over = self.written.len();
         self.write().await;
         self.begin_flush();
         while self.flush.is_some() {
             tokio::task::yield_now().await;
             self.flush_is_answered();
         }
-        self.written
+        Beside {
+            written: self.written,
+            gone_back: self.gone_back,
+            over,
+        }
+    }
+
+    /// Looks whether its disk has lost what it has written: once.
+    async fn goes_back(&mut self) -> bool {
+        let last = self.written.iter().rfind(|written| written.is_done);
+        let Some(last) = last.filter(|_| self.gone_back.is_none()) else {
+            return false;
+        };
+        let read = self.edge.read(PLACE, SECTOR).await;
+        let has_lost = read.is_ok_and(|data| data.to_bytes()[0] < last.byte);
+        if has_lost {
+            self.gone_back = Some(self.written.len());
+        }
+        has_lost
     }
 
     async fn write(&mut self) {

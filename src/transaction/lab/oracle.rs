@@ -12,7 +12,7 @@ use block::io::IoContext;
 use block::protocols::memory::{Memory, Record};
 
 use super::Problem;
-use super::guests::{self, Written};
+use super::guests::{self, Back, Written};
 use super::run::{Moment, Place, Runner};
 use super::script::{Act, DISK_BYTES, DISKS, Disk, Image, Op, Other, Script, Snapshot, World};
 use super::state::{Forgotten, Recording, clear, renamings, restore};
@@ -98,13 +98,14 @@ impl Oracle<'_> {
         }
         let (moments, next) = (std::mem::take(&mut runner.moments), runner.next());
         let guests = std::mem::take(&mut runner.guests);
+        let backs = std::mem::take(&mut runner.backs);
         let ended = runner.end().await;
         // A file that has failed to become durable fails to close, too.
         if !matches!(script.ops.last(), Some(Op::Failing(..))) {
             ended?;
         }
         let mut recording = Recording::of(&tape, moments, next);
-        recording.guests = guests;
+        (recording.guests, recording.backs) = (guests, backs);
         if let Some(forgotten) = self.forgotten {
             recording.forget(forgotten);
         }
@@ -371,29 +372,50 @@ fn observe(
     let moments = &recording.moments;
     let (last, begun) = between(moments, state);
     let mut problems = Vec::new();
-    for (what, moments) in (last..=begun).flat_map(|nth| candidates(moments, nth, last)) {
-        match observe_as(place, &moments, last) {
-            Ok((world, shown)) => {
-                for (disk, (written, shown)) in recording.guests.iter().zip(shown).enumerate() {
-                    check_guest(written, shown, state)
-                        .map_err(|problem| format!("{what}: disk {disk}: {problem}"))?;
-                }
-                return Ok((world, what));
+    for candidate in (last..=begun).flat_map(|nth| candidates(moments, nth, last)) {
+        let what = candidate.what;
+        let observed = observe_as(place, &candidate.moments, last);
+        let observed = observed.and_then(|(world, shown)| {
+            let nth = candidate.moments.len() - 1;
+            for (disk, (written, shown)) in recording.guests.iter().zip(shown).enumerate() {
+                let back = recording.back(disk, nth, candidate.is_decided);
+                check_guest(written, shown, (state, back))
+                    .map_err(|problem| format!("disk {disk}: {problem}"))?;
             }
+            Ok(world)
+        });
+        match observed {
+            Ok(world) => return Ok((world, what)),
             Err(problem) => problems.push(format!("{what}: {problem}")),
         }
     }
     Err(problems.join("\n  or "))
 }
 
-/// What may have been last, with what was before it: a moment, and where that was not answered (`last` was), what it was in between.
-fn candidates(moments: &[Moment], nth: usize, last: usize) -> Vec<(String, Vec<Moment>)> {
+/// What may have been last, with what was before it.
+struct Candidate {
+    what: String,
+    moments: Vec<Moment>,
+    /// It is what was decided, and then taken back.
+    is_decided: bool,
+}
+
+/// A moment as what may have been last, and where that was not answered (`last` was), what it was in between.
+fn candidates(moments: &[Moment], nth: usize, last: usize) -> Vec<Candidate> {
     let what = &moments[nth].what;
-    let mut candidates = vec![(format!("behind {what}"), moments[..=nth].to_vec())];
+    let mut candidates = vec![Candidate {
+        what: format!("behind {what}"),
+        moments: moments[..=nth].to_vec(),
+        is_decided: false,
+    }];
     if let Some(passing) = moments[nth].passing.clone().filter(|_| nth > last) {
         let mut decided = moments[..=nth].to_vec();
         decided[nth].after = passing;
-        candidates.push((format!("decided: {what}"), decided));
+        candidates.push(Candidate {
+            what: format!("decided: {what}"),
+            moments: decided,
+            is_decided: true,
+        });
     }
     candidates
 }
@@ -467,14 +489,21 @@ fn observe_as(
     Ok((wanted, guests))
 }
 
-/// Whether a disk shows what its guest may find: all that a flush had covered.
-fn check_guest(written: &[Written], shown: u8, state: &State) -> Result<(), Problem> {
+/// Whether a disk shows what its guest may find: all that a flush had covered since it has last gone back, or what a snapshot had.
+fn check_guest(
+    written: &[Written],
+    shown: u8,
+    (state, back): (&State, Option<&Back>),
+) -> Result<(), Problem> {
+    let (before, may, must) = back.map_or((0, 0, 0), |back| (back.before, back.may, back.must));
     let is_flushed = |write: &&Written| write.flushed.is_some_and(|at| at <= state.completed);
-    let flushed = written.iter().rfind(is_flushed);
+    let flushed = written.iter().skip(must).rfind(is_flushed);
     let flushed = flushed.map_or(0, |write| write.byte);
     let sent = written.iter().rfind(|write| write.begun < state.reached);
     let sent = sent.map_or(0, |write| write.byte);
-    match (flushed..=sent).contains(&shown) {
+    // The first write is that of a 1.
+    let is_since = usize::from(shown) > may || usize::from(shown) <= before;
+    match (flushed..=sent).contains(&shown) && is_since {
         true => Ok(()),
         false => Err(format!(
             "its guest finds {shown}, had {flushed} durable, and had sent {sent}"

@@ -21,7 +21,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use super::Problem;
-use super::guests::{self, Written};
+use super::guests::{self, Back, Beside, Written};
 use super::script::{
     Act, Copying, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, There,
     World, image_name,
@@ -116,6 +116,8 @@ pub(super) struct Runner<'p> {
     has_guests: bool,
     /// What they have written to each disk.
     pub(super) guests: [Vec<Written>; DISKS],
+    /// When each disk has gone back meanwhile.
+    pub(super) backs: [Vec<Back>; DISKS],
 }
 
 /// A backup that has begun.
@@ -271,6 +273,7 @@ impl<'p> Runner<'p> {
             jobs: Vec::new(),
             has_guests: false,
             guests: Default::default(),
+            backs: Default::default(),
         };
         for disk in 0..DISKS {
             let top = runner.world.disks[disk].top().file.clone();
@@ -411,6 +414,7 @@ impl<'p> Runner<'p> {
             durable: [false; DISKS],
             at_once: [false; DISKS],
             covered: [false; DISKS],
+            reverted: [false; DISKS],
             jobs: Vec::new(),
         };
         for act in acts {
@@ -434,10 +438,8 @@ impl<'p> Runner<'p> {
             true => {
                 let firsts = [0, 1, 2].map(|disk: usize| 1 + self.guests[disk].len() as u8);
                 let edges = self.edges().await;
-                let (done, written) = guests::beside(command, edges, &self.tape, firsts).await;
-                for (all, written) in self.guests.iter_mut().zip(written) {
-                    all.extend(written);
-                }
+                let (done, guests) = guests::beside(command, edges, &self.tape, firsts).await;
+                self.note_guests(guests, &planned.reverted, done.is_ok());
                 done
             }
         };
@@ -466,6 +468,36 @@ impl<'p> Runner<'p> {
             at_once: planned.at_once,
             passing: None,
         })
+    }
+
+    /// Guests have written this while disks were reverted, or would have been.
+    fn note_guests(&mut self, guests: Vec<Beside>, reverted: &[bool; DISKS], has_happened: bool) {
+        for (disk, beside) in guests.into_iter().enumerate() {
+            if reverted[disk] {
+                self.note_back(disk, has_happened, &beside);
+            }
+            self.guests[disk].extend(beside.written);
+        }
+    }
+
+    /// A disk has been reverted beside its guest, or would have been.
+    fn note_back(&mut self, disk: usize, has_happened: bool, beside: &Beside) {
+        let before = self.guests[disk].len();
+        let Beside {
+            gone_back, over, ..
+        } = beside;
+        let (may, must) = match has_happened {
+            true => (gone_back.unwrap_or(0), gone_back.unwrap_or(*over)),
+            // It has written nothing behind it.
+            false => (usize::MAX - before, usize::MAX - before),
+        };
+        self.backs[disk].push(Back {
+            moment: self.moments.len(),
+            is_taken_back: !has_happened,
+            before,
+            may: before + may,
+            must: before + must,
+        });
     }
 
     /// A transaction has failed, and overlays have stayed that guests have written to: what they have could not be written to what is
@@ -574,6 +606,8 @@ struct Planned {
     at_once: [bool; DISKS],
     /// Disks that have got an overlay so far: what is below it is durable with the answer only.
     covered: [bool; DISKS],
+    /// Disks that have gone back.
+    reverted: [bool; DISKS],
     jobs: Vec<Job>,
 }
 
@@ -594,6 +628,7 @@ impl Planned {
                 if let Some((nth, which)) = self.select(disk, nth) {
                     let top = self.world.disks[disk].top_mut();
                     top.content = top.snapshots[nth].content.clone();
+                    self.reverted[disk] = true;
                     self.internal(disk, Operation::Revert(which));
                 }
             }

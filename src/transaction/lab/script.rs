@@ -95,7 +95,7 @@ pub(super) struct Script {
     pub(super) has_overlay: [bool; DISKS],
     /// Whether its first image, of version 3, begins with persistent bitmaps, as another program leaves them.
     pub(super) has_bitmaps: [bool; DISKS],
-    /// Guests write while transactions run. None of these reverts then: that would take away what they have written.
+    /// Guests write while transactions run. Of the random ones none reverts then: they do so in scripts of their own.
     pub(super) has_guests: bool,
     pub(super) ops: Vec<Op>,
 }
@@ -197,6 +197,59 @@ impl Script {
         }
         let write = write(random);
         script.ops = vec![write, Op::Failing(acts, failures)];
+        script
+    }
+}
+
+impl Script {
+    /// One transaction that reverts disks and deletes snapshots, and does most of it while guests write; perhaps it fails.
+    pub(super) fn goes_ahead(seed: u64) -> Script {
+        /// What is done to the host from the commit to the end, with what guests do meanwhile.
+        const LONGEST: u64 = 40;
+        let mut script = Script::random(seed);
+        let mut random = fastrand::Rng::with_seed(!seed);
+        let random = &mut random;
+        for image in &mut script.images {
+            image.compat = Compat::V1_1;
+        }
+        script.has_guests = true;
+        if random.u8(..8) > 0 {
+            // With them none goes ahead.
+            script.has_bitmaps = [false; DISKS];
+        }
+        script.ops = vec![write(random), write(random)];
+        let taken: Vec<Act> = (0..DISKS)
+            .filter(|_| random.bool())
+            .map(Act::Create)
+            .collect();
+        if !taken.is_empty() {
+            script.ops.push(Op::Transaction(taken));
+            script.ops.push(write(random));
+        }
+        if random.bool() {
+            script.ops.push(Op::Flush(random.usize(..DISKS)));
+        }
+        let mut acts = vec![Act::Revert(random.usize(..DISKS), random.usize(..2))];
+        for _ in 0..random.usize(1..=4) {
+            let (disk, nth) = (random.usize(..DISKS), random.usize(..4));
+            acts.push(match random.u8(..3) {
+                0 => Act::Delete(disk, nth),
+                _ => Act::Revert(disk, nth),
+            });
+        }
+        if random.bool() {
+            let mut failures = failures(random);
+            for failure in &mut failures {
+                failure.skip %= LONGEST;
+            }
+            script.ops.push(Op::Failing(acts, failures));
+            return script;
+        }
+        script.ops.push(Op::Transaction(acts));
+        if random.bool() {
+            script.ops.push(write(random));
+            script.ops.push(Op::Idle);
+        }
         script
     }
 }

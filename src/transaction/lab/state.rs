@@ -11,7 +11,7 @@ use block::crashlab::states::State;
 use block::driver::Requests as _;
 use block::protocols::memory::{Change, Memory, Record};
 
-use super::guests::Written;
+use super::guests::{Back, Written};
 use super::run::{Moment, Place};
 use super::script::DISKS;
 use super::tape::{FOLDERS, Folder, Recorded, Renaming, Tape};
@@ -31,6 +31,8 @@ pub(super) struct Recording {
     pub(super) next: u32,
     /// What guests have written beside, to each disk.
     pub(super) guests: [Vec<Written>; DISKS],
+    /// When each disk has gone back meanwhile.
+    pub(super) backs: [Vec<Back>; DISKS],
 }
 
 /// Flushes that a daemon could have forgotten: whether the laboratory finds that.
@@ -76,7 +78,17 @@ impl Recording {
             moments,
             next,
             guests: Default::default(),
+            backs: Default::default(),
         }
+    }
+
+    /// When a disk has last gone back behind a moment. `is_decided`: what is taken back in that has been done.
+    pub(super) fn back(&self, disk: usize, moment: usize, is_decided: bool) -> Option<&Back> {
+        let happened = |back: &&Back| match back.is_taken_back {
+            true => is_decided && back.moment == moment,
+            false => back.moment <= moment,
+        };
+        self.backs[disk].iter().rfind(happened)
     }
 }
 
@@ -188,6 +200,7 @@ impl Recording {
             moments,
             next: self.next,
             guests,
+            backs: self.backs.clone(),
         }
     }
 }

@@ -81,6 +81,11 @@ fn power_cuts_leave_what_is_taken_back_not_done_while_guests_write() {
 }
 
 #[test]
+fn power_cuts_leave_disks_that_go_back_beside_guests_as_they_were_or_gone_back() {
+    try_scripts(5, Script::goes_ahead);
+}
+
+#[test]
 fn the_laboratory_finds_flushes_that_are_missing() {
     let _alone = without_children();
     let samples = Samples {

@@ -47,6 +47,10 @@ pub(crate) enum Fault {
     CommitWaits,
     /// Requests are let go, and the disk is written to behind that.
     Marks,
+    /// Requests go on until the change is held.
+    Ahead,
+    /// It is not.
+    Hold,
     /// Writes fail when the log has [`GO_ON`].
     Write,
     RollBack,
@@ -146,6 +150,23 @@ impl FakeChange {
 }
 
 impl SnapshotChange for FakeChange {
+    fn go_ahead(&mut self) -> BoxFuture<'_, Result<bool>> {
+        let goes = self.disk.faults.contains(&Fault::Ahead);
+        if goes {
+            self.disk.log.note(format!("go ahead {}", self.disk.name));
+        }
+        Box::pin(async move { Ok(goes) })
+    }
+
+    fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
+        let is_noted = self.disk.faults.contains(&Fault::Ahead);
+        let held = match is_noted {
+            true => self.disk.run("hold", Fault::Hold),
+            false => Ok(()),
+        };
+        Box::pin(async { held })
+    }
+
     fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
         Box::pin(async { self.step("create", Some(new.name)) })
     }

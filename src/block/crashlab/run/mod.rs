@@ -1,5 +1,6 @@
 //! Running a script: the driver does it, the model follows, and what had been answered when is noted.
 
+mod ahead;
 mod let_go;
 mod together;
 
@@ -267,6 +268,10 @@ impl Runner {
     /// Does one operation.
     pub async fn step(&mut self, op: &Op) -> Result<(), Problem> {
         let begun = self.disk.log_len();
+        if let Op::Ahead { steps, ops, end } = op {
+            let done = Box::pin(self.ahead(steps, ops, *end)).await;
+            return done.map_err(|problem| format!("{op:?}: {problem}"));
+        }
         let done = self.execute(op).await;
         let done = done.map_err(|problem| format!("{op:?}: {problem}"))?;
         self.moments.push(Moment {
@@ -334,6 +339,7 @@ impl Runner {
             Op::Delete(nth) => self.delete_snapshot(*nth).await,
             Op::Change(steps, end) => self.change(steps, *end).await,
             Op::LetGo { steps, ops, end } => self.let_go(steps, ops, *end).await,
+            Op::Ahead { .. } => Err("several operations cannot be part of one".to_owned()),
             Op::Resize(size) => self.resize(*size).await,
             Op::Reopen => {
                 self.close().await?;

@@ -108,6 +108,11 @@ impl Damage {
         let marked = match header.get().version {
             // It has no bit for it. Whoever opens it finds the damage again.
             Version::V2 => Ok(()),
+            // Who keeps it waits for the request that has met the damage.
+            Version::V3 if header.is_kept() => Err(Error::new(
+                ErrorKind::InUse,
+                "a change of snapshots is under way",
+            )),
             Version::V3 => {
                 let set = |header: &mut super::header::Header| {
                     header.incompatible.0 |= Incompatible::CORRUPT;

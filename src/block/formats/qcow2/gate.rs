@@ -38,6 +38,8 @@ pub(super) struct Gate {
     flushes: Arc<Flushes>,
     /// Serialises those who close the gate.
     exclusive: Arc<Mutex<()>>,
+    /// Somebody is going to close the gate, and keeps others from it until then.
+    reserved: AtomicBool,
     /// Told when the gate opens.
     opened: Notify,
     /// Told when the last request leaves a closed gate.
@@ -131,26 +133,29 @@ impl Gate {
     /// Closes the gate and waits until nobody is inside. Opens again when the answer is dropped.
     /// Cancellation: the gate opens again.
     pub(super) async fn close(self: &Arc<Self>) -> Exclusive {
-        let lock = self.exclusive.clone().lock_owned().await;
-        let flushes = self.flushes.close().await;
-        self.state.fetch_or(CLOSED, Ordering::SeqCst);
-        let lock = Arc::new(lock);
-        let exclusive = Exclusive {
-            shut: Some(Shut {
-                gate: self.clone(),
-                _flushes: flushes,
-                _lock: lock.clone(),
-            }),
-            _lock: lock,
-        };
-        loop {
-            let emptied = self.emptied.notified();
-            tokio::pin!(emptied);
-            emptied.as_mut().enable();
-            if self.state.load(Ordering::SeqCst) & !(CLOSED | GROUP) == 0 {
-                return exclusive;
-            }
-            emptied.await;
+        let mut exclusive = self.lock().await;
+        exclusive.shut().await;
+        exclusive
+    }
+
+    /// Keeps others from closing the gate until the answer is dropped, while requests go on. Cancellation: safe.
+    pub(super) async fn reserve(self: &Arc<Self>) -> Exclusive {
+        let exclusive = self.lock().await;
+        self.reserved.store(true, Ordering::SeqCst);
+        exclusive
+    }
+
+    /// Whether it is reserved: a request that waited until it can close the gate would keep it from being closed.
+    pub(super) fn is_reserved(&self) -> bool {
+        self.reserved.load(Ordering::SeqCst)
+    }
+
+    async fn lock(self: &Arc<Self>) -> Exclusive {
+        Exclusive {
+            gate: self.clone(),
+            flushes: None,
+            shut: None,
+            lock: Arc::new(self.exclusive.clone().lock_owned().await),
         }
     }
 }
@@ -172,12 +177,15 @@ impl Drop for Inside<'_> {
     }
 }
 
-/// Alone in the image; the gate opens when dropped.
+/// Alone in the image, or about to be; the gate opens when dropped.
 #[derive(Debug)]
 pub(super) struct Exclusive {
-    /// `None` when requests have been let in, or somebody else does that.
+    gate: Arc<Gate>,
+    /// Who takes long is held back already.
+    flushes: Option<Closed>,
+    /// `None` before requests have been held back, when they have been let in, and where somebody else does that.
     shut: Option<Shut>,
-    _lock: Arc<OwnedMutexGuard<()>>,
+    lock: Arc<OwnedMutexGuard<()>>,
 }
 
 /// Holds the gate closed; it opens when dropped.
@@ -190,6 +198,37 @@ pub(super) struct Shut {
 }
 
 impl Exclusive {
+    /// Closes the gate and waits until nobody is inside. Cancellation: it is open again when this is dropped.
+    pub(super) async fn shut(&mut self) {
+        let flushes = match self.flushes.take() {
+            Some(flushes) => flushes,
+            None => self.gate.flushes.close().await,
+        };
+        let gate = self.gate.clone();
+        gate.state.fetch_or(CLOSED, Ordering::SeqCst);
+        self.shut = Some(Shut {
+            gate: gate.clone(),
+            _flushes: flushes,
+            _lock: self.lock.clone(),
+        });
+        loop {
+            let emptied = gate.emptied.notified();
+            tokio::pin!(emptied);
+            emptied.as_mut().enable();
+            if gate.state.load(Ordering::SeqCst) & !(CLOSED | GROUP) == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// The first half of `shut`: holds back what takes long, and waits until what has begun of it has ended.
+    pub(super) async fn shut_to_flushes(&mut self) {
+        if self.flushes.is_none() {
+            self.flushes = Some(self.gate.flushes.close().await);
+        }
+    }
+
     /// Lets requests in again. Nobody else closes the gate before this is dropped.
     pub(super) fn let_in(&mut self) {
         self.shut = None;
@@ -198,6 +237,12 @@ impl Exclusive {
     /// Lets requests in when the answer is dropped; `None` if they are in. Nobody else closes the gate before both are dropped.
     pub(super) fn hand_over(&mut self) -> Option<Shut> {
         self.shut.take()
+    }
+}
+
+impl Drop for Exclusive {
+    fn drop(&mut self) {
+        self.gate.reserved.store(false, Ordering::SeqCst);
     }
 }
 

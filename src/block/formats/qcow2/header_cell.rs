@@ -16,6 +16,26 @@ pub(crate) struct HeaderLock {
     _guard: OwnedMutexGuard<()>,
 }
 
+/// As `HeaderLock`, for a time in which guests' requests may not wait for it.
+#[derive(Debug)]
+pub(crate) struct HeaderKept {
+    lock: HeaderLock,
+    is_kept: Arc<AtomicBool>,
+}
+
+impl HeaderKept {
+    /// What [`HeaderCell::update_with`] asks for.
+    pub(crate) fn lock(&self) -> &HeaderLock {
+        &self.lock
+    }
+}
+
+impl Drop for HeaderKept {
+    fn drop(&mut self) {
+        self.is_kept.store(false, Ordering::SeqCst);
+    }
+}
+
 /// The header, in memory as on disk.
 #[derive(Debug)]
 pub(crate) struct HeaderCell {
@@ -23,6 +43,8 @@ pub(crate) struct HeaderCell {
     current: Mutex<Arc<Header>>,
     /// Held over a change, so that changes follow each other.
     writer: Arc<tokio::sync::Mutex<()>>,
+    /// There is a `HeaderKept`.
+    is_kept: Arc<AtomicBool>,
     /// A failed change could not be taken back: what is on disk is unknown, or not what it should be.
     broken: AtomicBool,
 }
@@ -34,6 +56,7 @@ impl HeaderCell {
             file,
             current: Mutex::new(Arc::new(header)),
             writer: Arc::default(),
+            is_kept: Arc::default(),
             broken: AtomicBool::new(false),
         }
     }
@@ -106,6 +129,21 @@ impl HeaderCell {
     pub(crate) async fn lock(&self) -> HeaderLock {
         let _guard = self.writer.clone().lock_owned().await;
         HeaderLock { _guard }
+    }
+
+    /// As `lock`, and says so: who would change it for a request that others wait for does without, or puts it off.
+    pub(crate) async fn keep(&self) -> HeaderKept {
+        let lock = self.lock().await;
+        self.is_kept.store(true, Ordering::SeqCst);
+        HeaderKept {
+            lock,
+            is_kept: self.is_kept.clone(),
+        }
+    }
+
+    /// Whether somebody keeps it.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.is_kept.load(Ordering::SeqCst)
     }
 
     /// As `lock`, but `None` when a change is being made.

@@ -38,6 +38,13 @@ impl Image {
             self.settle_until(Instant::now() + QCOW2_SETTLE_FOR_SPACE)
                 .await;
         }
+        if self.gate.is_reserved() {
+            // Who has reserved it waits for this request. Mostly all is freed by this, too.
+            let Some(_flushing) = self.gate.try_enter_flush() else {
+                return false;
+            };
+            return !self.is_closed() && self.write_back().await.is_ok();
+        }
         let _alone = self.gate.close().await;
         if self.is_closed() || self.damage.check().is_err() {
             return false;

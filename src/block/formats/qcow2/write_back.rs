@@ -196,7 +196,14 @@ impl Image {
     /// Leads the refcount table to new blocks that have been written. Each is durable before its entry is, and so is the entry of the block
     /// that counts its cluster; mostly all of them are linked behind the first flush. Requests that allocate go on.
     async fn link_blocks(&self, new: &[usize]) -> Result<()> {
-        let switch = self.alloc.lock().await.begin_switch(new);
+        let switch = {
+            let mut alloc = self.alloc.lock().await;
+            if alloc.has_grown() && self.header.is_kept() {
+                // Who keeps it waits for this to end. The image is marked dirty: nobody goes by counts before a later write-back.
+                return Ok(());
+            }
+            alloc.begin_switch(new)
+        };
         if let Some(switch) = switch {
             let switched = self.switch_table(&switch).await;
             return self.alloc.lock().await.end_switch(switch, switched).await;

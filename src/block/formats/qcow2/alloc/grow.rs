@@ -160,7 +160,6 @@ impl Allocator {
     }
 
     /// Whether the header is to be led to a larger table.
-    #[cfg(test)]
     pub(crate) fn has_grown(&self) -> bool {
         self.grown.is_some()
     }

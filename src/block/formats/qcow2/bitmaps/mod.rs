@@ -88,6 +88,11 @@ impl Bitmaps {
         Ok(())
     }
 
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.get().entries.is_empty()
+    }
+
     /// The bitmaps for queries.
     pub(super) fn info(&self) -> Vec<PersistentBitmap> {
         let directory = self.get();

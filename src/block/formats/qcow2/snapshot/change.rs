@@ -31,7 +31,7 @@ pub(super) struct Change {
 enum State {
     /// Requests go on. `None` when they could not be held back.
     Ahead(Option<Ahead>),
-    /// They have been held back.
+    /// They have been held back, or may go on until the header has been switched.
     Held(Box<Staged>),
 }
 
@@ -84,6 +84,27 @@ impl Change {
 }
 
 impl State {
+    /// Lets the steps be done while requests go on, where that is possible.
+    async fn go_ahead(&mut self) -> Result<bool> {
+        let State::Ahead(Some(ahead)) = self else {
+            return Ok(false);
+        };
+        let image = ahead.image.clone();
+        let alone = image.gate.reserve().await;
+        image.check_range(0, 0)?;
+        image.header.check()?;
+        if !image.may_go_ahead().await {
+            return Ok(false);
+        }
+        let ready = Ready {
+            room: std::mem::take(&mut ahead.room),
+            size: ahead.size.clone(),
+            alone,
+        };
+        *self = State::Held(Box::new(Staged::ahead(image, ready)?));
+        Ok(true)
+    }
+
     /// The change with requests held back.
     async fn held(&mut self) -> Result<&mut Staged> {
         if let State::Ahead(ahead) = self {
@@ -124,15 +145,26 @@ impl SnapshotChange for Change {
     fn hold_flushes(&mut self) -> BoxFuture<'_, Result<()>> {
         let state = self.state.clone();
         Box::pin(RunToEnd::new(async move {
-            if let State::Ahead(Some(ahead)) = &mut *state.lock_owned().await {
-                ahead.flushes = Some(ahead.image.gate.close_to_flushes().await);
+            match &mut *state.lock_owned().await {
+                State::Ahead(Some(ahead)) => {
+                    ahead.flushes = Some(ahead.image.gate.close_to_flushes().await);
+                }
+                State::Ahead(None) => {}
+                State::Held(staged) => staged.hold_flushes().await,
             }
             Ok(())
         }))
     }
 
+    fn go_ahead(&mut self) -> BoxFuture<'_, Result<bool>> {
+        let state = self.state.clone();
+        Box::pin(RunToEnd::new(async move {
+            state.lock_owned().await.go_ahead().await
+        }))
+    }
+
     fn hold(&mut self) -> BoxFuture<'_, Result<()>> {
-        self.step(|_| Box::pin(async { Ok(()) }))
+        self.step(|staged| Box::pin(staged.hold()))
     }
 
     fn create(&mut self, new: NewSnapshot) -> BoxFuture<'_, Result<SnapshotInfo>> {
@@ -192,7 +224,7 @@ impl SnapshotChange for Change {
             _ => None,
         };
         // While the gate is closed nobody changes it. Dropping the change does the rest.
-        held.or_else(|| self.image.header.hold())
-            .map_or_else(HeaderHeld::not, HeaderHeld::by)
+        held.or_else(|| self.image.header.hold().map(HeaderHeld::by))
+            .unwrap_or_else(HeaderHeld::not)
     }
 }

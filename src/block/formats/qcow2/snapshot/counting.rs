@@ -18,6 +18,15 @@ pub(super) enum Counting {
     Behind,
 }
 
+/// What counters have to hold beside what is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Margin {
+    /// Nothing: requests are held back.
+    None,
+    /// What requests that go on refer to once more, until the change has happened.
+    Guests,
+}
+
 /// References that one L2 table takes over from another, so that no counter changes.
 #[derive(Debug)]
 pub(super) struct PassedOn {
@@ -47,21 +56,11 @@ impl Staged {
         if self.old.version == Version::V2 {
             return false;
         }
-        let (g, burden) = (self.image.g, self.image.settling.burden());
         let more = self.changes.iter().map(|change| change.more).max();
-        let lacking = burden.lacking + u64::try_from(more.unwrap_or(0)).unwrap_or(0);
-        let mut alloc = self.image.alloc.lock().await;
-        // Each L1 table counts a cluster once, or once for each compressed stream in it. One more for the quarantine.
-        let tables = 1 + self.table.entries().len() as u64 + burden.drops;
-        let by_tables = (tables + 1) * most_streams(g) <= g.refcount_max();
-        // Each table that reaches a cluster has at least one reference in its count, and lacks so many at most.
-        let by_counts = alloc
-            .greatest_of_all()
-            .is_some_and(|most| most.saturating_mul(lacking + 1) <= g.refcount_max());
-        if by_tables || by_counts {
-            alloc.limit_streams(g.refcount_max() / (lacking + 1));
-        }
-        by_tables || by_counts
+        let more = u64::try_from(more.unwrap_or(0)).unwrap_or(0);
+        let tables = self.table.entries().len() as u64;
+        let image = &self.image;
+        image.counters_are_wide(tables, more, Margin::None).await
     }
 
     /// Counts what the change takes, in memory and in the file, and takes the flags off what will be shared. On error the
@@ -140,6 +139,36 @@ impl Staged {
         let image = &self.image;
         let settling = &image.settling;
         settling.apply(image.g, &changes, &self.before, &self.before);
+    }
+}
+
+impl Image {
+    /// Whether no counter can become too narrow with so many snapshots when tables that are counted behind a change get so many
+    /// references more.
+    pub(super) async fn counters_are_wide(
+        &self,
+        snapshots: u64,
+        more: u64,
+        margin: Margin,
+    ) -> bool {
+        let (g, burden) = (self.g, self.settling.burden());
+        let lacking = burden.lacking + more;
+        let mut alloc = self.alloc.lock().await;
+        // Each L1 table counts a cluster once, or once for each compressed stream in it. One more for the quarantine.
+        let tables = 1 + snapshots + burden.drops;
+        let by_tables = (tables + 1) * most_streams(g) <= g.refcount_max();
+        // Each table that reaches a cluster has at least one reference in its count, and lacks so many at most.
+        let most = alloc.greatest_of_all().map(|most| match margin {
+            Margin::None => most,
+            // Where a table is copied that is active, all below it count once more; and it is not copied again.
+            Margin::Guests => most.saturating_mul(2),
+        });
+        let by_counts =
+            most.is_some_and(|most| most.saturating_mul(lacking + 1) <= g.refcount_max());
+        if by_tables || by_counts {
+            alloc.limit_streams(g.refcount_max() / (lacking + 1));
+        }
+        by_tables || by_counts
     }
 }
 

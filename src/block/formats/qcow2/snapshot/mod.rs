@@ -10,13 +10,14 @@
 //! ```
 //!
 //! * `table`: the snapshot table; `list`: the one in use, and who reads which snapshot
-//! * `change`: the handle on operations in steps; `staged`: how they become durable; `steps`: what each of them does;
-//!   `room`: space for their tables; `areas`: writing those; `counting`: when what they take is counted
+//! * `change`: the handle on operations in steps; `staged`: how they become durable; `ahead`: how, while requests go on; `steps`: what
+//!   each of them does; `room`: space for their tables; `areas`: writing those; `counting`: when what they take is counted
 //! * `settling`: what is still to be done; `settle`: doing it; `settler`: when
 //! * `complete`: the table of an image that becomes one of version 3
 //! * `view`: a snapshot as a disk of its own
 //! * `driver`: the contract around them
 
+mod ahead;
 mod areas;
 mod change;
 mod complete;

@@ -361,6 +361,11 @@ impl Image {
                 let settled = self.settle_table(cluster).await;
                 settled.inspect_err(|_| self.settling.table_failed(cluster))?;
             }
+            Some(Work::Drops) => {
+                let written = self.write_back().await;
+                written.inspect_err(|_| self.settling.drops_failed())?;
+                self.settling.drop_now();
+            }
             Some(Work::Flags(slot)) => {
                 self.settling.take_flags(slot);
                 match self.refresh_flags(slot).await {

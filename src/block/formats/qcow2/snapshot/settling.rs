@@ -80,6 +80,8 @@ pub(super) enum Work {
     Flags(usize),
     /// An L2 table that owes, in this cluster.
     Table(ClusterIndex),
+    /// References that are gone, of tables that may not have been written as they are.
+    Drops,
 }
 
 /// The state.
@@ -106,6 +108,12 @@ struct State {
     frees_failed: bool,
     /// L1 tables that have been dropped since references were last owed that are to be taken away.
     drops: u64,
+    /// References that are gone, of tables that may not have been written as they are; not owed yet.
+    later: Vec<Change>,
+    /// How many L1 tables have been dropped with them.
+    later_drops: u64,
+    /// Those tables could not be written.
+    later_failed: bool,
     /// By the cluster of an L2 table of which references are to be taken away: those below it that another table has taken over.
     passed_on: BTreeMap<u64, Vec<Run>>,
     /// Changes of snapshots that will make tables owe.
@@ -143,8 +151,7 @@ impl Settling {
             });
             owed.references += more;
         }
-        let dropped = changes.iter().map(|change| -change.more).max();
-        state.drops += u64::try_from(dropped.unwrap_or(0)).unwrap_or(0);
+        state.drops += dropped(changes);
         let State { owed, flags, .. } = &mut *state;
         owed.retain(|table, owed| {
             if owed.references != 0 {
@@ -203,13 +210,28 @@ impl Settling {
     /// Notes references that are gone, while requests go on and tables are settled.
     pub(super) fn drop_references(&self, changes: &[Change]) {
         let mut state = self.state();
-        for change in changes {
-            let Change { table, slot, more } = *change;
-            assert!(more < 0, "references come under the closed gate only");
-            state.add(table, slot, more);
-        }
-        let dropped = changes.iter().map(|change| -change.more).max();
-        state.drops += u64::try_from(dropped.unwrap_or(0)).unwrap_or(0);
+        state.drop_references(changes, dropped(changes));
+    }
+
+    /// Notes references that are gone of tables that may not have been written as they are: they go behind the next write-back. One
+    /// that writes such a table must not find that its cluster is somebody else's.
+    pub(super) fn drop_later(&self, changes: Vec<Change>) {
+        let mut state = self.state();
+        state.later_drops += dropped(&changes);
+        state.later.extend(changes);
+    }
+
+    /// All that was changed when `drop_later` was called has been written.
+    pub(super) fn drop_now(&self) {
+        let mut state = self.state();
+        let later = std::mem::take(&mut state.later);
+        let drops = std::mem::take(&mut state.later_drops);
+        state.drop_references(&later, drops);
+    }
+
+    /// They could not be written: others go first.
+    pub(super) fn drops_failed(&self) {
+        self.state().later_failed = true;
     }
 
     /// One more change of snapshots is (or, by -1, is no longer) about to make tables owe.
@@ -250,7 +272,7 @@ impl Settling {
         }
         Burden {
             lacking: u64::try_from(most).unwrap_or(0),
-            drops: state.drops,
+            drops: state.drops + state.later_drops,
         }
     }
 
@@ -355,10 +377,12 @@ impl Settling {
             flags,
             failed_flags,
             frees_failed,
+            later_failed,
             ..
         } = &mut *state;
         flags.append(failed_flags);
         *frees_failed = false;
+        *later_failed = false;
         owed.values_mut().for_each(|owed| owed.failed = false);
     }
 
@@ -377,7 +401,11 @@ impl Settling {
         if let Some(slot) = state.flags.first() {
             return Some(Work::Flags(*slot));
         }
-        Some(Work::Table(state.waiting().next()?))
+        if let Some(table) = state.waiting().next() {
+            return Some(Work::Table(table));
+        }
+        let drops = !state.later.is_empty() && !state.later_failed;
+        drops.then_some(Work::Drops)
     }
 
     /// The tables that are to be settled next, ascending.
@@ -392,6 +420,7 @@ impl Settling {
             && state.flags.is_empty()
             && state.failed_flags.is_empty()
             && state.areas.is_empty()
+            && state.later.is_empty()
             && !state.has_freed()
     }
 
@@ -399,13 +428,21 @@ impl Settling {
     pub(in crate::formats::qcow2) fn frees(&self) -> bool {
         let state = self.state();
         let is_drop = |owed: &Owed| owed.references < 0;
-        !state.areas.is_empty() || state.has_freed() || state.owed.values().any(is_drop)
+        let waits = !(state.areas.is_empty() && state.later.is_empty());
+        waits || state.has_freed() || state.owed.values().any(is_drop)
     }
 
     /// L2 tables that owe, and L1 indices with flags to look at.
     pub(in crate::formats::qcow2) fn unsettled_tables(&self) -> u64 {
         let state = self.state();
-        (state.owed.len() + state.flags.len() + state.failed_flags.len()) as u64
+        let State {
+            owed,
+            flags,
+            failed_flags,
+            later,
+            ..
+        } = &*state;
+        (owed.len() + flags.len() + failed_flags.len() + later.len()) as u64
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -414,6 +451,15 @@ impl Settling {
 }
 
 impl State {
+    fn drop_references(&mut self, changes: &[Change], l1_tables: u64) {
+        for change in changes {
+            let Change { table, slot, more } = *change;
+            assert!(more < 0, "references come under the closed gate only");
+            self.add(table, slot, more);
+        }
+        self.drops += l1_tables;
+    }
+
     /// The table owes so many references more. The flags above it are looked at when it owes nothing.
     fn add(&mut self, table: ClusterIndex, slot: usize, more: i64) {
         let owed = self.owed.entry(table.0).or_insert(Owed {
@@ -442,6 +488,12 @@ impl State {
         owed.filter(move |(_, owed)| !owed.failed && (frees || owed.references > 0))
             .map(|(table, _)| ClusterIndex(*table))
     }
+}
+
+/// How many L1 tables have been dropped, at most, by changes of L2 tables.
+fn dropped(changes: &[Change]) -> u64 {
+    let dropped = changes.iter().map(|change| -change.more).max();
+    u64::try_from(dropped.unwrap_or(0)).unwrap_or(0)
 }
 
 /// The L2 tables of an L1 table that has been checked, with their indices.

@@ -27,13 +27,13 @@ use super::room::Room;
 use super::settle::Expecting;
 use super::settling::{self, activated, sum};
 use super::table::SnapshotTable;
-use crate::driver::{GoOn, HeaderSwitch, RequestsHeld};
+use crate::driver::{GoOn, HeaderHeld, HeaderSwitch, RequestsHeld};
 use crate::error::{Error, ErrorKind, Result};
 use crate::formats::qcow2::alloc::{Reserved, Run};
 use crate::formats::qcow2::bitmaps::{Marked, Resize};
 use crate::formats::qcow2::gate::Exclusive;
 use crate::formats::qcow2::header::{Header, Incompatible, Version};
-use crate::formats::qcow2::header_cell::HeaderLock;
+use crate::formats::qcow2::header_cell::{HeaderKept, HeaderLock};
 use crate::formats::qcow2::image::Image;
 use crate::formats::qcow2::l1::L1Table;
 use crate::formats::qcow2::owners::Owner;
@@ -115,6 +115,10 @@ pub(super) struct Staged {
     /// What the steps change, one after the other.
     pub(super) changes: Vec<settling::Change>,
     pub(super) counting: Counting,
+    /// Requests go on until the header has been switched: see `ahead`.
+    pub(super) goes_ahead: bool,
+    /// They have been held back then.
+    pub(super) is_held: bool,
     /// References that have been counted already.
     pub(super) counted: Vec<settling::Change>,
     /// Those of them that were not, because a table that leaves passes them on.
@@ -136,10 +140,12 @@ pub(super) struct Staged {
     header_lock: Option<HeaderLock>,
     /// Somebody has been told what the switch will write, and will make it or take it back where this does not.
     is_known: bool,
-    /// Something is owed already.
-    expecting: Option<Expecting>,
+    /// The same, of a change that goes ahead.
+    pub(super) kept: Option<HeaderKept>,
+    /// Something is owed already, or is going to be.
+    pub(super) expecting: Option<Expecting>,
     /// Last: requests go on when all else has been given back.
-    alone: Exclusive,
+    pub(super) alone: Exclusive,
 }
 
 impl Staged {
@@ -168,6 +174,8 @@ impl Staged {
             marked: None,
             changes: Vec::new(),
             counting: Counting::Before,
+            goes_ahead: false,
+            is_held: false,
             counted: Vec::new(),
             passed_on: Vec::new(),
             new_l1s: Vec::new(),
@@ -180,6 +188,7 @@ impl Staged {
             is_let_go: false,
             header_lock: None,
             is_known: false,
+            kept: None,
             expecting: None,
             image,
             alone,
@@ -268,6 +277,9 @@ impl Staged {
         } else {
             self.expect(Phase::LetGo)?;
         }
+        if self.goes_ahead {
+            self.mark_ahead().await?;
+        }
         self.write_l1s().await?;
         match &self.new_table {
             Some(area) => {
@@ -277,7 +289,7 @@ impl Staged {
             }
             None => self.write_table().await?,
         }
-        if !self.is_let_go {
+        if !(self.is_let_go || self.goes_ahead) {
             self.count().await?;
         }
         // What the disk held, and the counters of the new tables.
@@ -301,6 +313,9 @@ impl Staged {
         self.expect(Phase::Prepared)?;
         if self.is_let_go && self.header_lock.is_none() {
             self.header_lock = Some(self.image.header.lock().await);
+        }
+        if self.goes_ahead {
+            self.keep_header().await;
         }
         self.mark_bitmaps().await?;
         let new = self.new_fields();
@@ -367,6 +382,9 @@ impl Staged {
 
     /// Nothing is taken after all.
     fn give_up(&mut self) {
+        if self.goes_ahead {
+            return;
+        }
         if !self.is_let_go {
             return self.uncount_takes();
         }
@@ -376,8 +394,9 @@ impl Staged {
     }
 
     /// The header stays what `preview` has answered while this lives.
-    pub(super) fn take_header(&mut self) -> Option<HeaderLock> {
-        self.header_lock.take()
+    pub(super) fn take_header(&mut self) -> Option<HeaderHeld> {
+        let kept = self.kept.take().map(HeaderHeld::by);
+        kept.or_else(|| self.header_lock.take().map(HeaderHeld::by))
     }
 
     /// What the switch makes of the header.
@@ -400,6 +419,9 @@ impl Staged {
 
     pub(super) async fn commit(&mut self) -> Result<()> {
         self.expect(Phase::Prepared)?;
+        if self.goes_ahead {
+            self.keep_header().await;
+        }
         self.mark_bitmaps().await?;
         let new = self.new_fields();
         let switched = self.update_header(|header| new.set(header)).await;
@@ -416,7 +438,8 @@ impl Staged {
 
     async fn update_header(&self, change: impl FnOnce(&mut Header)) -> Result<()> {
         let header = &self.image.header;
-        match &self.header_lock {
+        let kept = self.kept.as_ref().map(HeaderKept::lock);
+        match kept.or(self.header_lock.as_ref()) {
             Some(lock) => header.update_with(lock, change).await,
             None => header.update(change).await,
         }
@@ -465,7 +488,8 @@ impl Staged {
                 };
                 self.unmark_bitmaps().await;
             }
-            Err(_) if self.is_known || self.image.header.check().is_err() => {
+            // Where it is the new one for certain, requests of a change that goes ahead have gone on with what was before.
+            Err(_) if self.is_known || self.goes_ahead || self.image.header.check().is_err() => {
                 self.image.header.give_up();
                 self.phase = Phase::Unknown;
             }
@@ -499,18 +523,37 @@ impl Staged {
     /// Makes the image in memory what the header says.
     fn apply(&mut self) {
         self.keep();
+        match self.goes_ahead {
+            true => self.apply_ahead(),
+            false => self.apply_changes(),
+        }
+        let image = &self.image;
+        image.size.store(self.size(), Ordering::Release);
+        image.settling.add_areas(self.replaced.drain(..));
+        image.snapshots.set(std::mem::take(&mut self.table));
+        image.commits.touch();
+    }
+
+    /// The L1 table that is to be active, if it is another one.
+    pub(super) fn new_active(&self) -> Option<Arc<L1Table>> {
+        if self.active.offset == self.before.offset() {
+            return None;
+        }
+        let entries = self.active.entries.iter().copied();
+        Some(Arc::new(L1Table::new(self.active.offset, entries)))
+    }
+
+    fn apply_changes(&mut self) {
         let image = &self.image;
         let mut changes = std::mem::take(&mut self.changes);
         if !self.counted.is_empty() {
             changes.retain(|change| change.more < 0);
         }
         let mut active = self.before.clone();
-        if self.active.offset != self.before.offset() {
-            let entries = self.active.entries.iter().copied();
-            active = Arc::new(L1Table::new(self.active.offset, entries));
+        if let Some(new) = self.new_active() {
+            active = new;
             image.set_l1(active.clone());
         }
-        image.size.store(self.size(), Ordering::Release);
         for passed in self.passed_on.drain(..) {
             image.settling.pass_on(passed.from, passed.references);
         }
@@ -523,15 +566,20 @@ impl Staged {
                 .settling
                 .apply(image.g, &changes, &self.before, &active),
         }
-        image.settling.add_areas(self.replaced.drain(..));
-        image.snapshots.set(std::mem::take(&mut self.table));
-        image.commits.touch();
     }
 }
 
 impl Drop for Staged {
     fn drop(&mut self) {
         match self.phase {
+            Phase::Committed if self.goes_ahead && !self.is_held => {
+                // Nobody drops it here as long as the daemon lives. What guests wrote from now on would be lost.
+                self.keep();
+                self.image.header.give_up();
+                log::error!(
+                    "qcow2: a change of snapshots has happened, and the disk has not followed"
+                );
+            }
             Phase::Committed => self.apply(),
             Phase::Unknown => {
                 self.keep();
@@ -539,7 +587,7 @@ impl Drop for Staged {
             }
             Phase::Steps | Phase::LetGo | Phase::Prepared => self.give_up(),
         }
-        if self.is_let_go {
+        if self.is_let_go || self.goes_ahead {
             self.image.snapshots.set_leaving(BTreeSet::new());
         }
         self.image.wake_settler();

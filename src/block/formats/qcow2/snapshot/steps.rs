@@ -23,6 +23,12 @@ impl Staged {
     /// Takes a snapshot of the disk as it is after the steps before.
     pub(super) async fn create(&mut self, new: NewSnapshot) -> Result<SnapshotInfo> {
         self.check_phase()?;
+        if self.goes_ahead {
+            return Err(Error::new(
+                ErrorKind::InvalidInput,
+                "A snapshot that is taken needs requests to be held back",
+            ));
+        }
         self.validate_new(&new)?;
         self.check_tables(&self.active.entries)?;
         let entries = self.active.entries.clone();
@@ -92,6 +98,11 @@ impl Staged {
     pub(super) async fn delete(&mut self, which: SnapshotSelector) -> Result<SnapshotInfo> {
         self.check_phase()?;
         let (index, info) = self.find(&which)?;
+        if self.goes_ahead {
+            // Nobody begins to view it from here on.
+            let leaving = self.deleted.iter().chain([&info.id]).cloned();
+            self.image.snapshots.set_leaving(leaving.collect());
+        }
         if self.image.snapshots.is_held(&info.id) {
             return Err(Error::new(
                 ErrorKind::InUse,
@@ -154,7 +165,10 @@ impl Staged {
         let old = std::mem::replace(&mut self.active, new);
         self.replace_l1(old.offset, old.entries.len());
         self.changes.extend(changes(g, &l1, 1));
-        self.changes.extend(changes(g, &old.entries, -1));
+        if !(self.goes_ahead && old.offset == self.before.offset()) {
+            // The others are known when requests have been held back.
+            self.changes.extend(changes(g, &old.entries, -1));
+        }
         self.size.store(info.disk_size, Ordering::Release);
         self.reverts = true;
         Ok(info)

@@ -1,5 +1,6 @@
 //! Snapshots of an image that nobody writes to: against qemu-img, and with a fault at every request.
 
+mod ahead;
 mod close;
 mod flags;
 mod let_go;

@@ -1,7 +1,10 @@
 //! Guests that write while a command runs, each to a sector of its disk that nothing else writes to.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
 
 use block::crashlab::content::{Content, SECTOR};
 use block::driver::{BoxFuture, Requests as _, WriteFlags};
@@ -83,6 +86,8 @@ struct Guest<'e> {
     gone_back: Option<usize>,
     /// A flush that is not answered, and the last write that it covers.
     flush: Option<(usize, BoxFuture<'e, Result<()>>)>,
+    /// One has been answered.
+    is_answered: bool,
 }
 
 impl<'e> Guest<'e> {
@@ -94,6 +99,7 @@ impl<'e> Guest<'e> {
             written: Vec::new(),
             gone_back: None,
             flush: None,
+            is_answered: false,
         }
     }
 
@@ -104,7 +110,7 @@ impl<'e> Guest<'e> {
         let mut led = self.edge.node();
         loop {
             let is_over = done.load(Ordering::SeqCst);
-            let is_answered = self.flush_is_answered();
+            let is_answered = self.flush_is_answered().await;
             let now = self.edge.node();
             let is_led = !Arc::ptr_eq(&now, &led);
             led = now;
@@ -125,7 +131,7 @@ impl<'e> Guest<'e> {
         self.begin_flush();
         while self.flush.is_some() {
             tokio::task::yield_now().await;
-            self.flush_is_answered();
+            self.flush_is_answered().await;
         }
         Beside {
             written: self.written,
@@ -140,8 +146,10 @@ impl<'e> Guest<'e> {
         let Some(last) = last.filter(|_| self.gone_back.is_none()) else {
             return false;
         };
-        let read = self.edge.read(PLACE, SECTOR).await;
-        let has_lost = read.is_ok_and(|data| data.to_bytes()[0] < last.byte);
+        let last = last.byte;
+        let edge = self.edge;
+        let read = self.beside_flush(edge.read(PLACE, SECTOR)).await;
+        let has_lost = read.is_ok_and(|data| data.to_bytes()[0] < last);
         if has_lost {
             self.gone_back = Some(self.written.len());
         }
@@ -152,8 +160,9 @@ impl<'e> Guest<'e> {
         let byte = self.first + self.written.len() as u8;
         let begun = self.tape.len();
         let data = vec![byte; SECTOR as usize];
-        let written = self.edge.write(PLACE, data.into(), WriteFlags::default());
-        let is_done = written.await.is_ok();
+        let edge = self.edge;
+        let written = edge.write(PLACE, data.into(), WriteFlags::default());
+        let is_done = self.beside_flush(written).await.is_ok();
         self.written.push(Written {
             byte,
             is_done,
@@ -171,19 +180,36 @@ impl<'e> Guest<'e> {
         }
     }
 
-    /// Looks whether the flush has been answered.
-    fn flush_is_answered(&mut self) -> bool {
-        let Some((last, flush)) = &mut self.flush else {
-            return false;
-        };
-        let Some(answer) = flush.now_or_never() else {
-            return false;
-        };
-        if answer.is_ok() {
-            self.written[*last].flushed = Some(self.tape.len());
+    /// Waits for a request while a flush goes on, as those of a guest do: neither waits for the other to be looked at.
+    async fn beside_flush<T>(&mut self, request: impl Future<Output = T>) -> T {
+        let mut request = pin!(request);
+        poll_fn(|cx| {
+            self.poll_flush(cx);
+            request.as_mut().poll(cx)
+        })
+        .await
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) {
+        if let Some((last, flush)) = &mut self.flush
+            && let Poll::Ready(answer) = flush.poll_unpin(cx)
+        {
+            if answer.is_ok() {
+                self.written[*last].flushed = Some(self.tape.len());
+            }
+            self.flush = None;
+            self.is_answered = true;
         }
-        self.flush = None;
-        true
+    }
+
+    /// Looks whether a flush has been answered since this was asked.
+    async fn flush_is_answered(&mut self) -> bool {
+        poll_fn(|cx| {
+            self.poll_flush(cx);
+            Poll::Ready(())
+        })
+        .await;
+        std::mem::take(&mut self.is_answered)
     }
 }
 

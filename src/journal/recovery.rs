@@ -11,24 +11,26 @@
 //! nobody else has it open, and its header is either the old or the new one; it is only switched when nothing was
 //! written to the file since. Everything else is reported, and left as it is.
 
+mod files;
+mod images;
+
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
-use block::driver::{Child, Driver as _, HeaderSwitch, Requests as _, WriteFlags};
-use block::error::{Error, ErrorKind};
-use block::formats::qcow2::check::{CheckOptions, Repair, repair};
-use block::formats::qcow2::{is_marked_dirty, is_same_marked_dirty};
-use block::io::{HostFile, IoContext, Names, Remains};
-use block::open::{Aio, CacheMode, FileOptions, Locking, PutBack};
+use block::error::Error;
+use block::io::{HostFile, IoContext, Names};
+use block::open::{Aio, CacheMode, FileOptions, Locking};
 use block::protocols::file::{File, FileAccess};
+
+use files::{keep_file, put_back, take_file_back, what_was_before};
+use images::{reclaim, switch_image};
 
 use super::Journal;
 use super::entry;
 use super::record::{
-    ActionKind, Creation, Front, Identity, ImageSwitch, JournaledAction, Record, StagedImage, Time,
+    ActionKind, Creation, Identity, ImageSwitch, JournaledAction, Record, StagedImage, Time,
     last_change, modified,
 };
 use super::report::{
@@ -430,26 +432,6 @@ impl Plan {
     }
 }
 
-/// The image's file, locked, if it is the one that it was.
-async fn open_image(
-    io: &IoContext,
-    image: &StagedImage,
-) -> Result<File, (ImageResult, Option<String>)> {
-    let failed = |text: String| (ImageResult::Failed, Some(text));
-    let metadata = match fs::metadata(&image.path) {
-        Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            return Err((ImageResult::Missing, None));
-        }
-        Err(error) => return Err(failed(error.to_string())),
-    };
-    if Identity::of(&metadata) != image.file {
-        return Err((ImageResult::Replaced, None));
-    }
-    let opened = open_locked(io, &image.path).await;
-    opened.map_err(|error| failed(error.to_string()))
-}
-
 /// A file that is there, for writing.
 async fn open_locked(io: &IoContext, path: &Path) -> Result<File, Error> {
     let options = FileOptions {
@@ -465,251 +447,10 @@ async fn open_locked(io: &IoContext, path: &Path) -> Result<File, Error> {
     File::open(io, &options, access).await
 }
 
-/// Makes an image what it has to be.
-async fn switch_image(
-    io: &IoContext,
-    switch: &ImageSwitch,
-    direction: Direction,
-    unused: Option<Time>,
-) -> (ImageResult, Option<String>) {
-    let file = match open_image(io, &switch.image).await {
-        Ok(file) => file,
-        Err(failed) => return failed,
-    };
-    let result = switch_header(&file, switch, direction, unused).await;
-    // This makes it durable, also where it was there: a killed process may have left it in the page cache alone.
-    let closed = file.close().await;
-    match result.and_then(|result| closed.map(|()| result)) {
-        Ok(result) => result,
-        Err(error) => (ImageResult::Failed, Some(error.to_string())),
-    }
-}
-
-async fn switch_header(
-    file: &File,
-    switch: &ImageSwitch,
-    direction: Direction,
-    unused: Option<Time>,
-) -> Result<(ImageResult, Option<String>), Error> {
-    let changed = |what: &str| Ok((ImageResult::Changed, Some(what.to_owned())));
-    let offset = switch.image.offset;
-    let end = offset + switch.before.len() as u64;
-    let Some(after) = switch.after().filter(|_| end <= file.size()) else {
-        return changed("The file is too short");
-    };
-    let sector = file.read(offset, end - offset).await?.to_bytes();
-    let (is, result) = match direction {
-        Direction::Forward => (&switch.before, ImageResult::Switched),
-        Direction::Back => (&after, ImageResult::SwitchedBack),
-    };
-    let wanted = match direction {
-        Direction::Forward => &after,
-        Direction::Back => &switch.before,
-    };
-    if sector[..] == wanted[..] {
-        return Ok((ImageResult::Unchanged, None));
-    }
-    // It has been put back. Where its refcounts were not right yet, the next who opens it puts them right; or that has been done already.
-    let is_same = is_same_marked_dirty(&sector, wanted) || is_same_marked_dirty(wanted, &sector);
-    if direction == Direction::Back && is_same {
-        return Ok((ImageResult::Unchanged, None));
-    }
-    if sector[..] != is[..] {
-        return changed("Its header is neither the old nor the new one");
-    }
-    // Another program that writes to an image marked dirty repairs it first, and clears the mark: these are writes of our own guests.
-    let ours = is_marked_dirty(is);
-    let (until, what) = match direction {
-        Direction::Forward => (switch.until, "It was written to after the crash"),
-        Direction::Back => (unused, "It was written to after it could not be put back"),
-    };
-    if !ours && is_newer(&switch.image.path, until)? {
-        return changed(what);
-    }
-    let write = HeaderSwitch {
-        before: is.clone(),
-        after: wanted.clone(),
-    };
-    let (at, bytes) = write.difference();
-    file.write(
-        offset + at as u64,
-        bytes.to_vec().into(),
-        WriteFlags::default(),
-    )
-    .await?;
-    Ok((result, None))
-}
-
 /// Whether somebody has written to a file later than this, as far as that can be known.
 fn is_newer(path: &Path, until: Option<Time>) -> Result<bool, Error> {
     let metadata = fs::metadata(path)
         .map_err(|error| Error::io(format!("Could not look at '{}'", path.display()), &error))?;
     // A power failure may have kept an older time. A killed process may have left the time of a switch, but not the switch.
     Ok(until.is_some() && modified(&metadata) > until)
-}
-
-/// Gives back what a change that does not happen has taken in an image. A leak does no harm, so errors are logged.
-async fn reclaim(io: &IoContext, image: &StagedImage) {
-    let Ok(file) = open_image(io, image).await else {
-        return;
-    };
-    let file = Arc::new(file);
-    let options = CheckOptions {
-        discard_leaks: true,
-        ..CheckOptions::default()
-    };
-    let path = image.path.display();
-    if image.offset == 0 {
-        match repair(&Child::new(file.clone()), Repair::Leaks, &options).await {
-            Ok(report) if report.leaks_fixed > 0 => {
-                log::info!(
-                    "'{path}': {} leaked clusters were freed",
-                    report.leaks_fixed
-                );
-            }
-            Ok(_) => {}
-            // It is repaired when it is opened.
-            Err(error) if error.kind() == ErrorKind::Corrupt => log::debug!("'{path}': {error}"),
-            Err(error) => log::warn!("'{path}' may have leaked clusters: {error}"),
-        }
-    }
-    let _ = file.close().await;
-}
-
-/// Puts back what a device held in front, if an image was begun there.
-async fn put_back(io: &IoContext, creation: &Creation, front: &Front) -> io::Result<FileResult> {
-    let (Some(former), Some(overwritten)) = (creation.former, front.overwritten()) else {
-        return Err(io::ErrorKind::InvalidData.into());
-    };
-    let path = creation.path.clone();
-    if identity(&path)? != Some(former) {
-        return Ok(FileResult::Replaced);
-    }
-    // Locked meanwhile.
-    let file = open_locked(io, &path).await.map_err(io::Error::other)?;
-    let names = io.names();
-    let done = io.call(move || overwritten.put_back_after_crash(&names, &path));
-    let done = done.await?;
-    // What was there, too, may be in the page cache alone.
-    file.close().await.map_err(io::Error::other)?;
-    Ok(match done {
-        PutBack::Done => FileResult::Restored,
-        PutBack::WasThere => FileResult::Unchanged,
-        PutBack::Changed => FileResult::Replaced,
-    })
-}
-
-/// What was done about a file.
-struct Settled {
-    result: FileResult,
-    /// Of what has lost its name.
-    remains: Option<Remains>,
-}
-
-impl Settled {
-    /// No name is gone.
-    fn named(result: FileResult) -> Self {
-        Settled {
-            result,
-            remains: None,
-        }
-    }
-
-    /// The file of this path loses its name by `done`.
-    fn without(
-        path: &Path,
-        result: FileResult,
-        done: impl FnOnce() -> io::Result<()>,
-    ) -> io::Result<Self> {
-        let remains = Some(Remains::of(path));
-        done()?;
-        Ok(Settled { result, remains })
-    }
-}
-
-/// A file stays: what it has replaced goes.
-fn keep_file(names: &Names, creation: &Creation) -> io::Result<Settled> {
-    if let (Some(beside), Some(former)) = (&creation.beside, creation.former)
-        && identity(beside)? == Some(former)
-    {
-        return Settled::without(beside, FileResult::Kept, || names.remove(beside));
-    }
-    Ok(Settled::named(FileResult::Kept))
-}
-
-/// Makes a file what it was before. It stays as it is where somebody has written to it after `unused`.
-fn take_file_back(
-    names: &Names,
-    creation: &Creation,
-    made: Option<Identity>,
-    unused: Option<Time>,
-) -> io::Result<Settled> {
-    let Creation {
-        path,
-        former,
-        was_empty,
-        beside,
-        overwritten: _,
-    } = creation;
-    let is_used = || is_newer(path, unused).map_err(io::Error::other);
-    let there = identity(path)?;
-    let aside = match beside {
-        Some(beside) => identity(beside)?.map(|file| (beside, file)),
-        None => None,
-    };
-    let result = match former {
-        None => match there {
-            None => FileResult::Unchanged,
-            Some(there) if made.is_some_and(|made| made != there) => FileResult::Replaced,
-            Some(_) if is_used()? => FileResult::Changed,
-            Some(_) => {
-                return Settled::without(path, FileResult::Removed, || names.remove(path));
-            }
-        },
-        Some(former) => match aside {
-            // It has been swapped with what was made.
-            Some((_, file)) if file == *former && there.is_some() && is_used()? => {
-                FileResult::Changed
-            }
-            Some((beside, file)) if file == *former => {
-                let swap_back = || names.rename(beside, path);
-                return Settled::without(path, FileResult::Restored, swap_back);
-            }
-            // It has not been swapped yet.
-            Some((beside, _)) if there == Some(*former) => {
-                return Settled::without(beside, FileResult::Removed, || names.remove(beside));
-            }
-            Some(_) => FileResult::Replaced,
-            None if there == Some(*former) && *was_empty => {
-                // By an earlier start, perhaps, which has not made it durable.
-                let is_empty = fs::metadata(path)?.len() == 0;
-                match !is_empty && is_used()? {
-                    true => FileResult::Changed,
-                    false => {
-                        names.empty(path)?;
-                        FileResult::Restored
-                    }
-                }
-            }
-            // A device of which nothing is overwritten, or nothing was made yet.
-            None if there == Some(*former) => FileResult::Unchanged,
-            None => FileResult::Replaced,
-        },
-    };
-    Ok(Settled::named(result))
-}
-
-/// Where what a file has replaced is to be found, for people.
-fn what_was_before(creation: &Creation) -> Option<String> {
-    let beside = creation.beside.as_ref().filter(|_| !creation.was_empty)?;
-    Some(format!("what it has replaced is '{}'", beside.display()))
-}
-
-/// Which file is there.
-fn identity(path: &Path) -> io::Result<Option<Identity>> {
-    match fs::symlink_metadata(path) {
-        Ok(metadata) => Ok(Some(Identity::of(&metadata))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
 }

@@ -8,13 +8,29 @@ mod let_go;
 use std::sync::Arc;
 
 use super::table::SnapshotTable;
-use crate::driver::{Driver, NewSnapshot, SnapshotSelector, Snapshots};
+use crate::crashlab::content::stamp;
+use crate::driver::{Driver, NewSnapshot, Requests, SnapshotSelector, Snapshots, WriteFlags};
 use crate::error::{ErrorKind, Result};
 use crate::formats::qcow2::check::{CheckReport, check, read_header};
 use crate::formats::qcow2::header::Incompatible;
 use crate::formats::qcow2::testing::{Scratch, assert_qemu_clean, block_on, qemu_img, qemu_io};
 use crate::formats::qcow2::{OpenOptions, Qcow2};
 use crate::protocols::memory::{Fault, Memory, OpKind};
+
+async fn open(disk: &Arc<Memory>) -> Arc<Qcow2> {
+    let opening = Qcow2::open(disk.child(), OpenOptions::default()).await;
+    opening.unwrap().finish(None).await.unwrap()
+}
+
+async fn write(image: &Qcow2, at: u64, len: u64, number: u32) {
+    let data = stamp(at, len, number).into();
+    image.write(at, data, WriteFlags::default()).await.unwrap();
+}
+
+async fn holds(disk: &Qcow2, at: u64, len: u64, number: u32) -> bool {
+    let data = disk.read(at, len).await.unwrap();
+    data.to_bytes() == stamp(at, len, number)
+}
 
 /// An open image, with a scheduler of its own: what goes on behind it goes on while something is asked of it.
 struct Open {
@@ -29,10 +45,7 @@ impl Open {
             .enable_time()
             .build()
             .unwrap();
-        let image = runtime.block_on(async {
-            let opening = Qcow2::open(disk.child(), OpenOptions::default()).await;
-            opening.unwrap().finish(None).await.unwrap()
-        });
+        let image = runtime.block_on(open(disk));
         Open {
             disk: disk.clone(),
             image,

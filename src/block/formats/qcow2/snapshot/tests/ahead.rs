@@ -33,21 +33,6 @@ fn options(cluster: u64, compat: Compat) -> CreateOptions {
     options
 }
 
-async fn open(disk: &Arc<Memory>) -> Arc<Qcow2> {
-    let opening = Qcow2::open(disk.child(), OpenOptions::default()).await;
-    opening.unwrap().finish(None).await.unwrap()
-}
-
-async fn write(image: &Qcow2, at: u64, len: u64, number: u32) {
-    let data = stamp(at, len, number).into();
-    image.write(at, data, WriteFlags::default()).await.unwrap();
-}
-
-async fn holds(disk: &Qcow2, at: u64, len: u64, number: u32) -> bool {
-    let data = disk.read(at, len).await.unwrap();
-    data.to_bytes() == stamp(at, len, number)
-}
-
 /// A change that goes back to the snapshot, as far as the switch of the header.
 async fn switched(image: &Qcow2) -> Box<dyn SnapshotChange> {
     let mut change = image.change().await.unwrap();

@@ -39,23 +39,8 @@ async fn image(compat: Compat) -> (Arc<Memory>, Arc<Qcow2>) {
     (disk, image)
 }
 
-async fn open(disk: &Arc<Memory>) -> Arc<Qcow2> {
-    let opening = Qcow2::open(disk.child(), OpenOptions::default()).await;
-    opening.unwrap().finish(None).await.unwrap()
-}
-
 async fn let_go(change: &mut Box<dyn SnapshotChange>) -> Result<bool> {
     change.let_go(Box::new(drop)).await
-}
-
-async fn write(image: &Qcow2, at: u64, len: u64, number: u32) {
-    let data = stamp(at, len, number).into();
-    image.write(at, data, WriteFlags::default()).await.unwrap();
-}
-
-async fn holds(disk: &Qcow2, at: u64, len: u64, number: u32) -> bool {
-    let data = disk.read(at, len).await.unwrap();
-    data.to_bytes() == stamp(at, len, number)
 }
 
 async fn one_snapshot(image: &Qcow2) -> Box<dyn SnapshotChange> {

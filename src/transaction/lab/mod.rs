@@ -23,6 +23,7 @@
 mod faults;
 mod guests;
 mod oracle;
+mod planned;
 mod run;
 mod script;
 mod state;

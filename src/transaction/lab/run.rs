@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use block::copy::SyncMode;
 use block::crashlab::audit::{Audit, Bitmap, with_bitmaps};
 use block::crashlab::content::{Content, stamp};
-use block::driver::{BackingFile, NewSnapshot, Requests as _, SnapshotSelector, WriteFlags};
+use block::driver::{BackingFile, NewSnapshot, Requests as _, WriteFlags};
 use block::formats::qcow2::create::{Compat, CreateOptions};
-use block::graph::{Edge, NewDrive, OnError};
+use block::graph::{Edge, NewDrive};
 use block::io::{Data, IoContext};
 use block::open::{
     Aio, DiscardMode, DriverOptions, Existing, FileOptions, Locking, NewContent, NewImage,
@@ -22,18 +21,15 @@ use tempfile::TempDir;
 
 use super::Problem;
 use super::guests::{self, Back, Beside, Written};
+use super::planned::Planned;
 use super::script::{
-    Act, Copying, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, Snapshot, There,
-    World, image_name,
+    Act, DISK_BYTES, DISKS, Disk, Image, NewFile, Op, Other, Script, There, World, image_name,
 };
 use super::tape::{Failure, Tape};
 use crate::daemon::{Control, Cx, StopCause, testing};
 use crate::jobs::Cancel;
 use crate::journal::Journal;
-use crate::transaction::{
-    Abort, Action, BackupAction, BackupOptions, BackupPerf, BackupTarget, Completion,
-    ExternalSnapshot, FileTarget, Operation, Overlay, OverlayFile, SnapshotAction, TargetMode,
-};
+use crate::transaction::Completion;
 
 /// The folders that a script runs in.
 pub(super) struct Place {
@@ -121,13 +117,13 @@ pub(super) struct Runner<'p> {
 }
 
 /// A backup that has begun.
-struct Job {
+pub(super) struct Job {
     /// The name of its target, too.
-    id: String,
+    pub(super) id: String,
     /// It ends only by being cancelled.
-    is_endless: bool,
+    pub(super) is_endless: bool,
     /// What the target shows at the end, if it shows all of it by itself.
-    content: Option<Arc<Content>>,
+    pub(super) content: Option<Arc<Content>>,
 }
 
 /// Makes an image besides, over one that is there.
@@ -595,142 +591,6 @@ impl<'p> Runner<'p> {
     pub(super) async fn end(self) -> Result<(), Problem> {
         self.with(|control| control.stop(StopCause::Quit)).await;
         self.daemon.ended().await
-    }
-}
-
-/// A transaction, and what it is to leave.
-struct Planned {
-    world: World,
-    actions: Vec<Box<dyn Action>>,
-    durable: [bool; DISKS],
-    at_once: [bool; DISKS],
-    /// Disks that have got an overlay so far: what is below it is durable with the answer only.
-    covered: [bool; DISKS],
-    /// Disks that have gone back.
-    reverted: [bool; DISKS],
-    jobs: Vec<Job>,
-}
-
-impl Planned {
-    fn add(&mut self, act: Act, place: &Place, name: String) {
-        match act {
-            Act::Create(disk) => {
-                self.world.disks[disk].take(name.clone());
-                self.internal(disk, Operation::Create { name });
-            }
-            Act::Delete(disk, nth) => {
-                if let Some((nth, which)) = self.select(disk, nth) {
-                    self.world.disks[disk].top_mut().snapshots.remove(nth);
-                    self.internal(disk, Operation::Delete(which));
-                }
-            }
-            Act::Revert(disk, nth) => {
-                if let Some((nth, which)) = self.select(disk, nth) {
-                    let top = self.world.disks[disk].top_mut();
-                    top.content = top.snapshots[nth].content.clone();
-                    self.reverted[disk] = true;
-                    self.internal(disk, Operation::Revert(which));
-                }
-            }
-            Act::External(disk, file) => self.external(disk, file, place),
-            Act::Backup(disk, copying, file) => self.backup(disk, copying, file, place),
-            Act::Abort => self.actions.push(Box::new(Abort)),
-        }
-    }
-
-    fn internal(&mut self, disk: usize, operation: Operation) {
-        self.durable[disk] = true;
-        self.at_once[disk] |= !self.covered[disk];
-        let action = SnapshotAction::new(drive(disk), operation);
-        self.actions.push(Box::new(action));
-    }
-
-    fn select(&self, disk: usize, nth: usize) -> Option<(usize, SnapshotSelector)> {
-        let snapshots = &self.world.disks[disk].top().snapshots;
-        let nth = nth.checked_rem(snapshots.len())?;
-        let which = SnapshotSelector {
-            id: None,
-            name: Some(snapshots[nth].name.clone()),
-        };
-        Some((nth, which))
-    }
-
-    fn external(&mut self, disk: usize, NewFile { name, there }: NewFile, place: &Place) {
-        self.world.others.remove(&name);
-        let overlay = match there {
-            There::Image => Overlay::Node(name.clone()),
-            _ => Overlay::File(OverlayFile {
-                filename: place.filename(&name),
-                node_name: None,
-                format: "qcow2".to_owned(),
-                is_there: false,
-            }),
-        };
-        let action = ExternalSnapshot::new(Some(drive(disk)), None, overlay);
-        self.actions.push(Box::new(action));
-        let content = self.world.disks[disk].top().content.clone();
-        let chain = &mut self.world.disks[disk].chain;
-        chain.push(Image::new(name, content));
-        self.durable[disk] = true;
-        self.covered[disk] = true;
-    }
-
-    fn backup(
-        &mut self,
-        disk: usize,
-        Copying { sync, shares }: Copying,
-        NewFile { name, there }: NewFile,
-        place: &Place,
-    ) {
-        let content = None;
-        let target = Other::Target { content };
-        self.world.others.insert(name.clone(), target);
-        let is_whole = match sync {
-            SyncMode::Full => true,
-            SyncMode::Top => self.world.disks[disk].chain.len() == 1,
-            SyncMode::None => false,
-        };
-        let source = self.world.disks[disk].top().content.clone();
-        self.jobs.push(Job {
-            id: name.clone(),
-            is_endless: sync == SyncMode::None,
-            content: is_whole.then_some(source),
-        });
-        let target = match there {
-            There::Image => BackupTarget::Node(name.clone()),
-            _ => BackupTarget::File(FileTarget::new(
-                place.filename(&name),
-                Some("qcow2".to_owned()),
-                TargetMode::AbsolutePaths,
-            )),
-        };
-        let action = BackupAction::new(BackupOptions {
-            device: drive(disk),
-            target,
-            sync,
-            job_id: Some(name),
-            speed: 0,
-            compress: false,
-            on_source_error: OnError::Report,
-            on_target_error: OnError::Report,
-            auto_finalize: true,
-            auto_dismiss: true,
-            filter_node_name: None,
-            perf: BackupPerf {
-                use_copy_range: Some(shares),
-                ..BackupPerf::default()
-            },
-        });
-        self.actions.push(Box::new(action));
-    }
-}
-
-impl Disk {
-    /// A snapshot of the topmost image.
-    fn take(&mut self, name: String) {
-        let top = self.top_mut();
-        let content = top.content.clone();
-        top.snapshots.push(Snapshot { name, content });
     }
 }
 
